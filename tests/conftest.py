@@ -1,0 +1,54 @@
+"""What every test gets: no network, its own compile cache, a fresh Dynamo, a fixed thread count.
+
+The environment is set on import, before any test module can import torch or the hub client.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Artefacts of an earlier run must not vouch for this one. A folder set by the caller is kept.
+_own_compile_cache = None
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _own_compile_cache = tempfile.mkdtemp(prefix="omni-cache-inductor-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _own_compile_cache
+
+# The first example of a compiled function pays for its compilation.
+hypothesis.settings.register_profile("omni-cache", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("omni-cache")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Reductions over a fixed number of threads: bit-exact comparisons hold within one run.
+    import torch
+
+    torch.set_num_threads(min(4, torch.get_num_threads()))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _own_compile_cache is not None:
+        shutil.rmtree(_own_compile_cache, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """No test sees another's compiled code or recompile count."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
