@@ -499,3 +499,13 @@ CASES: dict[str, ModelCase] = {
         ),
     )
 }
+
+
+def sample(output: tuple[Tensor | list[Tensor], ...]) -> Tensor:
+    """The prediction in what a model returned, as one tensor with the batch in front.
+
+    Every class returns a tuple whose first element is the prediction; some give it as one tensor
+    per image.
+    """
+    prediction = output[0]
+    return prediction if isinstance(prediction, Tensor) else torch.stack(prediction)
