@@ -1,4 +1,43 @@
-"""Graph passes: find the block loop in a Dynamo graph and wrap it in a guarded region.
+"""Graph passes: find the transformer-block loop of a Dynamo graph and split the graph around it.
 
-Knows graphs only: imports torch and nothing else of ours.
+    analyse(graph) -> Analysis        what is there: block loop, region, residual pairs, signal
+    split(gm, analysis) -> GuardedGraph   the same graph as prologue, body, epilogue and reuse
+    graph_text / guarded_text         both as short readable programs
+
+Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
 """
+
+from omni_cache.passes.block_loop import (
+    Block,
+    BlockList,
+    BlockLoop,
+    find_block_lists,
+    find_block_loop,
+)
+from omni_cache.passes.region import Region, RegionError, check_cuts, close_region
+from omni_cache.passes.residual import ResidualPair, pair_outputs
+from omni_cache.passes.signal import Signal, find_signal, find_timestep
+from omni_cache.passes.split import FINITE, Analysis, GuardedGraph, Part, analyse, split
+
+__all__ = [
+    "FINITE",
+    "Analysis",
+    "Block",
+    "BlockList",
+    "BlockLoop",
+    "GuardedGraph",
+    "Part",
+    "Region",
+    "RegionError",
+    "ResidualPair",
+    "Signal",
+    "analyse",
+    "check_cuts",
+    "close_region",
+    "find_block_lists",
+    "find_block_loop",
+    "find_signal",
+    "find_timestep",
+    "pair_outputs",
+    "split",
+]

@@ -1,0 +1,238 @@
+"""The block loop: which lists of repeated modules make up the transformer, as they lie in the graph.
+
+    embed -> [blocks.0 -> blocks.1 -> ... -> blocks.N] -> norm -> project
+
+Dynamo unrolls a loop over a ``ModuleList``; every node still carries the path of the module it was
+traced in, so a list is a group of nodes whose paths agree up to the first number. The main list is the
+one with the most arithmetic; a neighbouring list joins it when the whole residual stream runs from
+the one into the other and its blocks do a like share of the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from omni_cache.passes.node import (
+    CAST_OPS,
+    VIEW_OPS,
+    arithmetic,
+    computation,
+    describe_value,
+    is_fused_attention,
+    is_static_input,
+    module_path,
+    op_name,
+    parse_module_source,
+)
+from omni_cache.passes.region import RegionError, close_region
+from omni_cache.passes.residual import streams, trace_origins
+
+_JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
+
+LIKE_SHARE = 1 / 8
+"""A block of a neighbouring list does at least this share of a main block's arithmetic."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One element of a block list.
+
+    ``structure`` is equal for two blocks exactly when they run the same operations with the same
+    constants on tensors of the same shapes and dtypes, wired in the same way.
+    """
+
+    index: int
+    class_name: str
+    nodes: tuple[Node, ...]
+    arithmetic: int
+
+    @cached_property
+    def structure(self) -> str:
+        return structure_of(self.nodes)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A ``ModuleList`` of the model, with those of its elements that the graph runs."""
+
+    path: str
+    blocks: tuple[Block, ...]
+    has_attention: bool
+
+    @property
+    def arithmetic(self) -> int:
+        return sum(block.arithmetic for block in self.blocks)
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for block in self.blocks for node in block.nodes]
+
+
+@dataclass(frozen=True)
+class BlockLoop:
+    """The lists that make up the block loop, in the order they run in."""
+
+    lists: tuple[BlockList, ...]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for each in self.lists for block in each.blocks]
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for each in self.lists for node in each.nodes]
+
+
+def find_block_lists(graph: Graph) -> list[BlockList]:
+    """All lists of repeated modules in a graph, in the order they start in."""
+    fixed = _depends_on_nothing_but_weights(graph)
+    members: dict[str, dict[int, list[Node]]] = {}
+    class_names: dict[tuple[str, int], str] = {}
+    attention: set[str] = set()
+    for node in computation(graph):
+        path = module_path(node)
+        at = next((i for i, step in enumerate(path) if step.isdigit()), None)
+        if at is None:
+            continue
+        name, index = ".".join(path[:at]), int(path[at])
+        members.setdefault(name, {}).setdefault(index, []).append(node)
+        if (name, index) not in class_names:
+            class_names[name, index] = _class_name(node, path[: at + 1])
+        if _mixes_activations(node, fixed):
+            attention.add(name)
+    return [
+        BlockList(
+            name,
+            tuple(
+                Block(index, class_names[name, index], tuple(nodes), sum(map(arithmetic, nodes)))
+                for index, nodes in blocks.items()
+            ),
+            name in attention,
+        )
+        for name, blocks in members.items()
+    ]
+
+
+def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLoop:
+    """The transformer's block loop.
+
+    Args:
+        graph: a Dynamo graph.
+        names: paths of the ``ModuleList``s to take, where the choice is the caller's.
+
+    Raises:
+        RegionError: no list holds attention, or a given name is no list that the graph runs.
+    """
+    lists = find_block_lists(graph)
+    if names is not None:
+        return BlockLoop(tuple(_named_lists(lists, names)))
+    candidates = [each for each in lists if each.has_attention and len(each.nodes) > 1]
+    if not candidates:
+        found = ", ".join(each.path for each in lists) or "none"
+        raise RegionError(
+            f"no list of repeated blocks with attention in the graph (lists found: {found}); name the "
+            "ModuleLists of the block loop with the option region=[...]"
+        )
+    main = max(candidates, key=lambda each: each.arithmetic)
+    at = candidates.index(main)
+    chosen = [main]
+    for earlier in reversed(candidates[:at]):
+        if not _continues(graph, earlier, chosen[0], main):
+            break
+        chosen.insert(0, earlier)
+    for later in candidates[at + 1 :]:
+        if not _continues(graph, chosen[-1], later, main):
+            break
+        chosen.append(later)
+    return BlockLoop(tuple(chosen))
+
+
+def structure_of(nodes: Sequence[Node]) -> str:
+    """A digest of a block's operations, constants, shapes and wiring; names do not enter it."""
+    numbers: dict[Node, int] = {}
+
+    def numbered(node: Node) -> Any:
+        if node not in numbers:
+            numbers[node] = len(numbers)
+        value = describe_value(node.meta.get("example_value")) if node not in inner else ""
+        return f"%{numbers[node]}{value}"
+
+    inner = set(nodes)
+    digest = hashlib.sha256()
+    for node in nodes:
+        operands = map_arg((node.args, node.kwargs), numbered)
+        result = describe_value(node.meta.get("example_value"))
+        digest.update(f"{numbered(node)} = {op_name(node)}{operands} -> {result}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _continues(graph: Graph, first: BlockList, second: BlockList, main: BlockList) -> bool:
+    """Whether every residual stream that enters ``second`` comes out of ``first``, with like work."""
+    for each in (first, second):
+        share = each.arithmetic / len(each.blocks)
+        if share < LIKE_SHARE * main.arithmetic / len(main.blocks):
+            return False
+    produced = set(close_region(graph, first.nodes).body)
+    # Every block adds to its stream at least once; the last may leave out a stream nobody reads.
+    additions = max(1, len(second.blocks) - 1)
+    entering = streams(trace_origins(close_region(graph, second.nodes)), additions)
+    return bool(entering) and all(_sources(node, produced) <= produced for node in entering)
+
+
+def _sources(node: Node, stop: Collection[Node]) -> set[Node]:
+    """The nodes whose elements a tensor is put together from by views and concatenation alone."""
+    sources: set[Node] = set()
+    frontier = [node]
+    while frontier:
+        each = frontier.pop()
+        if each in stop or op_name(each) not in VIEW_OPS | CAST_OPS | _JOINS:
+            sources.add(each)
+        else:
+            frontier += each.all_input_nodes
+    return sources
+
+
+def _named_lists(lists: Sequence[BlockList], names: Sequence[str]) -> list[BlockList]:
+    by_name = {each.path: each for each in lists}
+    for name in names:
+        if name not in by_name:
+            raise RegionError(
+                f"region={list(names)!r}: no ModuleList {name!r} runs in the graph; "
+                f"there are {sorted(by_name)}"
+            )
+    return [each for each in lists if each.path in names]
+
+
+def _depends_on_nothing_but_weights(graph: Graph) -> set[Node]:
+    """Nodes whose value is the same on every call: parameters, and what is made of them alone."""
+    fixed: set[Node] = set()
+    for node in graph.nodes:
+        if is_static_input(node):
+            fixed.add(node)
+        elif node.op not in ("placeholder", "output") and node.all_input_nodes:
+            if all(each in fixed for each in node.all_input_nodes):
+                fixed.add(node)
+    return fixed
+
+
+def _mixes_activations(node: Node, fixed: set[Node]) -> bool:
+    """Whether a node multiplies activations with activations, as only attention does."""
+    if is_fused_attention(node):
+        return True
+    if op_name(node) not in ("matmul", "bmm", "baddbmm", "einsum"):
+        return False
+    return sum(each not in fixed for each in node.all_input_nodes) >= 2
+
+
+def _class_name(node: Node, path: tuple[str, ...]) -> str:
+    for source, module_class in node.meta["nn_module_stack"].values():
+        if parse_module_source(source) == path:
+            return str(getattr(module_class, "__name__", module_class)).rpartition(".")[2]
+    return "Module"
