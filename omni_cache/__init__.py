@@ -1,3 +1,63 @@
-"""omni-cache: a torch.compile backend that reuses what hardly changes between denoising steps."""
+"""omni-cache: a residual cache for diffusion transformers, built as a ``torch.compile`` backend."""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from omni_cache import calibration
+    from omni_cache.backend import UncachedWarning, omni_cache_backend
+    from omni_cache.explain import explain
+    from omni_cache.pipelines import disable, enable, refresh, summary
+    from omni_cache.runtime import branch, generation
+    from omni_cache.strategies import MagCacheConfig, TeaCacheConfig
+
+# Loaded on first use: importing the package costs little more than importing torch.
+_HOMES = {
+    "MagCacheConfig": "omni_cache.strategies",
+    "TeaCacheConfig": "omni_cache.strategies",
+    "UncachedWarning": "omni_cache.backend",
+    "branch": "omni_cache.runtime",
+    "calibration": "omni_cache.calibration",
+    "disable": "omni_cache.pipelines",
+    "enable": "omni_cache.pipelines",
+    "explain": "omni_cache.explain",
+    "generation": "omni_cache.runtime",
+    "omni_cache_backend": "omni_cache.backend",
+    "refresh": "omni_cache.pipelines",
+    "summary": "omni_cache.pipelines",
+}
+
+__all__ = [
+    "MagCacheConfig",
+    "TeaCacheConfig",
+    "UncachedWarning",
+    "branch",
+    "calibration",
+    "disable",
+    "enable",
+    "explain",
+    "generation",
+    "omni_cache_backend",
+    "refresh",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    home = import_module(_HOMES[name])
+    value = (
+        home
+        if _HOMES[name] == f"{__name__}.{name}" and name == "calibration"
+        else getattr(home, name)
+    )
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,7 @@ from omni_cache.passes.block_loop import (
     find_block_lists,
     find_block_loop,
 )
+from omni_cache.passes.node import is_static_input
 from omni_cache.passes.region import Region, RegionError, check_cuts, close_region
 from omni_cache.passes.residual import ResidualPair, pair_outputs
 from omni_cache.passes.signal import Signal, find_signal, find_timestep
@@ -38,6 +39,7 @@ __all__ = [
     "find_block_loop",
     "find_signal",
     "find_timestep",
+    "is_static_input",
     "pair_outputs",
     "split",
 ]

@@ -1,0 +1,98 @@
+"""The published tables, packaged as JSON beside this file, with the source of every entry."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TeaCacheTable:
+    """A published rescaling polynomial. ``signal`` is the flag's value that selects its signal."""
+
+    transformer_class: str
+    variant: str
+    coefficients: tuple[float, ...]
+    signal: str
+    source: str
+
+
+@dataclass(frozen=True)
+class MagCacheTable:
+    """Published magnitude ratios, one tuple of ``num_steps`` entries for each guidance branch."""
+
+    transformer_class: str
+    variant: str
+    ratios: Mapping[str, tuple[float, ...]]
+    source: str
+
+
+def teacache_table(model_class: str | None, variant: str | None = None) -> TeaCacheTable | None:
+    """The polynomial of a model class; None where none is published.
+
+    Args:
+        model_class: name of the transformer's class.
+        variant: which one, where a class has several; by default the first, and a warning says so
+            when the choice matters.
+
+    Raises:
+        ValueError: the class has no such variant; the message lists those it has.
+    """
+    entry = _choose("teacache_coefficients", ("coefficients", "signal"), model_class, variant)
+    if entry is None:
+        return None
+    return TeaCacheTable(
+        entry["transformer_class"],
+        entry["variant"],
+        tuple(entry["coefficients"]),
+        entry["signal"],
+        entry["source"],
+    )
+
+
+def magcache_table(model_class: str | None, variant: str | None = None) -> MagCacheTable | None:
+    """The magnitude ratios of a model class; None where none are published.
+
+    Arguments and errors are those of :func:`teacache_table`.
+    """
+    entry = _choose("magcache_ratios", ("cond", "uncond", "ref"), model_class, variant)
+    if entry is None:
+        return None
+    ratios = {name: tuple(entry[name]) for name in ("cond", "uncond", "ref") if name in entry}
+    return MagCacheTable(entry["transformer_class"], entry["variant"], ratios, entry["source"])
+
+
+@cache
+def load_table(name: str) -> tuple[dict[str, Any], ...]:
+    """All entries of a packaged table, as they stand in its JSON file."""
+    text = (resources.files(__package__) / "tables" / f"{name}.json").read_text(encoding="utf-8")
+    return tuple(json.loads(text)["tables"])
+
+
+def _choose(
+    table: str, content: tuple[str, ...], model_class: str | None, variant: str | None
+) -> dict[str, Any] | None:
+    entries = [each for each in load_table(table) if each["transformer_class"] == model_class]
+    variants = [each["variant"] for each in entries]
+    if variant is not None:
+        if variant not in variants:
+            known = ", ".join(map(repr, variants)) or "none"
+            raise ValueError(
+                f"variant={variant!r} is not published for {model_class}; published are: {known}"
+            )
+        return entries[variants.index(variant)]
+    if not entries:
+        return None
+    first = entries[0]
+    if any(each.get(key) != first.get(key) for each in entries for key in content):
+        warnings.warn(
+            f"several tables are published for {model_class}; {first['variant']!r} is used. Choose "
+            f"with variant=..., one of: {', '.join(map(repr, variants))}",
+            stacklevel=3,
+        )
+    return first

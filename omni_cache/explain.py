@@ -1,0 +1,99 @@
+"""explain: what the pass finds in a model, or why there is nothing to find, before anything is cached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from omni_cache.options import CompileOptions
+from omni_cache.passes import Analysis, RegionError, analyse, guarded_text, split
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph: the text of its guarded form, or the reason why there is none."""
+
+    text: str
+    analysis: Analysis | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found. ``str()`` is the report that it prints.
+
+    Attributes:
+        graphs: one report for each graph that Dynamo captured, in order.
+        breaks: why Dynamo broke the model into several graphs, with file and line.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    breaks: tuple[str, ...]
+
+    @property
+    def cached(self) -> bool:
+        """Whether some graph has a region."""
+        return any(each.reason is None for each in self.graphs)
+
+    def __str__(self) -> str:
+        lines = []
+        for number, graph in enumerate(self.graphs):
+            lines.append(f"graph {number + 1} of {len(self.graphs)}")
+            lines.append(graph.text if graph.reason is None else f"  not cached: {graph.reason}")
+        for each in self.breaks:
+            lines.append(f"graph break: {each}")
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Trace a model with example inputs, and report what the pass finds.
+
+    The report names block loop, region inputs and outputs, residual pairs, signal and the memory that
+    a trajectory will hold, or the reason why there is no region and where in the source it lies. It is
+    printed and returned. Nothing is compiled, and the model stays as it is.
+
+    Args:
+        model: the module; a pipeline's ``transformer``, say.
+        args: example inputs of its ``forward``.
+        kwargs: likewise. ``cache_options`` is taken for a dict of compile-time flags.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a flag is unknown or has a value that is not allowed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={type(model).__name__} is not allowed; model must be a torch.nn.Module, such as a "
+            "pipeline's transformer"
+        )
+    flags = CompileOptions.parse(kwargs.pop("cache_options", None))
+    reports: list[GraphReport] = []
+
+    def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
+        try:
+            analysis = analyse(gm.graph, region=flags.region, signal=flags.signal or "auto")
+            reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
+        except RegionError as error:
+            reports.append(GraphReport("", None, str(error)))
+        return gm.forward
+
+    module = getattr(model, "_orig_mod", model)
+    with torch.no_grad():
+        found = torch._dynamo.explain(module.forward)(*args, **kwargs)
+        torch._dynamo.reset()
+        torch.compile(module.forward, backend=report)(*args, **kwargs)
+    explanation = Explanation(
+        tuple(reports), tuple(_break_text(each) for each in found.break_reasons)
+    )
+    print(explanation)
+    return explanation
+
+
+def _break_text(reason: Any) -> str:
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    place = f" ({frame.filename}:{frame.lineno})" if frame is not None else ""
+    return f"{reason.reason.splitlines()[0]}{place}"

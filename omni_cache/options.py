@@ -1,0 +1,164 @@
+"""The compile-time flags: a dict of options becomes ``CompileOptions``, with errors that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch._dynamo import list_backends
+
+from omni_cache.strategies import STRATEGIES, Strategy
+
+NO_CACHE = "none"
+
+FLAGS = (
+    "cache",
+    "inner",
+    "inner_options",
+    "mode",
+    "lowering",
+    "blocks",
+    "signal",
+    "region",
+    "strict",
+)
+"""Flags of the backend; a strategy adds the fields of its config."""
+
+_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """The flags of one compilation, checked.
+
+    Attributes:
+        strategy: the strategy's config, None for ``cache="none"``.
+        inner: the compiler of the parts: a registered backend's name or a callable.
+        inner_options: options for the inner compiler, ``mode`` its mode.
+        signal: the signal flag, None to leave the choice to the strategy.
+        region: names of the ModuleLists of the block loop, None to find them.
+        strict: raise when a graph cannot be cached.
+    """
+
+    strategy: Strategy | None
+    inner: str | Callable[..., Any] = "inductor"
+    inner_options: Mapping[str, Any] | None = None
+    mode: str | None = None
+    signal: str | None = None
+    region: tuple[str, ...] | None = None
+    strict: bool = False
+
+    @property
+    def inner_reuses_memory(self) -> bool:
+        """Whether a part's outputs are overwritten by its next call (CUDA graphs)."""
+        cudagraphs = bool((self.inner_options or {}).get("triton.cudagraphs"))
+        return self.inner == "cudagraphs" or cudagraphs or self.mode in _CUDA_GRAPH_MODES
+
+    @classmethod
+    def parse(
+        cls, options: Mapping[str, Any] | None = None, mode: str | None = None
+    ) -> CompileOptions:
+        """Check a dict of flags.
+
+        Args:
+            options: flags as a user writes them; see the README for what there is.
+            mode: ``torch.compile``'s own ``mode``, passed through to the inner compiler.
+
+        Raises:
+            ValueError: a flag is unknown or its value is not allowed; the message names the flag,
+                what was given and what is allowed.
+            NotImplementedError: a value that is planned and not built yet.
+        """
+        given = dict(options or {})
+        strategy = _strategy(given)
+        inner = given.pop("inner", "inductor")
+        if not callable(inner):
+            _one_of("inner", inner, list_backends(exclude_tags=()), "or a callable")
+        if inner == "omni_cache":
+            raise ValueError("inner='omni_cache' is not allowed; inner must be another compiler")
+        inner_options = given.pop("inner_options", None)
+        if inner_options is not None and not isinstance(inner_options, Mapping):
+            raise ValueError(f"inner_options={inner_options!r} is not allowed; it must be a dict")
+        _one_of("lowering", given.get("lowering", "dispatch"), ("dispatch", "cond"))
+        _one_of("blocks", given.get("blocks", "unrolled"), ("rolled", "unrolled"))
+        for flag, value in (("lowering", "cond"), ("blocks", "rolled")):
+            if given.pop(flag, None) == value:
+                raise NotImplementedError(
+                    f"{flag}={value!r} is not built yet; leave {flag} out to get "
+                    f"{'dispatch' if flag == 'lowering' else 'unrolled'!r}"
+                )
+        strict = given.pop("strict", False)
+        _one_of("strict", strict, (True, False))
+        inner_mode = given.pop("mode", mode)
+        return cls(
+            strategy=strategy,
+            inner=inner,
+            inner_options=inner_options,
+            mode=inner_mode,
+            signal=_signal(given.pop("signal", None)),
+            region=_region(given.pop("region", "auto")),
+            strict=strict,
+        )
+
+
+def _strategy(given: dict[str, Any]) -> Strategy | None:
+    """Take the strategy and its fields out of the flags, and check that nothing unknown is there."""
+    cache = given.pop("cache", "teacache")
+    config: Strategy | None = cache if isinstance(cache, Strategy) else None
+    if config is None:
+        _one_of("cache", cache, (*STRATEGIES, NO_CACHE), "or a strategy's config object")
+    kind = type(config) if config is not None else STRATEGIES.get(cache)
+    fields = kind.field_names() if kind is not None else ()
+    for flag in given:
+        if flag not in FLAGS and flag not in fields:
+            raise ValueError(_unknown(flag, kind, (*FLAGS, *fields)))
+    values = {field: given.pop(field) for field in fields if field in given}
+    if kind is None:
+        return None
+    return replace(config, **values) if config is not None else kind(**values)
+
+
+def _unknown(flag: str, kind: type[Strategy] | None, allowed: Sequence[str]) -> str:
+    owner = next(
+        (n for n, k in STRATEGIES.items() if k is not kind and flag in k.field_names()), None
+    )
+    message = f"unknown flag {flag!r}"
+    if owner is not None:
+        message += f" for cache={kind.name if kind else NO_CACHE!r} (it belongs to cache={owner!r})"
+    else:
+        close = difflib.get_close_matches(flag, allowed, n=1)
+        message += f", did you mean {close[0]!r}?" if close else ""
+    return f"{message}; allowed are: {', '.join(allowed)}"
+
+
+def _one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> None:
+    if not isinstance(given, (str, bool)) or given not in allowed:
+        close = difflib.get_close_matches(str(given), [str(each) for each in allowed], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(
+            f"{flag}={given!r} is not allowed{hint}; {flag} must be one of {listed} {also}".rstrip()
+        )
+
+
+def _signal(given: Any) -> str | None:
+    if given is not None and (not isinstance(given, str) or not given):
+        raise ValueError(
+            f"signal={given!r} is not allowed; signal must be 'auto', 'timestep_embedding' or the path "
+            "of a module, such as 'transformer_blocks.0.norm1'"
+        )
+    return given
+
+
+def _region(given: Any) -> tuple[str, ...] | None:
+    if given == "auto":
+        return None
+    names = (given,) if isinstance(given, str) else tuple(given or ())
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"region={given!r} is not allowed; region must be 'auto' or the names of the ModuleLists "
+            "that make up the block loop"
+        )
+    return names

@@ -1,0 +1,23 @@
+"""The runtime: which generation a call belongs to, what is kept for it, and which part runs."""
+
+from omni_cache.runtime.executor import CompiledParts, Executor
+from omni_cache.runtime.generation import Generation, ModelState, branch, generation
+from omni_cache.runtime.states import bind, states_of_module
+from omni_cache.runtime.summary import Summary, TrajectorySummary, summarise
+from omni_cache.runtime.trajectory import StepRecord, Trajectory
+
+__all__ = [
+    "CompiledParts",
+    "Executor",
+    "Generation",
+    "ModelState",
+    "StepRecord",
+    "Summary",
+    "Trajectory",
+    "TrajectorySummary",
+    "bind",
+    "branch",
+    "generation",
+    "states_of_module",
+    "summarise",
+]

@@ -1,0 +1,314 @@
+"""The dispatch executor: runs a guarded graph, and lets the host decide which compiled part runs.
+
+    prologue -> place the call -> gate -> compute: body -> epilogue      keeps the residuals
+                                       -> reuse:   partners + residuals -> epilogue
+
+It costs at most one device-to-host read per call: everything that the host wants to know (the gate's
+verdict, whether the residuals are finite, the timestep) comes over in one copy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_cache.passes import FINITE, GuardedGraph, Part
+from omni_cache.runtime.generation import ModelState
+from omni_cache.runtime.states import bound_state, state_of_parameter
+from omni_cache.runtime.trajectory import StepRecord, Trajectory
+from omni_cache.strategies import BoundStrategy, Decision, Step
+
+PartFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class CompiledParts:
+    """The four parts of a guarded graph as callables over flat positional inputs."""
+
+    prologue: PartFunction
+    body: PartFunction
+    epilogue: PartFunction
+    reuse: PartFunction
+
+
+class Executor:
+    """A compiled guarded graph. It holds no state of any call, so threads and models may share it.
+
+    Args:
+        graph: the split graph.
+        parts: its parts, compiled.
+        strategy: makes a gate for each trajectory.
+        inputs: names of the whole graph's inputs, in order.
+        static: which of them are parameters or buffers.
+        copy_residuals: whether the body's outputs are overwritten by its next call.
+    """
+
+    def __init__(
+        self,
+        graph: GuardedGraph,
+        parts: CompiledParts,
+        strategy: BoundStrategy,
+        inputs: Sequence[str],
+        static: Sequence[bool],
+        copy_residuals: bool,
+    ) -> None:
+        self._parts = parts
+        self._strategy = strategy
+        self._copy_residuals = copy_residuals
+        # Values of a call lie in one flat list: the graph's inputs, then the prologue's outputs,
+        # then the body's or, on a reused step, the residuals.
+        slots = {name: slot for slot, name in enumerate([*inputs, *graph.prologue.outputs])}
+        after_body = {**slots, **_numbered(graph.body.outputs, len(slots))}
+        after_reuse = {**slots, **_numbered(graph.residuals, len(slots))}
+        self._prologue_inputs = _picker(graph.prologue, slots)
+        self._body_inputs = _picker(graph.body, slots)
+        self._epilogue_inputs = _picker(graph.epilogue, after_body)
+        self._reuse_inputs = _picker(graph.reuse, after_reuse)
+        outputs = graph.body.outputs
+        self._residuals = [outputs.index(name) for name in graph.residuals]
+        self._finite = outputs.index(FINITE)
+        self._signal = None if graph.signal is None else slots[graph.signal]
+        timestep = graph.analysis.timestep
+        self._timestep = None if timestep is None else slots[timestep.name]
+        self._dynamic = [
+            slot
+            for slot, is_static in enumerate(static)
+            if not is_static and slot != self._timestep
+        ]
+        body_weights = [
+            slot
+            for name in graph.body.inputs
+            if (slot := slots[name]) < len(static) and static[slot]
+        ]
+        self._identity = min(body_weights, default=None)
+        partners = [name for name in graph.reuse.inputs if name in slots]
+        self._shaped = [slots[name] for name in partners if slots[name] >= len(inputs)]
+        # State for graphs whose weights are baked in, which therefore serve one instance alone.
+        self._own_state = ModelState()
+
+    def __call__(self, *args: Any) -> Any:
+        """Run one forward on the graph's flat inputs; returns its flat outputs."""
+        values = list(args)
+        values += self._parts.prologue(*self._prologue_inputs(values))
+        state = self._state(values)
+        trajectory, decision = self._decide(state, values)
+        try:
+            return self._run(values, state, trajectory, decision)
+        except BaseException:
+            # Half a step is no basis for the next one.
+            if trajectory is not None:
+                trajectory.release()
+            raise
+
+    def _run(
+        self,
+        values: list[Any],
+        state: ModelState,
+        trajectory: Trajectory | None,
+        decision: Decision,
+    ) -> Any:
+        measured: dict[str, float] = {}
+        if not decision.compute:
+            assert trajectory is not None and trajectory.residuals is not None
+            values += trajectory.residuals
+            result = self._parts.reuse(*self._reuse_inputs(values))
+        else:
+            made = self._parts.body(*self._body_inputs(values))
+            values += made
+            result = self._parts.epilogue(*self._epilogue_inputs(values))
+            if trajectory is not None:
+                residuals = tuple(made[slot] for slot in self._residuals)
+                finite = made[self._finite]
+                if self._copy_residuals:
+                    residuals, finite = tuple(each.clone() for each in residuals), finite.clone()
+                trajectory.keep(residuals, finite)
+                if self._strategy.observes and trajectory.gate is not None:
+                    output = next(each for each in result if isinstance(each, Tensor))
+                    measured = trajectory.gate.observe(residuals, output)
+        if trajectory is not None:
+            self._record(values, state, trajectory, decision, measured)
+        return result
+
+    def _record(
+        self,
+        values: Sequence[Any],
+        state: ModelState,
+        trajectory: Trajectory,
+        decision: Decision,
+        measured: dict[str, float],
+    ) -> None:
+        trajectory.steps.append(
+            StepRecord(
+                computed=decision.compute,
+                distance=decision.distance,
+                accumulated=decision.accumulated,
+                timestep=_host_value(self._timestep_of(values)),
+                reason=decision.reason,
+                measured=measured,
+            )
+        )
+        trajectory.step_index += 1
+        trajectory.measure_memory()
+        total = state.num_inference_steps()
+        if total is not None and trajectory.step_index >= total:
+            trajectory.release()
+
+    # --- placing and deciding -----------------------------------------------------------------------
+
+    def _decide(
+        self, state: ModelState, values: Sequence[Any]
+    ) -> tuple[Trajectory | None, Decision]:
+        timestep = self._timestep_of(values)
+        known = state.named()
+        if known is None and timestep is None:
+            warnings.warn(
+                "omni-cache: this call has no timestep and no context, so it is computed. Name its "
+                "place: with omni_cache.generation(...), omni_cache.branch('cond'): model(...)",
+                stacklevel=2,
+            )
+            return None, Decision(True, "no timestep and no context")
+        if known is None:
+            time = _host_value(timestep)
+            if time is None:
+                return self._decide_on_device(state, values, timestep)
+            known = state.infer(time, self._conditioning(values))
+        return known, self._ask(known, state, values, _Read())
+
+    def _decide_on_device(
+        self, state: ModelState, values: Sequence[Any], timestep: Tensor
+    ) -> tuple[Trajectory, Decision]:
+        """Decide for the likely trajectory while the timestep, which tells the true one, comes over.
+
+        Both arrive in one read. The guess works on a copy of the gate, so that a wrong one is
+        forgotten; the true trajectory then computes, as a gate that cannot decide does.
+        """
+        guess = state.guess()
+        read = _Read(timestep.double().mean())
+        decision = Decision(True, "first step")
+        gate = layout = None
+        if guess is not None:
+            gate, layout = guess.gate, guess.layout
+            guess.gate = None if gate is None else gate.fork()
+            decision = self._ask(guess, state, values, read)
+        true = state.infer(read.extra(), self._conditioning(values))
+        if true is guess:
+            return true, decision
+        if guess is not None and guess.layout is layout:
+            guess.gate = gate
+        true.gate = None  # its previous signal is not the one that this call would be compared with
+        forced = self._ask(true, state, values, _Read(), reuse=False)
+        return true, replace(
+            forced, reason="first step" if true.step_index == 0 else "unexpected call"
+        )
+
+    def _ask(
+        self,
+        trajectory: Trajectory,
+        state: ModelState,
+        values: Sequence[Any],
+        read: _Read,
+        reuse: bool = True,
+    ) -> Decision:
+        changed = trajectory.enter_layout(self._layout(values))
+        if trajectory.gate is None:
+            trajectory.gate = self._strategy.make_gate(trajectory.branch, trajectory.position)
+        finite = trajectory.finite
+        if finite is not None and finite.device.type != "cpu":
+            read.want(finite)
+        decision = trajectory.gate.decide(
+            Step(
+                index=trajectory.step_index,
+                num_inference_steps=state.num_inference_steps(),
+                can_reuse=reuse and trajectory.residuals is not None,
+                signal=None if self._signal is None else values[self._signal],
+                read=read,
+            )
+        )
+        if changed:
+            return replace(decision, compute=True, reason="shape changed")
+        if not decision.compute and finite is not None and read.denies(finite):
+            trajectory.gate.overrule()
+            return replace(decision, compute=True, reason="non-finite residual")
+        return decision
+
+    def _state(self, values: Sequence[Any]) -> ModelState:
+        bound = bound_state()
+        if bound is not None:
+            return bound
+        return (
+            self._own_state
+            if self._identity is None
+            else state_of_parameter(values[self._identity])
+        )
+
+    def _timestep_of(self, values: Sequence[Any]) -> Any:
+        return None if self._timestep is None else values[self._timestep]
+
+    def _conditioning(self, values: Sequence[Any]) -> list[Tensor]:
+        return [values[slot] for slot in self._dynamic if isinstance(values[slot], Tensor)]
+
+    def _layout(self, values: Sequence[Any]) -> object:
+        """Equal for two calls exactly when the one's residuals fit the other."""
+        shapes = tuple((values[s].shape, values[s].dtype, values[s].device) for s in self._shaped)
+        return (id(self), shapes)
+
+
+class _Read:
+    """The one device-to-host copy of a call. Whatever else is wanted comes along with the verdict."""
+
+    def __init__(self, first: Tensor | None = None) -> None:
+        self._wanted: list[Tensor] = [] if first is None else [first]
+        self._values: list[float] | None = None
+
+    def want(self, extra: Tensor) -> None:
+        self._wanted.append(extra)
+
+    def __call__(self, verdict: Tensor) -> list[float]:
+        """Bring a verdict to the host."""
+        own = verdict.numel()
+        packed = [
+            verdict.double().reshape(-1),
+            *(each.double().reshape(1) for each in self._wanted),
+        ]
+        values: list[float] = torch.cat(packed).tolist()
+        self._values = values[own:]
+        return values[:own]
+
+    def extra(self) -> float:
+        """The first extra value, read on its own where no verdict was."""
+        if self._values is None:
+            self._values = torch.stack([each.double() for each in self._wanted]).tolist()
+        return self._values[0]
+
+    def denies(self, flag: Tensor) -> bool:
+        """Whether a flag is known to be false. One that would cost a read of its own is not asked."""
+        if flag.device.type == "cpu":
+            return not bool(flag)
+        return self._values is not None and self._values[-1] == 0.0
+
+
+def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
+    return {name: first + offset for offset, name in enumerate(names)}
+
+
+def _picker(part: Part, slots: dict[str, int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes a part's inputs out of the list of values."""
+    wanted = [slots[name] for name in part.inputs]
+    if len(wanted) > 1:
+        return itemgetter(*wanted)
+    return lambda values: tuple(values[slot] for slot in wanted)
+
+
+def _host_value(timestep: Any) -> float | None:
+    """A timestep as a number, its mean where it has several; None where that needs a device read."""
+    if isinstance(timestep, Tensor):
+        if timestep.device.type != "cpu" or timestep.numel() == 0:
+            return None
+        return float(timestep.double().mean())
+    return None if timestep is None else float(timestep)

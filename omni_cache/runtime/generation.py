@@ -1,0 +1,330 @@
+"""Which generation and which guidance branch a call belongs to.
+
+    generation (contextvar, announced by a pipeline, or inferred)
+      -> run: one model's part in it
+        -> trajectory: one branch of it
+
+A call is placed by, in this order: the contexts ``generation`` and ``branch``; what an enabled pipeline
+announces (``scheduler.set_timesteps``, ``transformer.cache_context``); the timestep argument: the same
+value again is the next branch of the same step, a value further along is the next step, a value that
+jumps back is a new generation. A call that cannot be placed is computed.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from omni_cache.runtime.trajectory import Course, Progress, Trajectory
+
+MAX_BRANCHES = 16
+"""Calls at one timestep that are taken for branches of one step; one more starts a generation."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The guidance branch that the current context names, and the step where it is known."""
+
+    name: str
+    step_index: int | None = None
+
+
+_generation: ContextVar[Generation | None] = ContextVar("omni_cache_generation", default=None)
+_recorder: ContextVar[list[Run] | None] = ContextVar("omni_cache_recorder", default=None)
+_branch: ContextVar[Branch | None] = ContextVar("omni_cache_branch", default=None)
+
+
+@contextmanager
+def generation(num_inference_steps: int | None = None) -> Iterator[Generation]:
+    """Mark one run of the denoising loop; what it cached is freed at its end.
+
+    Threads and tasks that each enter their own generation never share state.
+
+    Args:
+        num_inference_steps: number of steps, for strategies that schedule by it.
+
+    Raises:
+        ValueError: ``num_inference_steps`` is no integer >= 1.
+    """
+    if num_inference_steps is not None and (
+        not isinstance(num_inference_steps, int) or num_inference_steps < 1
+    ):
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps!r} is not allowed; num_inference_steps must "
+            "be an integer >= 1 or None"
+        )
+    current = Generation(num_inference_steps)
+    token = _generation.set(current)
+    outer_branch = _branch.set(None)
+    try:
+        yield current
+    finally:
+        _branch.reset(outer_branch)
+        _generation.reset(token)
+        current.release()
+
+
+@contextmanager
+def branch(name: str, step_index: int | None = None) -> Iterator[None]:
+    """Name the guidance branch that the model is called for: ``"cond"``, ``"uncond"``, ...
+
+    Args:
+        name: the branch's name.
+        step_index: the step of the denoising loop, from 0, where the caller knows it.
+
+    Raises:
+        ValueError: the name is empty or the step index negative.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name={name!r} is not allowed; name must be a non-empty string")
+    if step_index is not None and (not isinstance(step_index, int) or step_index < 0):
+        raise ValueError(
+            f"step_index={step_index!r} is not allowed; step_index must be an integer >= 0 or None"
+        )
+    token = _branch.set(Branch(name, step_index))
+    try:
+        yield
+    finally:
+        _branch.reset(token)
+
+
+@contextmanager
+def recording() -> Iterator[list[Run]]:
+    """Collect every run that starts in this context, so that its records outlive it."""
+    runs: list[Run] = []
+    token = _recorder.set(runs)
+    try:
+        yield runs
+    finally:
+        _recorder.reset(token)
+
+
+class Generation:
+    """One run of the denoising loop, over all models that take part in it.
+
+    Args:
+        num_inference_steps: number of steps, None when nobody has said.
+        experts: the models take turns within the loop (high-noise and low-noise expert), so that a
+            branch's steps are counted over all of them.
+    """
+
+    def __init__(self, num_inference_steps: int | None = None, experts: bool = False) -> None:
+        self.num_inference_steps = num_inference_steps
+        self.experts = experts
+        self._runs: weakref.WeakKeyDictionary[ModelState, Run] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def run(self, state: ModelState) -> Run:
+        """The part of a model in this generation."""
+        with self._lock:
+            run = self._runs.get(state)
+            if run is None:
+                run = self._runs[state] = Run(self)
+                state.latest = run
+                recorder = _recorder.get()
+                if recorder is not None:
+                    recorder.append(run)
+            return run
+
+    def restart(self, state: ModelState) -> None:
+        """Drop a model's part: its loop has started over."""
+        with self._lock:
+            run = self._runs.pop(state, None)
+        if run is not None:
+            run.release()
+
+    def release(self) -> None:
+        """Free the tensors of all trajectories."""
+        for run in list(self._runs.values()):
+            run.release()
+
+    def steps_done(self, branch_name: str) -> int:
+        """Calls of a branch so far over all models, where they take turns; else 0."""
+        if not self.experts:
+            return 0
+        return max(
+            (
+                each.step_index
+                for run in self._runs.values()
+                for each in run.trajectories.values()
+                if each.branch == branch_name
+            ),
+            default=0,
+        )
+
+
+class Run:
+    """One model's part in one generation: its trajectories, and how far the timestep has come."""
+
+    def __init__(self, generation: Generation) -> None:
+        # Weak, so that dropping a generation frees its tensors at once, without a cycle collection.
+        self._generation = weakref.ref(generation)
+        self.trajectories: dict[str, Trajectory] = {}
+        self.course = Course()
+        self.position = -1
+        self.branches = 1
+
+    def trajectory(self, name: str) -> Trajectory:
+        """The trajectory of a branch, made on its first call."""
+        if name not in self.trajectories:
+            generation = self._generation()
+            done = generation.steps_done(name) if generation is not None else 0
+            self.trajectories[name] = Trajectory(name, len(self.trajectories), done)
+        return self.trajectories[name]
+
+    def release(self) -> None:
+        """Free the tensors of all trajectories."""
+        for each in self.trajectories.values():
+            each.release()
+
+    def guess(self) -> Trajectory | None:
+        """The trajectory of the next call as the course so far suggests, None before the first."""
+        following = self.position + 1
+        return self._at(following if following < self.branches else 0)
+
+    def place(self, timestep: float, inputs: Sequence[Tensor]) -> Trajectory | None:
+        """The trajectory of a call at a timestep, or None where it starts a new generation."""
+        step = self.course.compare(timestep)
+        if step is Progress.BACK:
+            return None
+        if step is Progress.SAME:
+            if self.position + 1 >= MAX_BRANCHES:
+                return None
+            self.position += 1
+        elif step is Progress.ONWARD:
+            self._drop_abandoned(inputs)
+            self.branches, self.position = self.position + 1, 0
+        else:
+            self.position = 0
+        self.branches = max(self.branches, self.position + 1)
+        self.course.advance(timestep)
+        found = self.trajectory(_branch_name(self.position))
+        return None if found.conditioning.contradicts(inputs) else found
+
+    def _at(self, position: int) -> Trajectory | None:
+        return self.trajectories.get(_branch_name(position))
+
+    def _drop_abandoned(self, inputs: Sequence[Tensor]) -> None:
+        """Forget branches of step 0 that were really the start of a generation given up.
+
+        The first call of step 1 goes on with branch 0. When its inputs say that it goes on with a
+        later one, the branches before that belong to a loop that ended after one step.
+        """
+        branches = list(self.trajectories.values())
+        if self.course.direction or branches[0].conditioning.shares(inputs):
+            return
+        at = next((i for i, b in enumerate(branches) if b.conditioning.shares(inputs)), 0)
+        self.trajectories = {}
+        for position, each in enumerate(branches[at:]):
+            each.branch, each.position = _branch_name(position), position
+            self.trajectories[each.branch] = each
+        self.position -= at
+
+
+def _branch_name(position: int) -> str:
+    return f"branch {position}"
+
+
+class ModelState:
+    """What the runtime knows of one model instance: never shared with another instance."""
+
+    def __init__(self) -> None:
+        self.latest: Run | None = None
+        self._thread = _ThreadPlace()
+
+    def announce(self, current: Generation) -> None:
+        """Put this thread into a generation, freeing what the one before had cached."""
+        self._enter(current, announced=True)
+
+    def forget(self) -> None:
+        """Free everything and forget all generations, those of other threads included."""
+        if self.latest is not None:
+            self.latest.release()
+        self.latest = None
+        self._thread = _ThreadPlace()
+
+    def num_inference_steps(self) -> int | None:
+        """The number of steps of the generation that this thread is in, if it is known."""
+        current = self._announced() or self._thread.generation
+        return None if current is None else current.num_inference_steps
+
+    def named(self) -> Trajectory | None:
+        """The trajectory that contexts and announcements alone determine, without a timestep."""
+        current, named = self._announced(), _branch.get()
+        if named is None or (current is None and named.step_index is None):
+            return None
+        run = self._run()
+        found = run.trajectory(named.name)
+        if named.step_index is not None:
+            if current is None and named.step_index < found.step_index:
+                found = self._enter(Generation()).trajectory(named.name)
+            found.step_index = named.step_index
+        return found
+
+    def guess(self) -> Trajectory | None:
+        """The likely trajectory of a call whose timestep is not known on the host yet."""
+        current, named = self._announced() or self._thread.generation, _branch.get()
+        if current is None:
+            return None
+        run = current.run(self)
+        return run.guess() if named is None else run.trajectories.get(named.name)
+
+    def infer(self, timestep: float, inputs: Sequence[Tensor]) -> Trajectory:
+        """The trajectory of a call from its timestep.
+
+        Args:
+            timestep: the timestep argument, its mean where it has several elements.
+            inputs: the call's tensors other than weights and timestep.
+        """
+        named = _branch.get()
+        if named is None:
+            found = self._run().place(timestep, inputs) or self._fresh().place(timestep, inputs)
+            assert found is not None  # a fresh run takes any call
+        else:
+            # A branch without a generation: its own timesteps tell where a generation starts.
+            found = self._run().trajectory(named.name)
+            if found.course.compare(timestep) in (Progress.SAME, Progress.BACK):
+                found = self._fresh().trajectory(named.name)
+            found.course.advance(timestep)
+        found.conditioning.saw(inputs)
+        return found
+
+    def _announced(self) -> Generation | None:
+        """The generation that a context or a pipeline has announced, if one has."""
+        explicit = _generation.get()
+        if explicit is not None:
+            return explicit
+        return self._thread.generation if self._thread.announced else None
+
+    def _run(self) -> Run:
+        current = self._announced() or self._thread.generation
+        return self._enter(Generation()) if current is None else current.run(self)
+
+    def _fresh(self) -> Run:
+        """A new run: of a new generation, or of the announced one, whose loop started over."""
+        current = self._announced()
+        if current is None:
+            return self._enter(Generation())
+        current.restart(self)
+        return current.run(self)
+
+    def _enter(self, current: Generation, announced: bool = False) -> Run:
+        before = self._thread.generation
+        if before is not None and before is not current:
+            before.release()
+        self._thread.generation, self._thread.announced = current, announced
+        return current.run(self)
+
+
+class _ThreadPlace(threading.local):
+    """Where one thread stands in the course of generations, when no context says."""
+
+    def __init__(self) -> None:
+        self.generation: Generation | None = None
+        self.announced = False

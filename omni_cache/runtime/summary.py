@@ -1,0 +1,108 @@
+"""What happened in a generation, as an object and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from omni_cache.runtime.generation import ModelState
+from omni_cache.runtime.trajectory import StepRecord
+
+
+@dataclass(frozen=True)
+class TrajectorySummary:
+    """One guidance branch.
+
+    Attributes:
+        model: the component's name in its pipeline, empty for a bare module.
+        branch: the branch's name.
+        steps: one record per call, in order.
+        memory_bytes: the most that the trajectory held at a time, in bytes.
+    """
+
+    model: str
+    branch: str
+    steps: tuple[StepRecord, ...]
+    memory_bytes: int
+
+    @property
+    def computed_steps(self) -> int:
+        """How many calls ran the block loop."""
+        return sum(step.computed for step in self.steps)
+
+    @property
+    def reused_steps(self) -> int:
+        """How many calls reused the residual."""
+        return len(self.steps) - self.computed_steps
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The latest generation of a model or pipeline. ``str()`` renders it as a table."""
+
+    trajectories: tuple[TrajectorySummary, ...]
+
+    @property
+    def computed_steps(self) -> int:
+        """Computed calls over all trajectories."""
+        return sum(each.computed_steps for each in self.trajectories)
+
+    @property
+    def reused_steps(self) -> int:
+        """Reused calls over all trajectories."""
+        return sum(each.reused_steps for each in self.trajectories)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that all trajectories held, in bytes."""
+        return sum(each.memory_bytes for each in self.trajectories)
+
+    def __rich__(self) -> Table:
+        total = self.computed_steps + self.reused_steps
+        table = Table(title=f"{self.computed_steps} of {total} steps computed")
+        for heading in ("branch", "step", "timestep", "", "distance", "accumulated", "reason"):
+            table.add_column(
+                heading, justify="left" if heading in ("branch", "reason") else "right"
+            )
+        for each in self.trajectories:
+            name = f"{each.model} {each.branch}".strip()
+            held = f"{name}\n{each.memory_bytes / 2**20:.1f} MiB held"
+            for index, step in enumerate(each.steps):
+                table.add_row(
+                    held if index == 0 else "",
+                    str(index),
+                    _number(step.timestep),
+                    "computed" if step.computed else "reused",
+                    _number(step.distance),
+                    _number(step.accumulated),
+                    step.reason,
+                )
+            table.add_section()
+        return table
+
+    def __str__(self) -> str:
+        if not self.trajectories:
+            return "no cached generation yet"
+        console = Console(width=100, force_terminal=False, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def summarise(states: Iterable[tuple[str, ModelState]]) -> Summary:
+    """Summarise the latest generation of named model states."""
+    return Summary(
+        tuple(
+            TrajectorySummary(name, each.branch, tuple(each.steps), each.memory_bytes)
+            for name, state in states
+            if state.latest is not None
+            for each in state.latest.trajectories.values()
+        )
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

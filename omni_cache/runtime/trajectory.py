@@ -1,0 +1,161 @@
+"""A trajectory: one guidance branch of one generation of one model.
+
+It owns what must never be mixed up: the gate's state, the residuals of the last computed step, and the
+record of what was decided. Dropping the trajectory drops them all.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import Tensor
+
+from omni_cache.strategies import Gate
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What happened in one call.
+
+    Attributes:
+        computed: whether the block loop ran.
+        distance: this step's change as the strategy measures it, None where it did not.
+        accumulated: the change since the last computed step, before any reset.
+        timestep: the timestep argument (its mean, if there are several), None where reading it would
+            have cost a device-to-host copy.
+        reason: why, in a few words ("first step", "below threshold", "max_skip_steps", ...).
+        measured: what a calibrating strategy measured, by name.
+    """
+
+    computed: bool
+    distance: float | None
+    accumulated: float | None
+    timestep: float | None
+    reason: str
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+class Progress(Enum):
+    """Where a timestep lies, seen from the one before."""
+
+    START = "nothing came before"
+    SAME = "the same again"
+    ONWARD = "further along"
+    BACK = "against the direction so far"
+
+
+class Course:
+    """How a timestep has moved. Whether it falls or rises is learned from its first change."""
+
+    def __init__(self) -> None:
+        self.timestep: float | None = None
+        self.direction = 0
+
+    def compare(self, timestep: float) -> Progress:
+        """Where a timestep lies; changes nothing."""
+        if self.timestep is None:
+            return Progress.START
+        if timestep == self.timestep:
+            return Progress.SAME
+        onward = self.direction in (0, self._direction(timestep))
+        return Progress.ONWARD if onward else Progress.BACK
+
+    def advance(self, timestep: float) -> None:
+        """Move on to a timestep."""
+        if self.timestep is not None and timestep != self.timestep:
+            self.direction = self._direction(timestep)
+        self.timestep = timestep
+
+    def _direction(self, timestep: float) -> int:
+        return 1 if self.timestep is not None and timestep > self.timestep else -1
+
+
+class Trajectory:
+    """State of one guidance branch of one generation.
+
+    Attributes:
+        branch: the branch's name.
+        step_index: how many calls went before the next one.
+        gate: the gate, made when the first call arrives.
+        residuals: what the last computed step left, or None.
+        finite: bool tensor, whether all of ``residuals`` were finite when they were made.
+        steps: one record for each call.
+    """
+
+    def __init__(self, branch: str, position: int, step_index: int = 0) -> None:
+        self.branch = branch
+        self.position = position
+        self.step_index = step_index
+        self.gate: Gate | None = None
+        self.residuals: tuple[Tensor, ...] | None = None
+        self.finite: Tensor | None = None
+        self.layout: object = None
+        self.steps: list[StepRecord] = []
+        self.memory_bytes = 0
+        self.conditioning = Conditioning()
+        self.course = Course()
+
+    def enter_layout(self, layout: object) -> bool:
+        """Start afresh when the tensors of this call do not fit those of the call before.
+
+        Args:
+            layout: shapes, dtypes and device of what is cached, and the compiled graph it is of.
+
+        Returns:
+            Whether there was a state that had to be dropped.
+        """
+        dropped = self.layout is not None and self.layout != layout
+        if dropped:
+            self.release()
+        self.layout = layout
+        return dropped
+
+    def keep(self, residuals: tuple[Tensor, ...], finite: Tensor) -> None:
+        """Take over the residuals of a computed step, by reference."""
+        self.residuals, self.finite = residuals, finite
+
+    def measure_memory(self) -> None:
+        """Raise ``memory_bytes`` to what the trajectory holds now."""
+        held = sum(each.nbytes for each in self.residuals or ())
+        held += self.gate.memory_bytes if self.gate is not None else 0
+        self.memory_bytes = max(self.memory_bytes, held)
+
+    def release(self) -> None:
+        """Free all tensors; the records and the step count stay."""
+        self.gate = self.residuals = self.finite = self.layout = None
+
+
+class Conditioning:
+    """Which input objects a trajectory is called with again and again (prompt embeddings, ids).
+
+    Pipelines pass the same tensor objects on every step of one generation. That a whole set of them is
+    gone tells a new generation where the timestep alone cannot.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[weakref.ref[Tensor], ...] = ()
+        self.stable: tuple[weakref.ref[Tensor], ...] = ()
+
+    def saw(self, inputs: Sequence[Tensor]) -> None:
+        """Remember a call's inputs; those of the last call that came again are stable."""
+        if self.last:
+            self.stable = self._among(self.stable or self.last, inputs)
+        self.last = tuple(weakref.ref(each) for each in inputs)
+
+    def shares(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether any input of the last call is there again."""
+        return bool(self._among(self.last, inputs))
+
+    def contradicts(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether inputs that had come every time are all gone."""
+        return bool(self.stable) and not self._among(self.stable, inputs)
+
+    @staticmethod
+    def _among(
+        references: Sequence[weakref.ref[Tensor]], inputs: Sequence[Tensor]
+    ) -> tuple[weakref.ref[Tensor], ...]:
+        present = {id(each) for each in inputs}
+        return tuple(ref for ref in references if (it := ref()) is not None and id(it) in present)
