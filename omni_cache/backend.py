@@ -1,4 +1,4 @@
-"""The ``torch.compile`` backend: a Dynamo graph goes in, an executor of its guarded form comes out."""
+"""The ``torch.compile`` backend: a Dynamo graph goes in, an executor of its guarded form out."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def omni_cache_backend(
 ) -> Callable[..., Any]:
     """Compile a denoising transformer with a guarded residual-reuse region.
 
-    Use it as ``torch.compile(model, backend=omni_cache_backend, options={"cache": "teacache"})`` or by
-    its registered name ``backend="omni_cache"``.
+    Use it as ``torch.compile(model, backend=omni_cache_backend, options={"cache": "teacache"})`` or
+    by its registered name ``backend="omni_cache"``.
 
     Args:
         gm: the graph that Dynamo captured.
@@ -59,7 +59,8 @@ def omni_cache_backend(
         if flags.strict:
             raise
         message = f"{model_class or 'a model'} runs uncached: {error}"
-        # A model that breaks into several graphs has pieces without blocks beside the one with them.
+        # A model that breaks into several graphs has pieces without blocks beside the one with
+        # them.
         warnings.warn(message, UncachedWarning, stacklevel=2)
         logger.info(message)
         return compile_part(gm, example_inputs, flags)
@@ -121,7 +122,8 @@ def compile_part(
     """
     tracing = torch._guards.TracingContext.try_get()
     if tracing is not None:
-        # AOTAutograd leaves the metadata of the graph before here, and would take it for this one's.
+        # AOTAutograd leaves the metadata of the graph before here, and would take it for this
+        # one's.
         tracing.fw_metadata = None
     extra = {
         key: value
@@ -133,7 +135,8 @@ def compile_part(
         from torch._inductor.compile_fx import compile_fx
 
         patches = {**list_mode_options(flags.mode or "default"), **(flags.inner_options or {})}
-        return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]
+        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+        return compiled  # type: ignore[no-any-return]
     inner = flags.inner if callable(flags.inner) else lookup_backend(flags.inner)
     return inner(gm, list(example_inputs), **extra)
 

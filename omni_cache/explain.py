@@ -1,4 +1,4 @@
-"""explain: what the pass finds in a model, or why there is nothing to find, before anything is cached."""
+"""explain: what the pass finds in a model, or why there is nothing to find."""
 
 from __future__ import annotations
 
@@ -44,17 +44,16 @@ class Explanation:
         for number, graph in enumerate(self.graphs):
             lines.append(f"graph {number + 1} of {len(self.graphs)}")
             lines.append(graph.text if graph.reason is None else f"  not cached: {graph.reason}")
-        for each in self.breaks:
-            lines.append(f"graph break: {each}")
+        lines += [f"graph break: {each}" for each in self.breaks]
         return "\n".join(lines)
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Trace a model with example inputs, and report what the pass finds.
 
-    The report names block loop, region inputs and outputs, residual pairs, signal and the memory that
-    a trajectory will hold, or the reason why there is no region and where in the source it lies. It is
-    printed and returned. Nothing is compiled, and the model stays as it is.
+    The report names block loop, region inputs and outputs, residual pairs, signal and the memory
+    that a trajectory will hold, or the reason why there is no region and where in the source it
+    lies. It is printed and returned. Nothing is compiled, and the model stays as it is.
 
     Args:
         model: the module; a pipeline's ``transformer``, say.
@@ -67,8 +66,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model={type(model).__name__} is not allowed; model must be a torch.nn.Module, such as a "
-            "pipeline's transformer"
+            f"model={type(model).__name__} is not allowed; model must be a torch.nn.Module, such as "
+            "a pipeline's transformer"
         )
     flags = CompileOptions.parse(kwargs.pop("cache_options", None))
     reports: list[GraphReport] = []

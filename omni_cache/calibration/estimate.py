@@ -65,7 +65,6 @@ def estimate_coefficients(
     """
     if not isinstance(degree, int) or degree < 0:
         raise ValueError(f"degree={degree!r} is not allowed; degree must be an integer >= 0")
-    # The identity as coefficients: what is measured does not depend on them, and none are looked up.
     measured = _measure(target, generate, "teacache", num_inference_steps, flags)
     pairs = [
         (step["signal_change"], step["output_change"])
@@ -76,8 +75,8 @@ def estimate_coefficients(
     points = np.array([pair for pair in pairs if np.isfinite(pair).all()])
     if len(points) <= degree:
         raise RuntimeError(
-            f"{len(points)} steps were measured, and a polynomial of degree {degree} needs more than "
-            f"{degree}. {_nothing_measured(num_inference_steps)}"
+            f"{len(points)} steps were measured, and a polynomial of degree {degree} needs more "
+            f"than {degree}. {_nothing_measured(num_inference_steps)}"
         )
     return [float(each) for each in np.polyfit(points[:, 0], points[:, 1], degree)]
 
@@ -107,6 +106,6 @@ def _measure(
 
 def _nothing_measured(num_inference_steps: int) -> str:
     return (
-        f"generate() must run the target for {num_inference_steps} steps, under torch.no_grad(), with a "
-        "timestep or in an omni_cache.generation()."
+        f"generate() must run the target for {num_inference_steps} steps, under torch.no_grad(), "
+        "with a timestep or in an omni_cache.generation()."
     )

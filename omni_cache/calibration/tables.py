@@ -63,7 +63,10 @@ def magcache_table(model_class: str | None, variant: str | None = None) -> MagCa
     entry = _choose("magcache_ratios", ("cond", "uncond", "ref"), model_class, variant)
     if entry is None:
         return None
-    ratios = {name: tuple(entry[name]) for name in ("cond", "uncond", "ref") if name in entry}
+    branches = ("cond", "uncond", "ref")
+    ratios: dict[str, tuple[float, ...]] = {
+        name: tuple(entry[name]) for name in branches if name in entry
+    }
     return MagCacheTable(entry["transformer_class"], entry["variant"], ratios, entry["source"])
 
 

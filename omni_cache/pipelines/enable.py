@@ -1,9 +1,9 @@
 """enable, disable, refresh and summary, for a diffusers pipeline or a bare module.
 
 Enabling compiles each denoising transformer in place, so that it keeps its type and attributes, and
-listens to what the pipeline says of its loop: ``scheduler.set_timesteps`` starts a generation with its
-number of steps, ``transformer.cache_context`` names the branch. Both are instance attributes laid over
-the class's own, and are taken away again by ``disable``.
+listens to what the pipeline says of its loop: ``scheduler.set_timesteps`` starts a generation with
+its number of steps, ``transformer.cache_context`` names the branch. Both are instance attributes
+laid over the class's own, and are taken away again by ``disable``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
         TypeError: ``target`` is no module and has no transformer.
         ValueError: a flag is unknown or has a value that is not allowed.
     """
-    compile_flags = {key: flags.pop(key) for key in ("dynamic", "fullgraph") if key in flags}
+    compile_flags: dict[str, Any] = {
+        key: flags.pop(key) for key in ("dynamic", "fullgraph") if key in flags
+    }
     options = {"cache": cache, **flags}
     CompileOptions.parse(options)
     models = _models(target)
@@ -184,8 +186,8 @@ def _enable_module(
 
     module._compiled_call_impl = call
     if enabled.has_context:
-        # Over the class's method, for this instance alone. The reference back must be weak: a module
-        # that owns a closure over itself would be freed by the cycle collector only.
+        # Over the class's method, for this instance alone. The reference back must be weak: a
+        # module that owns a closure over itself would be freed by the cycle collector only.
         vars(module)["cache_context"] = _named_context(weakref.ref(module))
 
 
@@ -194,7 +196,7 @@ def _named_context(module: weakref.ref[nn.Module]) -> Callable[..., Any]:
     def cache_context(name: str, **place: Any) -> Iterator[None]:
         owner = module()
         assert owner is not None  # somebody is calling its method
-        original = type(owner).cache_context
+        original: Any = getattr(type(owner), "cache_context")  # noqa: B009
         with original(owner, name, **place), branch(name, place.get("step_index")):
             yield
 

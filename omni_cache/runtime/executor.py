@@ -3,8 +3,8 @@
     prologue -> place the call -> gate -> compute: body -> epilogue      keeps the residuals
                                        -> reuse:   partners + residuals -> epilogue
 
-It costs at most one device-to-host read per call: everything that the host wants to know (the gate's
-verdict, whether the residuals are finite, the timestep) comes over in one copy.
+It costs at most one device-to-host read per call: everything that the host wants to know (the
+gate's verdict, whether the residuals are finite, the timestep) comes over in one copy.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class Executor:
     ) -> Any:
         measured: dict[str, float] = {}
         if not decision.compute:
-            assert trajectory is not None and trajectory.residuals is not None
+            assert trajectory is not None
+            assert trajectory.residuals is not None
             values += trajectory.residuals
             result = self._parts.reuse(*self._reuse_inputs(values))
         else:
@@ -155,11 +156,12 @@ class Executor:
         )
         trajectory.step_index += 1
         trajectory.measure_memory()
-        total = state.num_inference_steps()
+        total = self._total_steps(state)
         if total is not None and trajectory.step_index >= total:
             trajectory.release()
 
-    # --- placing and deciding -----------------------------------------------------------------------
+    # --- placing and deciding
+    # -----------------------------------------------------------------------
 
     def _decide(
         self, state: ModelState, values: Sequence[Any]
@@ -183,7 +185,8 @@ class Executor:
     def _decide_on_device(
         self, state: ModelState, values: Sequence[Any], timestep: Tensor
     ) -> tuple[Trajectory, Decision]:
-        """Decide for the likely trajectory while the timestep, which tells the true one, comes over.
+        """Decide for the likely trajectory while the timestep, which tells the true one, comes
+        over.
 
         Both arrive in one read. The guess works on a copy of the gate, so that a wrong one is
         forgotten; the true trajectory then computes, as a gate that cannot decide does.
@@ -224,7 +227,7 @@ class Executor:
         decision = trajectory.gate.decide(
             Step(
                 index=trajectory.step_index,
-                num_inference_steps=state.num_inference_steps(),
+                num_inference_steps=self._total_steps(state),
                 can_reuse=reuse and trajectory.residuals is not None,
                 signal=None if self._signal is None else values[self._signal],
                 read=read,
@@ -246,6 +249,9 @@ class Executor:
             if self._identity is None
             else state_of_parameter(values[self._identity])
         )
+
+    def _total_steps(self, state: ModelState) -> int | None:
+        return state.num_inference_steps() or self._strategy.num_inference_steps
 
     def _timestep_of(self, values: Sequence[Any]) -> Any:
         return None if self._timestep is None else values[self._timestep]

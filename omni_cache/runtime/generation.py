@@ -4,10 +4,10 @@
       -> run: one model's part in it
         -> trajectory: one branch of it
 
-A call is placed by, in this order: the contexts ``generation`` and ``branch``; what an enabled pipeline
-announces (``scheduler.set_timesteps``, ``transformer.cache_context``); the timestep argument: the same
-value again is the next branch of the same step, a value further along is the next step, a value that
-jumps back is a new generation. A call that cannot be placed is computed.
+A call is placed by, in this order: the contexts ``generation`` and ``branch``; what an enabled
+pipeline announces (``scheduler.set_timesteps``, ``transformer.cache_context``); the timestep
+argument: the same value again is the next branch of the same step, a value further along is the
+next step, a value that jumps back is a new generation. A call that cannot be placed is computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A trajectory: one guidance branch of one generation of one model.
 
-It owns what must never be mixed up: the gate's state, the residuals of the last computed step, and the
-record of what was decided. Dropping the trajectory drops them all.
+It owns what must never be mixed up: the gate's state, the residuals of the last computed step, and
+the record of what was decided. Dropping the trajectory drops them all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class StepRecord:
         computed: whether the block loop ran.
         distance: this step's change as the strategy measures it, None where it did not.
         accumulated: the change since the last computed step, before any reset.
-        timestep: the timestep argument (its mean, if there are several), None where reading it would
+        timestep: the timestep argument (its mean, if there are several), None where reading it
+            would
             have cost a device-to-host copy.
         reason: why, in a few words ("first step", "below threshold", "max_skip_steps", ...).
         measured: what a calibrating strategy measured, by name.
@@ -131,8 +132,8 @@ class Trajectory:
 class Conditioning:
     """Which input objects a trajectory is called with again and again (prompt embeddings, ids).
 
-    Pipelines pass the same tensor objects on every step of one generation. That a whole set of them is
-    gone tells a new generation where the timestep alone cannot.
+    Pipelines pass the same tensor objects on every step of one generation. That a whole set of them
+    is gone tells a new generation where the timestep alone cannot.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
 """What a strategy is: a named triple of signal, gate and forecast.
 
-A strategy is a frozen config that a user writes; bound to a model it becomes a factory of gates, one
-for each trajectory. A gate sees one call after another and says compute or reuse. It knows tensors
-and step numbers; it knows nothing of graphs, generations or models. The forecast of every strategy
-here is hold: a reused step takes over the residual of the last computed one.
+A strategy is a frozen config that a user writes; bound to a model it becomes a factory of gates,
+one for each trajectory. A gate sees one call after another and says compute or reuse. It knows
+tensors and step numbers; it knows nothing of graphs, generations or models. The forecast of every
+strategy here is hold: a reused step takes over the residual of the last computed one.
 """
 
 from __future__ import annotations
@@ -85,6 +85,9 @@ class BoundStrategy(ABC):
 
     signal: str | None
     """Which signal the graph must deliver (see ``passes.find_signal``), None for none."""
+
+    num_inference_steps: int | None = None
+    """Steps of a generation, where neither a context nor a pipeline says."""
 
     observes: bool = False
     """Whether gates want to see every computed call (calibration)."""

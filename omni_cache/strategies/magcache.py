@@ -6,8 +6,8 @@
         otherwise ratio, skipped, err = 1, 0, 0 and compute
 
 Ma et al., "MagCache: Fast Video Generation with Magnitude-Aware Cache", 2025,
-https://arxiv.org/abs/2506.09045. ``mag_ratios[t]`` is the mean over tokens of |r_t| / |r_{t-1}|. The decision
-needs no data, so it is taken on the host, without a sync.
+https://arxiv.org/abs/2506.09045. ``mag_ratios[t]`` is the mean over tokens of |r_t| / |r_{t-1}|.
+The decision needs no data, so it is taken on the host, without a sync.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ class MagCache(BoundStrategy):
         self.config = config
         self.ratios = {name: tuple(values) for name, values in ratios.items()}
         self.signal = None
+        self.num_inference_steps = config.num_inference_steps
         self.observes = config.calibrate
 
     def make_gate(self, branch: str, branch_position: int) -> Gate:
@@ -160,7 +161,7 @@ class MagnitudeGate(Gate):
     def decide(self, step: Step) -> Decision:
         """Follow the magnitude that the calibration predicts."""
         config = self.config
-        total = step.num_inference_steps or config.num_inference_steps or DEFAULT_STEPS
+        total = step.num_inference_steps or DEFAULT_STEPS
         ratios = nearest_interpolation(self.ratios, total)
         if step.index < int(config.retention_ratio * total + 0.5):
             return Decision(True, "first step" if step.index == 0 else "retention")

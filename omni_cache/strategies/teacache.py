@@ -5,8 +5,8 @@
     acc < rel_l1_thresh: reuse;  otherwise compute and acc = 0
 
 Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model", CVPR 2025,
-https://arxiv.org/abs/2411.19108. The polynomial maps the change of the signal to that of the model's
-output and is fitted per model; the published ones are in ``omni_cache.calibration``.
+https://arxiv.org/abs/2411.19108. The polynomial maps the change of the signal to that of the
+model's output and is fitted per model; the published ones are in ``omni_cache.calibration``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class TeaCacheConfig(Strategy):
         rel_l1_thresh (float, default 0.2): accumulated relative-L1 change at which a step is
             computed. 0 computes every step; larger is faster and less exact.
         coefficients (sequence of float, optional): the rescaling polynomial, highest power first.
-            By default the published one of the model's class; a class without one uses the identity.
+            By default the published one of the model's class; a class without one uses the
+            identity.
         variant (str, optional): which published polynomial, where a class has several.
         num_inference_steps (int, optional): steps of a generation, where the run time is not told
             otherwise.
@@ -112,6 +113,7 @@ class TeaCache(BoundStrategy):
         self.config = config
         self.coefficients = coefficients
         self.signal = signal
+        self.num_inference_steps = config.num_inference_steps
         self.observes = config.calibrate
 
     def make_gate(self, branch: str, branch_position: int) -> Gate:
@@ -187,7 +189,8 @@ class RelL1Gate(Gate):
         )
 
     def _advance(self, signal: Tensor) -> None:
-        assert self.previous is not None and self.accumulated is not None
+        assert self.previous is not None
+        assert self.accumulated is not None
         self.previous.copy_(signal)
         self.accumulated.zero_()
 
