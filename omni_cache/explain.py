@@ -66,13 +66,17 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model={type(model).__name__} is not allowed; model must be a torch.nn.Module, such as "
-            "a pipeline's transformer"
+            f"model={type(model).__name__} is not allowed; model must be a torch.nn.Module, such "
+            "as a pipeline's transformer"
         )
     flags = CompileOptions.parse(kwargs.pop("cache_options", None))
     reports: list[GraphReport] = []
+    breaks: list[str] = []
 
     def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
+        ended = gm.compile_subgraph_reason
+        if ended is not None and ended.graph_break:
+            breaks.append(_break_text(ended))
         try:
             analysis = analyse(gm.graph, region=flags.region, signal=flags.signal or "auto")
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
@@ -81,13 +85,15 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         return gm.forward
 
     module = getattr(model, "_orig_mod", model)
+
+    def forward() -> Any:
+        return module.forward(*args, **kwargs)
+
     with torch.no_grad():
-        found = torch._dynamo.explain(module.forward)(*args, **kwargs)
-        torch._dynamo.reset()
-        torch.compile(module.forward, backend=report)(*args, **kwargs)
-    explanation = Explanation(
-        tuple(reports), tuple(_break_text(each) for each in found.break_reasons)
-    )
+        torch.compile(forward, backend=report)()
+    # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
+    torch._dynamo.reset_code(forward.__code__)
+    explanation = Explanation(tuple(reports), tuple(breaks))
     print(explanation)
     return explanation
 

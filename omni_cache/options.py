@@ -104,7 +104,7 @@ class CompileOptions:
 
 
 def _strategy(given: dict[str, Any]) -> Strategy | None:
-    """Take the strategy and its fields out of the flags, and check that nothing unknown is there."""
+    """Take the strategy and its fields out of the flags; refuse what is unknown."""
     cache = given.pop("cache", "teacache")
     config: Strategy | None = cache if isinstance(cache, Strategy) else None
     if config is None:
@@ -146,8 +146,8 @@ def _one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> No
 def _signal(given: Any) -> str | None:
     if given is not None and (not isinstance(given, str) or not given):
         raise ValueError(
-            f"signal={given!r} is not allowed; signal must be 'auto', 'timestep_embedding' or the path "
-            "of a module, such as 'transformer_blocks.0.norm1'"
+            f"signal={given!r} is not allowed; signal must be 'auto', 'timestep_embedding' or the "
+            "path of a module, such as 'transformer_blocks.0.norm1'"
         )
     return given
 
@@ -158,7 +158,7 @@ def _region(given: Any) -> tuple[str, ...] | None:
     names = (given,) if isinstance(given, str) else tuple(given or ())
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"region={given!r} is not allowed; region must be 'auto' or the names of the ModuleLists "
-            "that make up the block loop"
+            f"region={given!r} is not allowed; region must be 'auto' or the names of the "
+            "ModuleLists that make up the block loop"
         )
     return names

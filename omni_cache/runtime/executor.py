@@ -185,8 +185,7 @@ class Executor:
     def _decide_on_device(
         self, state: ModelState, values: Sequence[Any], timestep: Tensor
     ) -> tuple[Trajectory, Decision]:
-        """Decide for the likely trajectory while the timestep, which tells the true one, comes
-        over.
+        """Decide for the likely trajectory, and read in the same copy which is the true one.
 
         Both arrive in one read. The guess works on a copy of the gate, so that a wrong one is
         forgotten; the true trajectory then computes, as a gate that cannot decide does.
@@ -266,7 +265,7 @@ class Executor:
 
 
 class _Read:
-    """The one device-to-host copy of a call. Whatever else is wanted comes along with the verdict."""
+    """The one device-to-host copy of a call; what else is wanted comes along with the verdict."""
 
     def __init__(self, first: Tensor | None = None) -> None:
         self._wanted: list[Tensor] = [] if first is None else [first]
@@ -293,7 +292,7 @@ class _Read:
         return self._values[0]
 
     def denies(self, flag: Tensor) -> bool:
-        """Whether a flag is known to be false. One that would cost a read of its own is not asked."""
+        """Whether a flag is known to be false; one that costs a read of its own is not asked."""
         if flag.device.type == "cpu":
             return not bool(flag)
         return self._values is not None and self._values[-1] == 0.0
@@ -312,7 +311,7 @@ def _picker(part: Part, slots: dict[str, int]) -> Callable[[Sequence[Any]], tupl
 
 
 def _host_value(timestep: Any) -> float | None:
-    """A timestep as a number, its mean where it has several; None where that needs a device read."""
+    """A timestep as a number, the mean of several; None where that needs a device read."""
     if isinstance(timestep, Tensor):
         if timestep.device.type != "cpu" or timestep.numel() == 0:
             return None

@@ -121,8 +121,8 @@ class MagCacheConfig(Strategy):
         entry = magcache_table(model_class, self.variant)
         if entry is None:
             raise ValueError(
-                f"MagCache: no magnitude ratios are published for {model_class or 'this model'}, and "
-                "mag_ratios was not given. Measure them: "
+                f"MagCache: no magnitude ratios are published for {model_class or 'this model'}, "
+                "and mag_ratios was not given. Measure them: "
                 "1. ratios = omni_cache.calibration.estimate_mag_ratios(model, generate); "
                 "2. pass mag_ratios=ratios."
             )
@@ -211,9 +211,7 @@ class MagCacheCalibration(Gate):
         return copy
 
     def observe(self, residuals: tuple[Tensor, ...], output: Tensor) -> dict[str, float]:
-        """Mean and spread of the per-token norm ratio, and the cosine distance, of the largest
-        residual.
-        """
+        """Per-token norm ratio (mean, spread) and cosine distance of the largest residual."""
         residual = max(residuals, key=Tensor.numel)
         measured: dict[str, float] = {"mag_ratio": 1.0}
         if self.previous is not None and self.previous.shape == residual.shape:

@@ -95,8 +95,8 @@ class TeaCacheConfig(Strategy):
         if entry is None:
             if not self.calibrate:
                 warnings.warn(
-                    f"TeaCache: no coefficients are published for {model_class or 'this model'}; the "
-                    "identity polynomial is used. Fit some with "
+                    f"TeaCache: no coefficients are published for {model_class or 'this model'}; "
+                    "the identity polynomial is used. Fit some with "
                     "omni_cache.calibration.estimate_coefficients and pass coefficients=[...].",
                     stacklevel=2,
                 )
