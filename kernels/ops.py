@@ -173,7 +173,7 @@ def _rel_l1_gate_aten(
     distance = mean_moved / (mean_size + 1e-8)
     rescaled, *rest = coefficients.unbind()
     for coefficient in rest:
-        rescaled = rescaled * distance + coefficient
+        rescaled = torch.addcmul(coefficient, rescaled, distance)
     total = accumulated + rescaled.abs()
     # A comparison with NaN is false, so whatever is not finite computes.
     reuse = (distance < float("inf")) & (total < threshold)
@@ -266,6 +266,9 @@ def _magnitude_stats_triton(residual: Tensor, previous: Tensor) -> Tensor:
         return magnitude.launch_stats(residual, previous, programs=programs)
 
 
+_LIBRARY: Any = torch.library.Library("omni_cache", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
 def _register(
     name: str,
     arguments: str,
@@ -278,7 +281,7 @@ def _register(
     """Define an operator that checks its arguments first and returns three numbers of `result`.
 
     It is made from a schema, not by `torch.library.custom_op`: the wrappers of the latter cost a
-    call ten times as much as the dispatcher does.
+    call ten times as much as the dispatcher does. No gradient flows through a decision.
     """
 
     def checked(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -292,13 +295,13 @@ def _register(
         empty: Tensor = args[0].new_empty(3, dtype=result)
         return empty
 
-    operator = f"omni_cache::{name}"
     tags = (torch.Tag.pt2_compliant_tag,)
-    torch.library.define(operator, f"({arguments}) -> Tensor", tags=tags)
-    torch.library.impl(operator, "default", checked(aten))
-    torch.library.register_fake(operator, checked(fake))
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=tags)
+    _LIBRARY.impl(name, checked(torch.no_grad()(aten)), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"omni_cache::{name}", checked(fake), lib=_LIBRARY)
     if importlib.util.find_spec("triton") is not None:
-        torch.library.impl(operator, "cuda", checked(triton))
+        _LIBRARY.impl(name, checked(triton), "CUDA")
 
 
 _register(

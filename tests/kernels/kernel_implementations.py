@@ -1,0 +1,44 @@
+"""The ways to run each kernel that the numerics tests hold to the reference."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from omni_cache import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The three kernels as one implementation has them, and the device they want tensors on."""
+
+    device: torch.device
+    rel_l1_gate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    magnitude_gate: Callable[[Tensor, Tensor, float, int], Tensor]
+    magnitude_stats: Callable[[Tensor, Tensor], Tensor]
+
+
+def operators_on(device: str) -> Implementation:
+    return Implementation(
+        torch.device(device),
+        kernels.rel_l1_gate,
+        kernels.magnitude_gate,
+        kernels.magnitude_stats,
+    )
+
+
+def interpreted() -> Implementation:
+    """Return the Triton kernels, run by the interpreter on a grid of at most three programs."""
+    from omni_cache.kernels import magnitude, rel_l1
+
+    return Implementation(
+        torch.device("cpu"),
+        partial(rel_l1.launch, programs=3),
+        magnitude.launch_gate,
+        partial(magnitude.launch_stats, programs=3),
+    )
