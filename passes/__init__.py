@@ -7,18 +7,19 @@
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
 """
 
-from omni_cache.passes.block_loop import (
+from .block_loop import (
     Block,
     BlockList,
     BlockLoop,
     find_block_lists,
     find_block_loop,
 )
-from omni_cache.passes.node import is_static_input
-from omni_cache.passes.region import Region, RegionError, check_cuts, close_region
-from omni_cache.passes.residual import ResidualPair, pair_outputs
-from omni_cache.passes.signal import Signal, find_signal, find_timestep
-from omni_cache.passes.split import FINITE, Analysis, GuardedGraph, Part, analyse, split
+from .node import is_static_input
+from .region import Region, RegionError, check_cuts, close_region
+from .residual import ResidualPair, pair_outputs
+from .signal import Signal, find_signal, find_timestep
+from .split import FINITE, Analysis, GuardedGraph, Part, analyse, split
+from .text import graph_text, guarded_text
 
 __all__ = [
     "FINITE",
@@ -39,6 +40,8 @@ __all__ = [
     "find_block_loop",
     "find_signal",
     "find_timestep",
+    "graph_text",
+    "guarded_text",
     "is_static_input",
     "pair_outputs",
     "split",

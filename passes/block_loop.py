@@ -1,11 +1,11 @@
-"""The block loop: which lists of repeated modules make up the transformer, as they lie in the graph.
+"""The block loop: which lists of repeated modules make up the transformer, as the graph has them.
 
     embed -> [blocks.0 -> blocks.1 -> ... -> blocks.N] -> norm -> project
 
 Dynamo unrolls a loop over a ``ModuleList``; every node still carries the path of the module it was
-traced in, so a list is a group of nodes whose paths agree up to the first number. The main list is the
-one with the most arithmetic; a neighbouring list joins it when the whole residual stream runs from
-the one into the other and its blocks do a like share of the work.
+traced in, so a list is a group of nodes whose paths agree up to the first number. The main list is
+the one with the most arithmetic; a neighbouring list joins it when the whole residual stream runs
+from the one into the other and its blocks do a like share of the work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from omni_cache.passes.node import (
+from .node import (
     CAST_OPS,
     VIEW_OPS,
     arithmetic,
@@ -27,12 +27,12 @@ from omni_cache.passes.node import (
     describe_value,
     is_fused_attention,
     is_static_input,
+    module_class,
     module_path,
     op_name,
-    parse_module_source,
 )
-from omni_cache.passes.region import RegionError, close_region
-from omni_cache.passes.residual import streams, trace_origins
+from .region import RegionError, close_region
+from .residual import streams, trace_origins
 
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
 
@@ -55,6 +55,7 @@ class Block:
 
     @cached_property
     def structure(self) -> str:
+        """The digest that blocks of one structure share."""
         return structure_of(self.nodes)
 
 
@@ -68,10 +69,12 @@ class BlockList:
 
     @property
     def arithmetic(self) -> int:
+        """Floating-point operations of all blocks together."""
         return sum(block.arithmetic for block in self.blocks)
 
     @property
     def nodes(self) -> list[Node]:
+        """The nodes of all blocks, in graph order."""
         return [node for block in self.blocks for node in block.nodes]
 
 
@@ -83,10 +86,12 @@ class BlockLoop:
 
     @property
     def blocks(self) -> list[Block]:
+        """The blocks of all lists."""
         return [block for each in self.lists for block in each.blocks]
 
     @property
     def nodes(self) -> list[Node]:
+        """The nodes of all blocks."""
         return [node for each in self.lists for node in each.nodes]
 
 
@@ -104,7 +109,7 @@ def find_block_lists(graph: Graph) -> list[BlockList]:
         name, index = ".".join(path[:at]), int(path[at])
         members.setdefault(name, {}).setdefault(index, []).append(node)
         if (name, index) not in class_names:
-            class_names[name, index] = _class_name(node, path[: at + 1])
+            class_names[name, index] = module_class(node, path[: at + 1])
         if _mixes_activations(node, fixed):
             attention.add(name)
     return [
@@ -137,8 +142,8 @@ def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLo
     if not candidates:
         found = ", ".join(each.path for each in lists) or "none"
         raise RegionError(
-            f"no list of repeated blocks with attention in the graph (lists found: {found}); name the "
-            "ModuleLists of the block loop with the option region=[...]"
+            f"no list of repeated blocks with attention in the graph (lists found: {found}); name "
+            "the ModuleLists of the block loop with the option region=[...]"
         )
     main = max(candidates, key=lambda each: each.arithmetic)
     at = candidates.index(main)
@@ -174,7 +179,7 @@ def structure_of(nodes: Sequence[Node]) -> str:
 
 
 def _continues(graph: Graph, first: BlockList, second: BlockList, main: BlockList) -> bool:
-    """Whether every residual stream that enters ``second`` comes out of ``first``, with like work."""
+    """Whether all residual streams that enter ``second`` come out of ``first``, with like work."""
     for each in (first, second):
         share = each.arithmetic / len(each.blocks)
         if share < LIKE_SHARE * main.arithmetic / len(main.blocks):
@@ -214,11 +219,9 @@ def _depends_on_nothing_but_weights(graph: Graph) -> set[Node]:
     """Nodes whose value is the same on every call: parameters, and what is made of them alone."""
     fixed: set[Node] = set()
     for node in graph.nodes:
-        if is_static_input(node):
+        computed = node.op not in ("placeholder", "output") and node.all_input_nodes
+        if is_static_input(node) or (computed and fixed.issuperset(node.all_input_nodes)):
             fixed.add(node)
-        elif node.op not in ("placeholder", "output") and node.all_input_nodes:
-            if all(each in fixed for each in node.all_input_nodes):
-                fixed.add(node)
     return fixed
 
 
@@ -229,10 +232,3 @@ def _mixes_activations(node: Node, fixed: set[Node]) -> bool:
     if op_name(node) not in ("matmul", "bmm", "baddbmm", "einsum"):
         return False
     return sum(each not in fixed for each in node.all_input_nodes) >= 2
-
-
-def _class_name(node: Node, path: tuple[str, ...]) -> str:
-    for source, module_class in node.meta["nn_module_stack"].values():
-        if parse_module_source(source) == path:
-            return str(getattr(module_class, "__name__", module_class)).rpartition(".")[2]
-    return "Module"

@@ -1,4 +1,4 @@
-"""Facts about single nodes of a Dynamo graph: where a node comes from, what it reads, what it costs.
+"""Facts about single nodes of a Dynamo graph: where they come from, what they read and cost.
 
 Knows FX nodes and fake tensors; knows nothing of block loops, regions or caching.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,18 +20,18 @@ ModulePath = tuple[str, ...]
 _SOURCE_NOISE = frozenset({"__dict__", "_modules", "_orig_mod", "getattr", "G", "L"})
 
 VIEW_OPS = frozenset(
-    "chunk split split_with_sizes tensor_split unbind narrow select getitem view view_as reshape "
+    "chunk split split_with_sizes tensor_split unbind narrow select getitem view view_as reshape "  # noqa: SIM905
     "flatten unflatten permute transpose movedim swapaxes t squeeze unsqueeze expand expand_as "
     "detach alias contiguous".split()
 )
 """Operations whose result may share memory with their first argument."""
 
-CAST_OPS = frozenset("to type type_as float half bfloat16 double".split())
+CAST_OPS = frozenset({"to", "type", "type_as", "float", "half", "bfloat16", "double"})
 """Operations that change at most dtype or device, element by element."""
 
 ELEMENTWISE_OPS = CAST_OPS | frozenset(
-    "add sub mul div truediv neg addcmul iadd isub imul itruediv clamp clip dropout contiguous "
-    "clone rsub radd rmul pos".split()
+    "add sub mul div truediv neg pos addcmul clamp clip dropout contiguous clone radd rsub rmul "  # noqa: SIM905
+    "iadd isub imul itruediv".split()
 )
 """Arithmetic of one output element from the elements at the same place."""
 
@@ -43,7 +44,7 @@ def op_name(node: Node) -> str:
     if isinstance(node.target, str):
         return node.target
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
+        return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target))
 
 
@@ -66,22 +67,44 @@ def is_static_input(node: Node) -> bool:
 
 
 def argument_name(placeholder: Node) -> str:
-    """The name of the model's argument that a placeholder carries (``"timestep"``).
+    """The name that the caller knows a graph input by (``"timestep"``), indices left out.
 
-    Read from Dynamo's source (``L['kwargs']['timestep']``); the node's own name where there is none.
+    The innermost name where arguments lie in lists or dicts: ``kwargs["cond"]["t"][0]`` is ``"t"``.
+    An input without a name of its own (``args[1]``, a size of another input) has its whole path.
+    """
+    steps = _source_steps(placeholder)
+    if steps and "size" not in steps:
+        named = [step for step in steps if not step.isdigit() and step != "args"]
+        if named:
+            return named[-1]
+    return input_name(placeholder)
+
+
+def input_name(placeholder: Node) -> str:
+    """The whole path of a graph input as one identifier: ``cond_t_0``, ``args_1``, ``timestep``."""
+    if tensor_of(placeholder) is None and not isinstance(placeholder.target, str):
+        return str(placeholder.name)
+    return "_".join(_source_steps(placeholder)) or str(placeholder.name)
+
+
+def _source_steps(placeholder: Node) -> list[str]:
+    """``L['kwargs']['cond'][0]`` -> ``["cond", "0"]``.
+
+    Dynamo takes the source away when compilation ends; the node's target still spells it.
     """
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
     if callable(name):
         name = name()
-    keys = re.findall(r"\['?([^'\]]+)'?\]", name or "")
-    if keys and keys[0] in ("kwargs", "args"):
-        keys = keys[1:]
-    return keys[0] if keys else str(placeholder.name)
+    if name:
+        steps = [step for step in re.findall(r"\w+", name) if step not in _SOURCE_NOISE]
+    else:
+        steps = [re.sub(r"^[lLgG]_|_+$", "", str(placeholder.target)).removeprefix("kwargs_")]
+    return steps[1:] if steps[:1] == ["kwargs"] else steps
 
 
 def module_path(node: Node) -> ModulePath:
-    """The path of the module that a node was traced in: ``("transformer_blocks", "7", "attn")``.
+    """The path of the module that a node was traced in: ``("blocks", "7", "attn")``.
 
     Empty for the root module and for nodes that carry no ``nn_module_stack``.
     """
@@ -92,9 +115,18 @@ def module_path(node: Node) -> ModulePath:
     return parse_module_source(source)
 
 
+def module_class(node: Node, path: ModulePath) -> str:
+    """The class name of the module of that path, which a node was traced in."""
+    for source, module_type in node.meta["nn_module_stack"].values():
+        if parse_module_source(source) == path:
+            return str(getattr(module_type, "__name__", module_type)).rpartition(".")[2]
+    return "Module"
+
+
+@lru_cache(maxsize=4096)
 def parse_module_source(source: str) -> ModulePath:
     """``"L['self'].__dict__['_modules']['blocks'].0.attn"`` -> ``("blocks", "0", "attn")``."""
-    steps = [step for step in re.findall(r"\w+", source) if step not in _SOURCE_NOISE]
+    steps = [step for step in re.findall(r"[\w-]+", source) if step not in _SOURCE_NOISE]
     # The first step is the local variable that holds the root module.
     return tuple(steps[1:])
 
@@ -111,7 +143,7 @@ def numel(value: torch.Tensor) -> int:
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A concrete size, or the example that a symbolic one was traced with (1 where there is none)."""
+    """A concrete size, or the example that a symbolic one was traced with (1 if there is none)."""
     if isinstance(size, int):
         return size
     hint = size.node.hint
@@ -124,7 +156,7 @@ def nbytes(value: torch.Tensor) -> int:
 
 
 def arithmetic(node: Node) -> int:
-    """Floating-point operations of a contraction (linear, matmul, attention, convolution), else 0."""
+    """Floating-point operations of a contraction (linear, attention, convolution, ...), else 0."""
     out = tensor_of(node)
     if out is None:
         return 0
@@ -186,7 +218,7 @@ def written_node(node: Node) -> Node:
 
 
 def computation(graph: Graph) -> list[Node]:
-    """The nodes that compute something: all but placeholders, attributes, autocast marks and output."""
+    """The nodes that compute something: no placeholders, attributes, autocast marks, no output."""
     return [
         node
         for node in graph.nodes

@@ -1,7 +1,7 @@
-"""The region: the convex set of nodes from the first to the last block of the block loop.
+r"""The region: the convex set of nodes from the first to the last block of the block loop.
 
     inputs -> prologue -> [ region ] -> epilogue -> outputs
-                   \\____________________/
+                   \____________________/
 
 Everything that does not depend on the region goes to the prologue, wherever the graph lists it
 (rotary embeddings, masks); everything else that is not the region goes to the epilogue.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from omni_cache.passes.node import (
+from .node import (
     argument_name,
     computation,
     dependencies,
@@ -132,16 +132,16 @@ def shrink_body(graph: Graph, region: Region, nodes: Iterable[Node]) -> Region:
 
 
 def check_cuts(graph: Graph, region: Region) -> None:
-    """Raise RegionError where cutting the graph at the region's edges would change what it computes.
+    """Raise RegionError where cutting the graph at the region would change what it computes.
 
-    Refused are in-place writes of the body into memory from outside it (skipping the body would lose
-    them), tuples and other non-tensors that cross a cut, and grad mode switched in one part and back
-    in another. (An autocast scope may cross: each part gets its own copy of it.)
+    Refused are in-place writes of the body into memory from outside it (skipping the body would
+    lose them), tuples and other non-tensors that cross a cut, and grad mode switched in one part
+    and back in another. (An autocast scope may cross: each part gets its own copy of it.)
     """
     body = set(region.body)
-    part = {node: "prologue" for node in region.prologue}
-    part |= {node: "body" for node in region.body}
-    part |= {node: "epilogue" for node in region.epilogue}
+    part = dict.fromkeys(region.prologue, "prologue")
+    part |= dict.fromkeys(region.body, "body")
+    part |= dict.fromkeys(region.epilogue, "epilogue")
     for node in region.body:
         if is_inplace(node) and memory_root(written_node(node)) not in body:
             raise RegionError(
@@ -160,7 +160,7 @@ def check_cuts(graph: Graph, region: Region) -> None:
         crossed = {part[node] for node in _between(graph, opened, closed) if node in part}
         if len(crossed) > 1:
             raise RegionError(
-                "the grad mode is switched inside the block loop and back outside it, or the reverse",
+                "the grad mode is switched inside the block loop and back outside it, or reversely",
                 opened,
             )
 

@@ -1,13 +1,13 @@
-"""Residual pairs: a region output with the region input that it is a residual update of.
+r"""Residual pairs: a region output with the region input that it is a residual update of.
 
     x -> [norm -> attention -> mul] -> add -> [norm -> mlp -> mul] -> add -> out
-     \\________________________________/ \\__________________________/
+     \________________________________/ \__________________________/
          the chain of residual additions that leads from ``out`` back to ``x``
 
 Streams may be concatenated, sliced, reshaped or cast on the way; the chain is followed through such
-views symbolically, so that ``slice(cat(text, image))`` is known to be ``image`` again. What a pair says
-is never needed for exactness, since ``r = out - in`` holds for any ``in`` of the same shape: a good
-pair makes ``r`` change slowly.
+views symbolically, so that ``slice(cat(text, image))`` is known to be ``image`` again. What a pair
+says is never needed for exactness, since ``r = out - in`` holds for any ``in`` of the same shape: a
+good pair makes ``r`` change slowly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Graph, Node
 
-from omni_cache.passes.node import CAST_OPS, op_name, tensor_of
-from omni_cache.passes.region import Region, extend_body
+from .node import CAST_OPS, op_name, tensor_of
+from .region import Region, extend_body
 
 Shape: TypeAlias = tuple[Any, ...]
 
@@ -165,7 +165,7 @@ def _pair(output: Node, origins: Mapping[Node, Origin]) -> ResidualPair:
 
 
 def _absorb_views(graph: Graph, region: Region) -> Region:
-    """Move the cut behind views of an output, as long as it makes a pair with a bare region input."""
+    """Move the cut behind views of an output where that makes a pair with a bare region input."""
     origins = dict(trace_origins(region))
     body = set(region.body)
     taken: list[Node] = []
@@ -299,7 +299,7 @@ def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:
 
 
 def _piece(node: Node, source: Node, origins: Mapping[Node, Origin]) -> Origin | None:
-    """One result of ``split`` or ``chunk``: a slice, whose place follows from its siblings' sizes."""
+    """One result of ``split`` or ``chunk``: a slice, placed by the sizes of its siblings."""
     whole = source.args[0]
     siblings = source.meta.get("example_value")
     index = node.args[1]
@@ -378,7 +378,7 @@ def _permutation(node: Node, name: str, rank: int) -> tuple[int, ...] | None:
     """The order of dimensions of a permute-like node, or None where it is not constant."""
     args = [_argument(node, 1, "dims", "dim0", "source"), _argument(node, 2, "dim1", "destination")]
     if name == "permute":
-        dims = args[0] if isinstance(args[0], (tuple, list)) else node.args[1:]
+        dims: Sequence[Any] = args[0] if isinstance(args[0], (tuple, list)) else node.args[1:]
         if len(dims) != rank or not all(isinstance(dim, int) for dim in dims):
             return None
         return tuple(dim % rank for dim in dims)

@@ -3,8 +3,8 @@
     hidden states -> norm -> mul(1 + scale) -> add(shift) -> [linear ...]
     timestep -> embedding -> scale, shift         ^^^^^ the modulated input of the first block
 
-``auto`` takes the first tensor of the first block that has the hidden states' shape, descends from the
-hidden states and from the timestep, and is complete, i.e. read by something that is not elementwise.
+``auto`` takes the first tensor of the first block that has the hidden states' shape, descends from
+the hidden states and from the timestep, and is complete, i.e. read by something not elementwise.
 Its nodes move to the prologue and the body receives the result: it is computed once, never twice.
 """
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from omni_cache.passes.block_loop import BlockLoop
-from omni_cache.passes.node import (
+from .block_loop import BlockLoop
+from .node import (
     ELEMENTWISE_OPS,
     argument_name,
     computation,
@@ -26,8 +26,8 @@ from omni_cache.passes.node import (
     op_name,
     tensor_of,
 )
-from omni_cache.passes.region import Region, RegionError
-from omni_cache.passes.residual import ResidualPair, leaves
+from .region import Region, RegionError
+from .residual import ResidualPair, leaves
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 """Names under which denoising networks take the point in time, in order of preference."""
@@ -38,8 +38,8 @@ class Signal:
     """The tensor to compare between steps.
 
     ``kind`` is ``"modulated input"``, ``"timestep embedding"``, ``"module output"`` or
-    ``"hidden states"`` (where the graph has no timestep). ``moved`` are the nodes of the region that
-    must move to the prologue for the signal to be known before the body.
+    ``"hidden states"`` (where the graph has no timestep). ``moved`` are the nodes of the region
+    that must move to the prologue for the signal to be known before the body.
     """
 
     node: Node
@@ -106,7 +106,7 @@ def _hidden_states(region: Region, pairs: Sequence[ResidualPair]) -> Node:
 
 
 def _modulated_input(loop: BlockLoop, conditioning: Sequence[Node], hidden: Node) -> Node | None:
-    """The first complete tensor of block 0 that both the hidden states and the conditioning reach."""
+    """The first complete tensor of block 0 that hidden states and conditioning both reach."""
     nodes = loop.blocks[0].nodes
     inner = set(nodes)
     timed, streamed = set(conditioning), {hidden}

@@ -8,8 +8,8 @@
 The subtraction is the last node of the body and the addition the first of ``reuse``, which is the
 epilogue a second time, so that a compiler fuses both with their neighbours.
 
-A residual is cached with its non-finite elements replaced by zero, and the body says in ``finite`` if
-there were none: no NaN can be reused, even by a gate that reads nothing back from the device.
+A residual is cached with its non-finite elements replaced by zero, and the body says in ``finite``
+if there were none: no NaN can be reused, even by a gate that reads nothing back from the device.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from omni_cache.passes.block_loop import BlockLoop, find_block_loop
-from omni_cache.passes.node import autocast_scopes, is_static_input, nbytes, tensor_of
-from omni_cache.passes.region import Region, RegionError, check_cuts, close_region, shrink_body
-from omni_cache.passes.residual import (
+from .block_loop import BlockLoop, find_block_loop
+from .node import autocast_scopes, is_static_input, nbytes, tensor_of
+from .region import Region, RegionError, check_cuts, close_region, shrink_body
+from .residual import (
     Cat,
     Leaf,
     Permute,
@@ -34,10 +34,12 @@ from omni_cache.passes.residual import (
     leaves,
     pair_outputs,
 )
-from omni_cache.passes.signal import Signal, find_signal, find_timestep
+from .signal import Signal, find_signal, find_timestep
 
 FINITE = "finite"
 """The name of the body's last output: a bool tensor, whether every residual was finite."""
+
+_GUARD = "omni_cache_guard"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class Analysis:
 
 @dataclass(frozen=True)
 class GuardedGraph:
-    """A graph split at its region. ``residuals`` names what a computed step leaves for a reused one."""
+    """A graph split at its region.
+
+    ``residuals`` names the outputs of ``body`` that a computed step leaves to reused ones.
+    """
 
     analysis: Analysis
     prologue: Part
@@ -146,8 +151,8 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
     prologue.copy(region.prologue)
     made = [node for node in region.prologue if node in kept]
     composed = [each for each in partners.values() if each.composed]
-    for partner in composed:
-        prologue.compose(partner)
+    for each in composed:
+        prologue.compose(each)
     prologue_part = prologue.finish(
         [*((node.name, prologue.values[node]) for node in made)]
         + [(each.name, prologue.named[each.name]) for each in composed]
@@ -195,8 +200,13 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
     )
 
 
+def is_guard(node: Node) -> bool:
+    """Whether a node of a part is no copy of a traced one: a residual, a partner, an addition."""
+    return _GUARD in node.meta
+
+
 class _Partner:
-    """The partner of an output: a region input as it is, or views that the prologue must compose."""
+    """The partner of an output: a region input as it is, or views for the prologue to compose."""
 
     def __init__(self, name: str, view: View) -> None:
         self.view = view
@@ -230,8 +240,7 @@ class _Builder:
             same += 1
         while len(entered) > same:
             self.call(torch.amp.autocast_mode._exit_autocast, entered.pop()[1])
-        for scope in wanted[same:]:
-            entered.append((scope, self.graph.node_copy(scope)))
+        entered += [(scope, self.graph.node_copy(scope)) for scope in wanted[same:]]
 
     def read(self, node: Node) -> Node:
         """The new graph's node for a node of the old one."""
@@ -261,7 +270,9 @@ class _Builder:
         return new
 
     def call(self, function: object, *args: object) -> Node:
-        return self.graph.call_function(function, args)  # type: ignore[arg-type]
+        new = self.graph.call_function(function, args)  # type: ignore[arg-type]
+        new.meta[_GUARD] = True
+        return new
 
     def compose(self, partner: _Partner) -> None:
         self.named[partner.name] = self._compose(partner.view)
