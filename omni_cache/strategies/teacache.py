@@ -133,8 +133,11 @@ class RelL1Gate(Gate):
 
     def decide(self, step: Step) -> Decision:
         """Compare the signal with that of the call before."""
-        signal, config = step.signal, self.strategy.config
-        assert signal is not None, "TeaCache needs a signal"
+        assert step.signal is not None, "TeaCache needs a signal"
+        config = self.strategy.config
+        # The kernel compares the dtypes that models run in; float64 is compared in float32.
+        wide = step.signal.dtype == torch.float64
+        signal = step.signal.float() if wide else step.signal
         if self.previous is None or self.accumulated is None:
             self._start(signal)
             return Decision(True, "first step")
