@@ -92,7 +92,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     with torch.no_grad():
         torch.compile(forward, backend=report)()
     # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
-    torch._dynamo.reset_code(forward.__code__)
+    torch._dynamo.eval_frame.remove_from_cache(forward)
     explanation = Explanation(tuple(reports), tuple(breaks))
     print(explanation)
     return explanation
