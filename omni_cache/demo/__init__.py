@@ -1,0 +1,36 @@
+"""The bundled demo: a tiny trained FLUX pipeline, and the command that measures caching on it.
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+__all__ = ["demo_pipeline_path", "load_demo_pipeline"]
+
+
+def demo_pipeline_path() -> Path:
+    """The folder of the bundled pipeline, in diffusers format."""
+    return Path(__file__).parent / "pipeline"
+
+
+def load_demo_pipeline(path: Path | None = None) -> FluxPipeline:
+    """Load the bundled pipeline offline, in float32, on the CPU.
+
+    ``FluxPipeline`` draws 128x128 latents by default, whatever the transformer was trained on;
+    here ``default_sample_size`` is set to the trained size, so that ``pipe(prompt)`` needs no
+    ``height`` and ``width``.
+
+    Args:
+        path: another folder, written by ``scripts/train_demo``.
+    """
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(path or demo_pipeline_path(), local_files_only=True)
+    pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
+    return pipe
