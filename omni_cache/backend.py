@@ -12,7 +12,7 @@ from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
 from omni_cache.options import CompileOptions
-from omni_cache.passes import Part, RegionError, analyse, is_static_input, split
+from omni_cache.passes import NoBlockLoopError, Part, RegionError, analyse, is_static_input, split
 from omni_cache.runtime import CompiledParts, Executor
 
 logger = logging.getLogger(__name__)
@@ -52,17 +52,18 @@ def omni_cache_backend(
     flags = CompileOptions.parse(options, mode)
     if flags.strategy is None:
         return compile_part(gm, example_inputs, flags)
-    model_class = traced_class_name()
+    model_class, is_piece = traced_frame(gm)
     try:
         return _compile_guarded(gm, example_inputs, flags, model_class)
     except RegionError as error:
         if flags.strict:
             raise
         message = f"{model_class or 'a model'} runs uncached: {error}"
-        # A model that breaks into several graphs has pieces without blocks beside the one with
-        # them.
-        warnings.warn(message, UncachedWarning, stacklevel=2)
-        logger.info(message)
+        if is_piece and isinstance(error, NoBlockLoopError):
+            # A model that breaks into several graphs has its block loop in another one.
+            logger.info("a piece of %s", message)
+        else:
+            warnings.warn(message, UncachedWarning, stacklevel=2)
         return compile_part(gm, example_inputs, flags)
 
 
@@ -141,13 +142,22 @@ def compile_part(
     return inner(gm, list(example_inputs), **extra)
 
 
-def traced_class_name() -> str | None:
-    """The class of the module that Dynamo is compiling now; None where it compiles a function."""
+def traced_frame(gm: GraphModule) -> tuple[str | None, bool]:
+    """What Dynamo is compiling now.
+
+    Returns:
+        The class of the module whose forward it is (None where it is a function's), and whether the
+        graph is only a piece of it, between graph breaks.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    is_piece = bool(ended is not None and ended.graph_break)
     try:
         frame = InstructionTranslator.current_tx().output.root_tx
     except AttributeError:  # called by hand, not by Dynamo
-        return None
-    owner = frame.f_locals.get("self")
-    return type(owner).__name__ if isinstance(owner, torch.nn.Module) else None
+        return None, is_piece
+    modules = (each for each in frame.f_locals.values() if isinstance(each, torch.nn.Module))
+    owner = next(modules, None)
+    resumed = frame.f_code.co_name.startswith("torch_dynamo_resume_in")
+    return None if owner is None else type(owner).__name__, is_piece or resumed

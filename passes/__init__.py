@@ -15,7 +15,7 @@ from .block_loop import (
     find_block_loop,
 )
 from .node import is_static_input
-from .region import Region, RegionError, check_cuts, close_region
+from .region import NoBlockLoopError, Region, RegionError, check_cuts, close_region
 from .residual import ResidualPair, pair_outputs
 from .signal import Signal, find_signal, find_timestep
 from .split import FINITE, Analysis, GuardedGraph, Part, analyse, split
@@ -28,6 +28,7 @@ __all__ = [
     "BlockList",
     "BlockLoop",
     "GuardedGraph",
+    "NoBlockLoopError",
     "Part",
     "Region",
     "RegionError",

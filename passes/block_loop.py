@@ -31,7 +31,7 @@ from .node import (
     module_path,
     op_name,
 )
-from .region import RegionError, close_region
+from .region import NoBlockLoopError, RegionError, close_region
 from .residual import streams, trace_origins
 
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
@@ -133,7 +133,9 @@ def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLo
         names: paths of the ``ModuleList``s to take, where the choice is the caller's.
 
     Raises:
-        RegionError: no list holds attention, or a given name is no list that the graph runs.
+        NoBlockLoopError: no list holds attention.
+        RegionError: a given name is no list that the graph runs, or the graph begins inside the
+            loop.
     """
     lists = find_block_lists(graph)
     if names is not None:
@@ -141,11 +143,18 @@ def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLo
     candidates = [each for each in lists if each.has_attention and len(each.nodes) > 1]
     if not candidates:
         found = ", ".join(each.path for each in lists) or "none"
-        raise RegionError(
+        raise NoBlockLoopError(
             f"no list of repeated blocks with attention in the graph (lists found: {found}); name "
             "the ModuleLists of the block loop with the option region=[...]"
         )
     main = max(candidates, key=lambda each: each.arithmetic)
+    first = min(main.blocks, key=lambda block: block.index)
+    if first.index > 0:
+        raise RegionError(
+            f"the graph begins inside the block loop, at {main.path}.{first.index}: a graph break "
+            "cuts the loop in two; explain() says where, and what to change is there",
+            first.nodes[0],
+        )
     at = candidates.index(main)
     chosen = [main]
     for earlier in reversed(candidates[:at]):

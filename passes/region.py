@@ -46,6 +46,10 @@ class RegionError(Exception):
         self.node = node
 
 
+class NoBlockLoopError(RegionError):
+    """The graph has no block loop at all; it may be a piece of a model that has it elsewhere."""
+
+
 @dataclass(frozen=True)
 class Region:
     """A three-way partition of a graph's computation. All tuples are in graph order.
