@@ -28,7 +28,8 @@ class Explanation:
 
     Attributes:
         graphs: one report for each graph that Dynamo captured, in order.
-        breaks: why Dynamo broke the model into several graphs, with file and line.
+        breaks: the first graph break, if Dynamo cannot capture the model as one graph: why, the
+            file and line, and what to change.
     """
 
     graphs: tuple[GraphReport, ...]
@@ -74,9 +75,6 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     breaks: list[str] = []
 
     def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
-        ended = gm.compile_subgraph_reason
-        if ended is not None and ended.graph_break:
-            breaks.append(_break_text(ended))
         try:
             analysis = analyse(gm.graph, region=flags.region, signal=flags.signal or "auto")
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
@@ -90,7 +88,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         return module.forward(*args, **kwargs)
 
     with torch.no_grad():
-        torch.compile(forward, backend=report)()
+        try:
+            torch.compile(forward, backend=report, fullgraph=True)()
+        except torch._dynamo.exc.Unsupported as error:
+            breaks.append(_break_text(error))
+            reports.clear()
+            torch.compile(forward, backend=report)()
     # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
     torch._dynamo.eval_frame.remove_from_cache(forward)
     explanation = Explanation(tuple(reports), tuple(breaks))
@@ -98,7 +101,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     return explanation
 
 
-def _break_text(reason: Any) -> str:
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    place = f" ({frame.filename}:{frame.lineno})" if frame is not None else ""
-    return f"{reason.reason.splitlines()[0]}{place}"
+def _break_text(error: torch._dynamo.exc.Unsupported) -> str:
+    """Why Dynamo could not go on, where in the user's code, and what it advises."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    advice = [line.removeprefix("Hint: ") for line in lines if line.startswith("Hint: ")]
+    stack = getattr(error, "real_stack", None)
+    place = f", at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
+    return " ".join([f"{lines[0]}{place}.", *advice[:1]])
