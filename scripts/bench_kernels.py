@@ -1,0 +1,233 @@
+"""Measures `rel_l1_gate` on a GPU, beside a copy and beside the eager formula.
+
+Usage: python scripts/bench_kernels.py FOLDER
+
+Writes FOLDER/kernels.json and FOLDER/kernels.txt. Exits with 1 when a bar is missed and with 2 when
+there is no CUDA device. Every time is the median over rounds in which the candidates take turns, so
+that the clocks of the moment touch all of them alike. The calls of a round rotate through buffers
+that together hold several times what the L2 cache does.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from omni_cache import kernels
+
+SHAPE, DTYPE = (4096, 3072), torch.bfloat16
+MOVED_BYTES = 3 * 4096 * 3072 * 2  # two reads and one write
+SETS, ROUNDS = 16, 100
+COEFFICIENTS = [0.1, -0.2, 0.3, 1.0, 0.01]
+THRESHOLD = 0.2
+
+COPY = "copy of as many bytes"
+LARGE_COPY = "copy of 1 GiB"
+GATE = "rel_l1_gate on the GPU alone (graph replay)"
+GATE_CALL = "rel_l1_gate, called from Python"
+GATE_READ = "rel_l1_gate, called from Python, verdict read"
+EAGER = "eager formula with .item()"
+BYTES = {COPY: MOVED_BYTES, LARGE_COPY: 2 * 2**30, GATE: MOVED_BYTES}
+
+
+class Buffers:
+    """SETS pairs of signals to alternate between, and the state of a gate for each."""
+
+    def __init__(self) -> None:
+        self.signals = torch.randn(2, SETS, *SHAPE, device="cuda").to(DTYPE)
+        self.previous = torch.randn(SETS, *SHAPE, device="cuda").to(DTYPE)
+        self.accumulated = torch.zeros(SETS, 1, dtype=torch.float64, device="cuda")
+        self.workspace = kernels.rel_l1_workspace("cuda")
+        self.coefficients = torch.tensor(COEFFICIENTS, dtype=torch.float64, device="cuda")
+        half = MOVED_BYTES // 2 // DTYPE.itemsize
+        self.sources = torch.randn(SETS, half, device="cuda").to(DTYPE)
+        self.targets = torch.empty_like(self.sources)
+        self.large_source = torch.randn(2**28, device="cuda")
+        self.large_target = torch.empty_like(self.large_source)
+
+    def gate(self, side: int, index: int) -> Tensor:
+        """Decide, and leave the verdict on the device."""
+        return kernels.rel_l1_gate(
+            self.signals[side, index],
+            self.previous[index],
+            self.accumulated[index],
+            self.workspace,
+            self.coefficients,
+            THRESHOLD,
+        )
+
+    def gate_and_read(self, side: int, index: int) -> bool:
+        """Decide, and wait for the verdict."""
+        return self.gate(side, index)[0].item() == 0.0
+
+    def eager(self, side: int, index: int) -> bool:
+        """Decide as a Python hook does; it keeps `previous` by reference and need not write it."""
+        current, previous = self.signals[side, index], self.signals[1 - side, index]
+        distance = ((current - previous).abs().mean() / (previous.abs().mean() + 1e-8)).item()
+        rescaled = 0.0
+        for coefficient in COEFFICIENTS:
+            rescaled = rescaled * distance + coefficient
+        return abs(rescaled) < THRESHOLD
+
+    def copy(self, side: int, index: int) -> None:
+        """Move as many bytes as the gate does."""
+        self.targets[index].copy_(self.sources[index])
+
+    def large_copy(self, side: int, index: int) -> None:
+        """Move far more than any cache holds."""
+        self.large_target.copy_(self.large_source)
+
+
+def both_sides(call: Callable[[int, int], object], sets: int = SETS) -> Callable[[], None]:
+    """Return a function that makes 2 * `sets` calls, each on data of its own."""
+
+    def run() -> None:
+        for side in range(2):
+            for index in range(sets):
+                call(side, index)
+
+    return run
+
+
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """Return a replay of what `run` launches, free of what the host takes to launch it."""
+    run()  # compiles, which a capture cannot
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def microseconds_in_turn(candidates: dict[str, tuple[Callable[[], None], int]]) -> dict[str, float]:
+    """Return each candidate's median time per call, from what runs it and how often it calls."""
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for run, _ in candidates.values():
+        for _ in range(3):
+            run()
+    for _ in range(ROUNDS):
+        for name, (run, calls) in candidates.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            samples[name].append(start.elapsed_time(end) * 1e3 / calls)
+    return {name: median(times) for name, times in samples.items()}
+
+
+def measure() -> dict[str, float]:
+    """Return microseconds per call by what was called."""
+    buffers = Buffers()
+    on_the_gpu = {
+        COPY: (captured(both_sides(buffers.copy)), 2 * SETS),
+        LARGE_COPY: (captured(both_sides(buffers.large_copy, sets=1)), 2),
+        GATE: (captured(both_sides(buffers.gate)), 2 * SETS),
+    }
+    from_python = {
+        GATE_CALL: (both_sides(buffers.gate), 2 * SETS),
+        GATE_READ: (both_sides(buffers.gate_and_read), 2 * SETS),
+        EAGER: (both_sides(buffers.eager), 2 * SETS),
+    }
+    return microseconds_in_turn(on_the_gpu) | microseconds_in_turn(from_python)
+
+
+def environment() -> dict[str, str]:
+    """Return what the figures depend on."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver,
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def bars(times: dict[str, float]) -> list[dict[str, Any]]:
+    """Return what the kernel must reach, what it reached, and whether that is enough."""
+    reached = {
+        "bandwidth of rel_l1_gate over that of a copy": (
+            bandwidth(times, GATE) / bandwidth(times, COPY),
+            0.8,
+        ),
+        "speed of rel_l1_gate over that of the eager formula": (
+            times[EAGER] / times[GATE_CALL],
+            4.0,
+        ),
+    }
+    return [
+        {"name": name, "reached": value, "needed": needed, "passed": value >= needed}
+        for name, (value, needed) in reached.items()
+    ]
+
+
+def bandwidth(times: dict[str, float], name: str) -> float:
+    """Return GB/s: bytes read and written, over the median time."""
+    return BYTES[name] / times[name] / 1e3
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """Return the result as lines for people."""
+    lines = [f"{key:9} {value}" for key, value in result["environment"].items()]
+    lines += ["", f"{result['shape']} {result['dtype']}, median of {result['rounds']} rounds", ""]
+    for name, time in result["microseconds_per_call"].items():
+        rate = result["gigabytes_per_second"].get(name)
+        lines.append(f"{name:46} {time:9.2f} us" + (f" {rate:8.0f} GB/s" if rate else ""))
+    lines.append("")
+    for bar in result["bars"]:
+        verdict = "passed" if bar["passed"] else "MISSED"
+        lines.append(f"{bar['name']:52} {bar['reached']:6.2f}  needed {bar['needed']}  {verdict}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Measure, write and judge; return the exit status."""
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("bench_kernels needs a CUDA device, and torch sees none here.", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    times = measure()
+    result: dict[str, Any] = {
+        "environment": environment(),
+        "shape": list(SHAPE),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "rounds": ROUNDS,
+        "bytes_per_call": MOVED_BYTES,
+        "microseconds_per_call": times,
+        "gigabytes_per_second": {name: bandwidth(times, name) for name in BYTES},
+        "bars": bars(times),
+    }
+    (folder / "kernels.json").write_text(json.dumps(result, indent=2) + "\n")
+    text = as_text(result)
+    (folder / "kernels.txt").write_text(text)
+    print(text)
+    return 0 if all(bar["passed"] for bar in result["bars"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
