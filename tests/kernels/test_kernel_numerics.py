@@ -275,6 +275,16 @@ def test_magnitude_gate_follows_the_reference_over_successive_steps(
         assert_close(state.cpu(), expected_state, rtol=FP64, atol=0.0)
 
 
+def test_magnitude_gate_still_reuses_at_an_error_equal_to_the_threshold(
+    implementation: Implementation,
+) -> None:
+    state = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64, device=implementation.device)
+    ratio = torch.tensor([0.75], dtype=torch.float64, device=implementation.device)
+    assert implementation.magnitude_gate(state, ratio, 0.25, 9).tolist() == [0.0, 0.75, 0.25]
+    assert implementation.magnitude_gate(state, ratio, 0.25, 9).tolist() == [1.0, 0.5625, 0.6875]
+    assert state.tolist() == [1.0, 0.0, 0.0]
+
+
 def test_magnitude_gate_reuses_max_skip_steps_times_and_then_computes(
     implementation: Implementation,
 ) -> None:
