@@ -238,6 +238,6 @@ def _mixes_activations(node: Node, fixed: set[Node]) -> bool:
     """Whether a node multiplies activations with activations, as only attention does."""
     if is_fused_attention(node):
         return True
-    if op_name(node) not in ("matmul", "bmm", "baddbmm", "einsum"):
+    if op_name(node) not in ("matmul", "bmm", "mm", "baddbmm", "einsum"):
         return False
     return sum(each not in fixed for each in node.all_input_nodes) >= 2

@@ -19,13 +19,14 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Graph, Node
 
-from .node import CAST_OPS, op_name, tensor_of
+from .node import CAST_OPS, argument, is_known, op_name, same_shape, same_size, tensor_of
 from .region import Region, extend_body
 
-Shape: TypeAlias = tuple[Any, ...]
+Size: TypeAlias = int | torch.SymInt
+Shape: TypeAlias = tuple[Size, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
     """A region input as it is."""
 
@@ -33,18 +34,18 @@ class Leaf:
     shape: Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slice:
     """Elements ``start`` to ``stop`` of one dimension."""
 
     of: View
     dim: int
-    start: int
-    stop: int
+    start: Size
+    stop: Size
     shape: Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cat:
     """Several views along one dimension."""
 
@@ -53,7 +54,7 @@ class Cat:
     shape: Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reshape:
     """The same elements in the same order in another shape."""
 
@@ -61,7 +62,7 @@ class Reshape:
     shape: Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Permute:
     """The same elements with their dimensions in another order."""
 
@@ -113,12 +114,19 @@ def leaves(view: View) -> list[Node]:
 def trace_origins(region: Region) -> dict[Node, Origin]:
     """The origin of every node of the body that continues a residual stream. One linear sweep."""
     origins: dict[Node, Origin] = {}
-    for node in region.inputs:
+    # Which region inputs a node depends on, one bit for each.
+    reads: dict[Node, int] = {}
+    for place, node in enumerate(region.inputs):
+        reads[node] = 1 << place
         value = tensor_of(node)
         if value is not None and value.dtype.is_floating_point:
             origins[node] = Origin(Leaf(node, tuple(value.shape)), 0)
     for node in region.body:
-        origin = _origin(node, origins)
+        read = 0
+        for each in node.all_input_nodes:
+            read |= reads.get(each, 0)
+        reads[node] = read
+        origin = _origin(node, origins, reads)
         if origin is not None:
             origins[node] = origin
     return origins
@@ -144,8 +152,11 @@ def pair_outputs(graph: Graph, region: Region) -> tuple[Region, tuple[ResidualPa
         The region, possibly with a few views of the epilogue taken into its body, and a pair for
         each of its outputs.
     """
-    region = _absorb_views(graph, region)
     origins = trace_origins(region)
+    views = _views_to_take(region, origins)
+    if views:
+        region = extend_body(graph, region, views)
+        origins = trace_origins(region)
     return region, tuple(_pair(output, origins) for output in region.outputs)
 
 
@@ -154,50 +165,48 @@ def _pair(output: Node, origins: Mapping[Node, Origin]) -> ResidualPair:
     value = tensor_of(output)
     if origin is None or origin.additions == 0 or value is None:
         return ResidualPair(output, None, 0)
-    dtypes = {
-        tensor.dtype for leaf in leaves(origin.view) if (tensor := tensor_of(leaf)) is not None
-    }
-    if dtypes != {value.dtype} or not _same_shape(origin.view.shape, value.shape):
-        return ResidualPair(output, None, 0)
-    if not isinstance(origin.view, Leaf) and not _is_concrete(origin.view):
+    inputs = (tensor_of(leaf) for leaf in leaves(origin.view))
+    fits = same_shape(origin.view.shape, value.shape) and all(
+        each is not None and each.dtype == value.dtype for each in inputs
+    )
+    if not fits or not (isinstance(origin.view, Leaf) or _is_concrete(origin.view)):
         return ResidualPair(output, None, 0)
     return ResidualPair(output, origin.view, origin.additions)
 
 
-def _absorb_views(graph: Graph, region: Region) -> Region:
-    """Move the cut behind views of an output where that makes a pair with a bare region input."""
-    origins = dict(trace_origins(region))
-    body = set(region.body)
+def _views_to_take(region: Region, origins: Mapping[Node, Origin]) -> list[Node]:
+    """The views behind outputs that lead from a compound of region inputs to bare ones."""
+    known = dict(origins)
+    epilogue = set(region.epilogue)
     taken: list[Node] = []
     for output in region.outputs:
-        origin = origins.get(output)
-        if origin is None or not origin.additions or isinstance(origin.view, Leaf):
-            continue
-        taken += _views_down_to_leaves(output, origins, body)
-    return extend_body(graph, region, taken) if taken else region
+        origin = known.get(output)
+        if origin is not None and origin.additions and not isinstance(origin.view, Leaf):
+            taken += _views_down_to_leaves(output, known, epilogue)
+    return taken
 
 
 def _views_down_to_leaves(
-    output: Node, origins: dict[Node, Origin], body: Collection[Node]
+    output: Node, origins: dict[Node, Origin], epilogue: Collection[Node]
 ) -> list[Node]:
     """The views behind an output, when every path through them ends at a bare region input."""
-    additions = origins[output].additions
     views: list[Node] = []
     frontier = [output]
     while frontier:
-        for user in frontier.pop().users:
-            if user in body:
+        node = frontier.pop()
+        for user in node.users:
+            if user not in epilogue and user.op != "output":
                 continue
-            if op_name(user) in _PIECES:
-                views.append(user)
-                frontier.append(user)
-                continue
-            origin = _origin(user, origins) if user.op != "output" else None
-            if origin is None or origin.additions != additions:
+            # What else a view reads, such as the size of another tensor, must be known by then.
+            if any(each in epilogue and each not in views for each in user.all_input_nodes):
                 return []
-            origins[user] = origin
+            if op_name(user) not in _PIECES:
+                origin = _view_origin(user, origins)
+                if origin is None:
+                    return []
+                origins[user] = origin
             views.append(user)
-            if not isinstance(origin.view, Leaf):
+            if op_name(user) in _PIECES or not isinstance(origins[user].view, Leaf):
                 frontier.append(user)
     return views
 
@@ -206,91 +215,117 @@ def _views_down_to_leaves(
 
 _PIECES = frozenset({"chunk", "split", "split_with_sizes", "tensor_split"})
 _IDENTITY = (
-    frozenset({"contiguous", "clone", "dropout", "clamp", "clip", "detach", "alias"}) | CAST_OPS
+    frozenset({"contiguous", "clone", "dropout", "clamp", "clip", "detach", "alias", "nan_to_num"})
+    | CAST_OPS
 )
+_EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "tile"})
 _RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"})
+_PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+_SUMS = frozenset({"add", "iadd", "add_", "radd"})
+_UPDATES_OF_THE_FIRST = frozenset(
+    ("sub", "isub", "sub_", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "addmm", "baddbmm")
+)
 
 
-def _origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
+def _origin(node: Node, origins: Mapping[Node, Origin], reads: Mapping[Node, int]) -> Origin | None:
     """The origin of one node from those of its inputs, or None where no stream continues in it."""
+    name = op_name(node)
+    if name in _SUMS or name in _UPDATES_OF_THE_FIRST:
+        return _add(node, origins, reads)
+    return _view_origin(node, origins)
+
+
+def _add(node: Node, origins: Mapping[Node, Origin], reads: Mapping[Node, int]) -> Origin | None:
+    """The operand that has come the longest way is the stream, the others are updates of it.
+
+    An operand that does not depend on the stream (a position embedding, the residual of a control
+    network, a shift) joins it without counting as an addition.
+    """
     value = tensor_of(node)
-    if value is None or not node.args:
+    terms = [argument(node, 0, "input", "self"), argument(node, 1, "other")]
+    if op_name(node) in _UPDATES_OF_THE_FIRST or argument(node, 2, "alpha", default=1) != 1:
+        terms.pop()
+    if value is None or len(node.all_input_nodes) < 2:  # 1 + scale continues no stream
+        return None
+    best: Origin | None = None
+    updated = -1
+    for term in terms:
+        origin = origins.get(term) if isinstance(term, Node) else None
+        if origin is None or not same_shape(origin.view.shape, value.shape):
+            continue
+        others = [reads.get(each, 0) for each in node.all_input_nodes if each is not term]
+        stream = [reads[leaf] for leaf in leaves(origin.view)]
+        updates = int(any(one & other for one in others for other in stream))
+        if best is None or (origin.additions, updates) > (best.additions, updated):
+            best, updated = origin, updates
+    return None if best is None else Origin(best.view, best.additions + updated)
+
+
+def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
+    """The origin of a node that computes nothing: a view, a cast, a concatenation."""
+    value = tensor_of(node)
+    if value is None:
         return None
     name = op_name(node)
-    source = node.args[0] if isinstance(node.args[0], Node) else None
-    if name in ("add", "iadd", "add_", "radd", "sub"):
-        operands = [arg for arg in node.args[:2] if isinstance(arg, Node)]
-        if len(operands) < 2:  # adding a constant, as in (1 + scale), continues no stream
-            return None
-        return _add(operands[:1] if name == "sub" else operands, value, origins)
     if name in ("cat", "concat", "concatenate"):
-        return _cat(node, origins)
-    if name == "getitem" and source is not None and op_name(source) in _PIECES:
+        return _cat(node, value, origins)
+    source = argument(node, 0, "input", "self")
+    if not isinstance(source, Node):
+        return None
+    if name == "getitem" and op_name(source) in _PIECES:
         return _piece(node, source, origins)
-    origin = origins.get(source) if source is not None else None
-    if origin is None or source is None:
+    if source not in origins:
         return None
+    view = _view(node, name, origins[source].view, value)
+    return None if view is None else Origin(view, origins[source].additions)
+
+
+def _view(node: Node, name: str, view: View, value: torch.Tensor) -> View | None:
+    """What a node makes of a view; None where it is no view of it any more."""
     if name in _IDENTITY:
-        return origin
-    view: View | None = None
-    if name in _RESHAPES:
-        view = _reshape(origin.view, tuple(value.shape))
-    elif name == "getitem":
-        view = _index(origin.view, node.args[1], tuple(value.shape))
-    elif name in ("permute", "transpose", "movedim", "swapaxes"):
-        view = _permute(origin.view, _permutation(node, name, value.dim()))
-    elif name == "narrow":
-        dim, start, length = (
-            _argument(node, i, k) for i, k in ((1, "dim"), (2, "start"), (3, "length"))
-        )
-        if isinstance(start, int) and isinstance(length, int):
-            view = _slice(origin.view, dim % value.dim(), start, start + length)
-    return Origin(view, origin.additions) if view is not None else None
+        return view
+    if name in _EXPANSIONS:
+        return view if same_shape(view.shape, value.shape) else None
+    if name in _RESHAPES and not isinstance(argument(node, 1, "dtype"), torch.dtype):
+        return _reshape(view, tuple(value.shape))
+    if name in _PERMUTES:
+        return _permute(view, _permutation(node, name, value.dim()))
+    if name == "getitem":
+        return _index(view, node.args[1], tuple(value.shape))
+    if name == "narrow":
+        dim = argument(node, 1, "dim")
+        start = _size(argument(node, 2, "start"))
+        length = _size(argument(node, 3, "length"))
+        if isinstance(dim, int) and start is not None and length is not None:
+            return _slice(view, dim % value.dim(), start, start + length)
+    return None
 
 
-def _add(
-    operands: Sequence[Node], value: torch.Tensor, origins: Mapping[Node, Origin]
-) -> Origin | None:
-    """The operand that has come the longest way is the stream, the others are updates of it."""
-    candidates = [
-        origins[operand]
-        for operand in operands
-        if operand in origins and _same_shape(origins[operand].view.shape, value.shape)
-    ]
-    if not candidates:
+def _cat(node: Node, value: torch.Tensor, origins: Mapping[Node, Origin]) -> Origin | None:
+    tensors = argument(node, 0, "tensors")
+    if not isinstance(tensors, (list, tuple)):
         return None
-    oldest = max(candidates, key=lambda origin: origin.additions)
-    return Origin(oldest.view, oldest.additions + 1)
-
-
-def _cat(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
-    tensors = node.args[0]
-    value = tensor_of(node)
-    if not isinstance(tensors, (list, tuple)) or value is None:
+    parts = [origins[each] for each in tensors if isinstance(each, Node) and each in origins]
+    dim = argument(node, 1, "dim", "axis", default=0)
+    if not parts or len(parts) != len(tensors) or not isinstance(dim, int):
         return None
-    parts = [origins.get(each) if isinstance(each, Node) else None for each in tensors]
-    known = [part for part in parts if part is not None]
-    dim = _argument(node, 1, "dim", "axis", default=0)
-    if len(known) != len(parts) or not known or not isinstance(dim, int):
-        return None
-    dim %= value.dim()
-    view = _join([part.view for part in known], dim, tuple(value.shape))
-    return Origin(view, max(part.additions for part in known))
+    view = _join([part.view for part in parts], dim % value.dim(), tuple(value.shape))
+    return Origin(view, max(part.additions for part in parts))
 
 
 def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:
     """Concatenate views; consecutive slices of one view that make it whole again are that view."""
     first = parts[0]
-    if isinstance(first, Slice) and first.start == 0 and first.dim == dim:
-        stop = 0
+    if isinstance(first, Slice) and first.dim == dim:
+        stop: Size = 0
         for part in parts:
-            if not (isinstance(part, Slice) and part.of == first.of and part.dim == dim):
+            if not (isinstance(part, Slice) and part.of is first.of and part.dim == dim):
                 break
-            if part.start != stop:
+            if not same_size(part.start, stop):
                 break
             stop = part.stop
         else:
-            if _same_size(stop, first.of.shape[dim]):
+            if same_size(stop, first.of.shape[dim]):
                 return first.of
     flat: list[View] = []
     for part in parts:
@@ -300,44 +335,35 @@ def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:
 
 def _piece(node: Node, source: Node, origins: Mapping[Node, Origin]) -> Origin | None:
     """One result of ``split`` or ``chunk``: a slice, placed by the sizes of its siblings."""
-    whole = source.args[0]
+    whole = argument(source, 0, "input", "tensor", "self")
     siblings = source.meta.get("example_value")
     index = node.args[1]
     if not isinstance(whole, Node) or whole not in origins or not isinstance(index, int):
         return None
-    if not isinstance(siblings, (tuple, list)) or tensor_of(whole) is None:
+    origin = origins[whole]
+    dim = argument(source, 2, "dim", default=0)
+    if not isinstance(siblings, (tuple, list)) or not isinstance(dim, int):
         return None
-    rank = len(origins[whole].view.shape)
-    dim = _argument(source, 2, "dim", default=0)
-    if not isinstance(dim, int):
-        return None
-    dim %= rank
+    dim %= len(origin.view.shape)
+    index %= len(siblings)
     sizes = [each.shape[dim] for each in siblings]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    index %= len(sizes)
-    view = _slice(origins[whole].view, dim, sum(sizes[:index]), sum(sizes[: index + 1]))
-    return Origin(view, origins[whole].additions) if view is not None else None
+    view = _slice(origin.view, dim, sum(sizes[:index]), sum(sizes[: index + 1]))
+    return Origin(view, origin.additions)
 
 
-def _slice(view: View, dim: int, start: int, stop: int) -> View | None:
+def _slice(view: View, dim: int, start: Size, stop: Size) -> View:
     """``view[start:stop]`` along ``dim``, resolved through concatenations and earlier slices."""
-    size = view.shape[dim]
-    if start == 0 and _same_size(stop, size):
+    if same_size(start, 0) and same_size(stop, view.shape[dim]):
         return view
-    if not isinstance(size, int):
-        return None
     if isinstance(view, Slice) and view.dim == dim:
         return _slice(view.of, dim, view.start + start, view.start + stop)
     if isinstance(view, Cat) and view.dim == dim:
-        offset = 0
+        offset: Size = 0
         for part in view.parts:
-            length = part.shape[dim]
-            if not isinstance(length, int):
-                return None
-            if offset <= start and stop <= offset + length:
+            end = offset + part.shape[dim]
+            if is_known(start >= offset) and is_known(stop <= end):
                 return _slice(part, dim, start - offset, stop - offset)
-            offset += length
+            offset = end
     shape = (*view.shape[:dim], stop - start, *view.shape[dim + 1 :])
     return Slice(view, dim, start, stop, shape)
 
@@ -345,48 +371,59 @@ def _slice(view: View, dim: int, start: int, stop: int) -> View | None:
 def _index(view: View, index: Any, shape: Shape) -> View | None:
     """Basic indexing with slices: ``x[:, 8:]``, ``x[..., :4]``. Anything else ends the stream."""
     entries = list(index) if isinstance(index, tuple) else [index]
-    if entries.count(Ellipsis) > 1 or not all(
-        isinstance(e, slice) or e is Ellipsis for e in entries
-    ):
+    dots = [place for place, entry in enumerate(entries) if entry is Ellipsis]
+    if len(dots) > 1 or not all(isinstance(e, slice) or e is Ellipsis for e in entries):
         return None
-    rank = len(view.shape)
-    if Ellipsis in entries:
-        at = entries.index(Ellipsis)
-        entries[at : at + 1] = [slice(None)] * (rank - len(entries) + 1)
-    result: View | None = view
+    for place in dots:
+        entries[place : place + 1] = [slice(None)] * (len(view.shape) - len(entries) + 1)
     for dim, entry in enumerate(entries):
-        if entry == slice(None):
-            continue
-        size = view.shape[dim]
-        bounds = (entry.start, entry.stop, entry.step)
-        if not isinstance(size, int) or not all(b is None or isinstance(b, int) for b in bounds):
+        bounds = _bounds(entry, view.shape[dim])
+        if bounds is None:
             return None
-        start, stop, step = entry.indices(size)
-        if step != 1 or result is None:
-            return None
-        result = _slice(result, dim, start, stop)
-    return result if result is not None and _same_shape(result.shape, shape) else None
+        view = _slice(view, dim, *bounds)
+    # Where a symbolic bound lies beyond the end, the result is shorter than the bounds say.
+    return view if same_shape(view.shape, shape) else None
+
+
+def _bounds(entry: slice, size: Size) -> tuple[Size, Size] | None:
+    """Start and stop of a slice of a dimension, or None where it has steps or unknown ends."""
+    start = 0 if entry.start is None else _size(entry.start)
+    stop = size if entry.stop is None else _size(entry.stop)
+    if entry.step not in (None, 1) or start is None or stop is None:
+        return None
+    if isinstance(start, int) and isinstance(stop, int) and isinstance(size, int):
+        return slice(start, stop).indices(size)[:2]
+    return (
+        start + size if is_known(start < 0) else start,
+        stop + size if is_known(stop < 0) else stop,
+    )
+
+
+def _size(value: Any) -> Size | None:
+    """A size that is written into a graph, as a number or as a node, or None if it is neither."""
+    known = value.meta.get("example_value") if isinstance(value, Node) else value
+    return known if isinstance(known, (int, torch.SymInt)) else None
 
 
 def _reshape(view: View, shape: Shape) -> View:
     while isinstance(view, Reshape):
         view = view.of
-    return view if _same_shape(view.shape, shape) else Reshape(view, shape)
+    return view if same_shape(view.shape, shape) else Reshape(view, shape)
 
 
 def _permutation(node: Node, name: str, rank: int) -> tuple[int, ...] | None:
     """The order of dimensions of a permute-like node, or None where it is not constant."""
-    args = [_argument(node, 1, "dims", "dim0", "source"), _argument(node, 2, "dim1", "destination")]
+    first = argument(node, 1, "dims", "dim0", "axis0", "source")
+    second = argument(node, 2, "dim1", "axis1", "destination")
     if name == "permute":
-        dims: Sequence[Any] = args[0] if isinstance(args[0], (tuple, list)) else node.args[1:]
+        dims: Sequence[Any] = first if isinstance(first, (tuple, list)) else node.args[1:]
         if len(dims) != rank or not all(isinstance(dim, int) for dim in dims):
             return None
         return tuple(dim % rank for dim in dims)
-    first, second = args
     if not isinstance(first, int) or not isinstance(second, int):
         return None
     order = list(range(rank))
-    if name == "movedim":
+    if name in ("movedim", "moveaxis"):
         order.insert(second % rank, order.pop(first % rank))
     else:
         order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
@@ -402,26 +439,6 @@ def _permute(view: View, dims: tuple[int, ...] | None) -> View | None:
     if dims == tuple(range(len(dims))):
         return view
     return Permute(view, dims, tuple(view.shape[dim] for dim in dims))
-
-
-def _argument(node: Node, position: int, *names: str, default: Any = None) -> Any:
-    """A node's argument by its position or by one of its names."""
-    if len(node.args) > position:
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
-
-
-def _same_size(one: Any, other: Any) -> bool:
-    """Whether two sizes are known to be equal, without adding a guard on a symbolic one."""
-    if isinstance(one, int) and isinstance(other, int):
-        return one == other
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(one == other))
-
-
-def _same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(one) == len(other) and all(map(_same_size, one, other))
 
 
 def _is_concrete(view: View) -> bool:

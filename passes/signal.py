@@ -10,7 +10,7 @@ Its nodes move to the prologue and the body receives the result: it is computed 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -20,14 +20,18 @@ from .node import (
     ELEMENTWISE_OPS,
     argument_name,
     computation,
+    dependencies,
     is_static_input,
+    is_tuple,
     module_path,
     numel,
     op_name,
+    position,
+    same_shape,
     tensor_of,
 )
 from .region import Region, RegionError
-from .residual import ResidualPair, leaves
+from .residual import ResidualPair, leaves, streams, trace_origins
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 """Names under which denoising networks take the point in time, in order of preference."""
@@ -38,8 +42,8 @@ class Signal:
     """The tensor to compare between steps.
 
     ``kind`` is ``"modulated input"``, ``"timestep embedding"``, ``"module output"`` or
-    ``"hidden states"`` (where the graph has no timestep). ``moved`` are the nodes of the region
-    that must move to the prologue for the signal to be known before the body.
+    ``"hidden states"`` (where no timestep reaches the blocks). ``moved`` are the nodes of the
+    region that must move to the prologue for the signal to be known before the body.
     """
 
     node: Node
@@ -47,14 +51,23 @@ class Signal:
     moved: tuple[Node, ...]
 
 
-def find_timestep(graph: Graph) -> Node | None:
-    """The graph input that carries the timestep, by its argument's name; None if there is none."""
-    inputs = {
-        argument_name(node): node
-        for node in reversed(graph.nodes)
-        if node.op == "placeholder" and not is_static_input(node)
-    }
-    return next((inputs[name] for name in TIMESTEP_ARGUMENTS if name in inputs), None)
+def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
+    """The graph input that carries the timestep, by its argument's name; None if there is none.
+
+    Args:
+        graph: a Dynamo graph.
+        parameters: names of the model's positional parameters, for inputs of which the graph only
+            knows the position, because the model's ``forward`` is wrapped in one with ``*args``.
+    """
+    named: dict[str, Node] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and not is_static_input(node):
+            place = position(node)
+            if place is not None and place < len(parameters):
+                named.setdefault(parameters[place], node)
+            else:
+                named.setdefault(argument_name(node), node)
+    return next((named[name] for name in TIMESTEP_ARGUMENTS if name in named), None)
 
 
 def find_signal(
@@ -62,6 +75,7 @@ def find_signal(
     loop: BlockLoop,
     region: Region,
     pairs: Sequence[ResidualPair],
+    timestep: Node | None,
     which: str = "auto",
 ) -> Signal:
     """Find the signal.
@@ -71,29 +85,34 @@ def find_signal(
         loop: its block loop.
         region: the region around the loop.
         pairs: the region's residual pairs.
+        timestep: the graph input that carries the timestep, if there is one.
         which: ``"auto"``, ``"timestep_embedding"`` or the path of a module, such as
-            ``"transformer_blocks.0.norm1"``, whose largest output is then the signal.
+            ``"blocks.0.norm1"``, whose largest output is then the signal. All of the region that
+            the signal depends on moves to the prologue and runs on every step.
 
     Raises:
-        RegionError: there is no such tensor, or it depends on a whole block having run.
+        RegionError: there is no such tensor, or it depends on the whole block loop.
     """
-    timestep = find_timestep(graph)
     hidden = _hidden_states(region, pairs)
+    if which not in ("auto", "timestep_embedding"):
+        node = _module_output(graph, region, which)
+        return Signal(node, "module output", _with_ancestors(graph, region, node))
+    timed = _descendants(graph, [] if timestep is None else [timestep])
+    carried = streams(trace_origins(region), 1) | {hidden}
+    conditioning = [node for node in region.inputs if node in timed and node not in carried]
     if which == "timestep_embedding":
+        if timestep is None:
+            raise RegionError(
+                "signal='timestep_embedding': no graph input is a timestep "
+                f"(looked for an argument named {', '.join(TIMESTEP_ARGUMENTS)})"
+            )
         return Signal(
-            _timestep_embedding(graph, region, timestep, hidden), "timestep embedding", ()
+            _timestep_embedding(graph, conditioning, hidden, timestep), "timestep embedding", ()
         )
-    if which != "auto":
-        return _module_output(graph, region, which)
-    if timestep is None:
+    modulated = _modulated_input(loop, conditioning, hidden)
+    if modulated is None:
         return Signal(hidden, "hidden states", ())
-    streams = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
-    timed = _descendants(graph, [timestep])
-    conditioning = [node for node in region.inputs if node in timed and node not in streams]
-    node = _modulated_input(loop, conditioning, hidden)
-    if node is None:
-        return Signal(hidden, "hidden states", ())
-    return Signal(node, "modulated input", _ancestors(node, region))
+    return Signal(modulated, "modulated input", _with_ancestors(graph, region, modulated))
 
 
 def _hidden_states(region: Region, pairs: Sequence[ResidualPair]) -> Node:
@@ -102,76 +121,74 @@ def _hidden_states(region: Region, pairs: Sequence[ResidualPair]) -> Node:
     candidates = entering or [node for node in region.inputs if tensor_of(node) is not None]
     if not candidates:
         raise RegionError("nothing but weights enters the block loop")
-    return max(candidates, key=_size)
+    return max(candidates, key=_numel)
 
 
-def _modulated_input(loop: BlockLoop, conditioning: Sequence[Node], hidden: Node) -> Node | None:
+def _modulated_input(loop: BlockLoop, conditioning: Collection[Node], hidden: Node) -> Node | None:
     """The first complete tensor of block 0 that hidden states and conditioning both reach."""
-    nodes = loop.blocks[0].nodes
-    inner = set(nodes)
+    block = loop.blocks[0].nodes
+    inner = set(block)
     timed, streamed = set(conditioning), {hidden}
-    for node in nodes:
+    shape = _shape(hidden)
+    for node in block:
         for reached in (timed, streamed):
-            if any(each in reached for each in node.all_input_nodes):
+            if not reached.isdisjoint(node.all_input_nodes):
                 reached.add(node)
-        complete = any(
-            op_name(user) not in ELEMENTWISE_OPS or user not in inner for user in node.users
-        )
-        if node in timed and node in streamed and _shape(node) == _shape(hidden) and complete:
-            return node
+        if node in timed and node in streamed and same_shape(_shape(node), shape):
+            complete = any(
+                user not in inner or op_name(user) not in ELEMENTWISE_OPS for user in node.users
+            )
+            if complete:
+                return node
     return None
 
 
-def _timestep_embedding(graph: Graph, region: Region, timestep: Node | None, hidden: Node) -> Node:
+def _timestep_embedding(
+    graph: Graph, conditioning: Collection[Node], hidden: Node, timestep: Node
+) -> Node:
     """The largest input of the region that descends from the timestep and not from the latents."""
-    if timestep is None:
-        raise RegionError(
-            "signal='timestep_embedding': no graph input is a timestep "
-            f"(looked for an argument named {', '.join(TIMESTEP_ARGUMENTS)})"
-        )
-    timed = _descendants(graph, [timestep])
-    behind_hidden = {hidden}
+    behind = {hidden}
     for node in reversed(graph.nodes):
-        if node in behind_hidden:
-            behind_hidden.update(node.all_input_nodes)
-    latents = [
+        if node in behind:
+            behind.update(node.all_input_nodes)
+    sources = [
         node
-        for node in behind_hidden
-        if node.op == "placeholder" and node is not timestep and not is_static_input(node)
+        for node in graph.nodes
+        if node.op == "placeholder" and node in behind and not is_static_input(node)
     ]
-    streamed = _descendants(graph, [hidden, *latents])
-    candidates = [
-        node
-        for node in region.inputs
-        if node in timed and node not in streamed and tensor_of(node) is not None
-    ]
+    latents = max((node for node in sources if node is not timestep), key=_numel, default=hidden)
+    streamed = _descendants(graph, [latents])
+    candidates = [node for node in conditioning if node not in streamed]
     if not candidates:
         raise RegionError(
             "signal='timestep_embedding': no timestep embedding enters the block loop"
         )
-    return max(candidates, key=_size)
+    return max(candidates, key=_numel)
 
 
-def _module_output(graph: Graph, region: Region, path: str) -> Signal:
+def _module_output(graph: Graph, region: Region, path: str) -> Node:
+    """The largest tensor that a module returns."""
     wanted = tuple(path.split("."))
-    inside = {node for node in computation(graph) if module_path(node)[: len(wanted)] == wanted}
+    nodes = computation(graph)
+    inside = {node for node in nodes if module_path(node)[: len(wanted)] == wanted}
     outputs = [
         node
-        for node in computation(graph)
+        for node in nodes
         if node in inside
         and tensor_of(node) is not None
         and any(user not in inside for user in node.users)
     ]
     if not outputs:
         raise RegionError(f"signal={path!r}: no module of that path returns a tensor in the graph")
-    node = max(outputs, key=_size)
-    if node in set(region.epilogue):
+    node = max(outputs, key=_numel)
+    if node in region.epilogue:
         raise RegionError(f"signal={path!r}: that module runs after the block loop")
-    return Signal(node, "module output", _ancestors(node, region))
+    return node
 
 
-def _ancestors(node: Node, region: Region) -> tuple[Node, ...]:
-    """A node of the region with all of the region that it depends on, in graph order."""
+def _with_ancestors(graph: Graph, region: Region, node: Node) -> tuple[Node, ...]:
+    """A node of the region with all of the region that must run before it, in graph order."""
+    before = dependencies(graph)
     body = set(region.body)
     found: set[Node] = set()
     frontier = [node]
@@ -179,30 +196,25 @@ def _ancestors(node: Node, region: Region) -> tuple[Node, ...]:
         each = frontier.pop()
         if each in body and each not in found:
             found.add(each)
-            frontier += each.all_input_nodes
+            frontier += before[each]
     # The pieces of a tuple go where the tuple goes.
-    pieces = {
-        user
-        for each in found
-        if isinstance(each.meta.get("example_value"), (tuple, list))
-        for user in each.users
-    }
+    pieces = {user for each in found if is_tuple(each) for user in each.users}
     return tuple(each for each in region.body if each in found or each in pieces)
 
 
 def _descendants(graph: Graph, sources: Iterable[Node]) -> set[Node]:
     found = set(sources)
     for node in graph.nodes:
-        if any(each in found for each in node.all_input_nodes):
+        if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 
 
-def _shape(node: Node) -> tuple[object, ...] | None:
+def _shape(node: Node) -> Sequence[object]:
     value = tensor_of(node)
-    return None if value is None else tuple(value.shape)
+    return () if value is None else tuple(value.shape)
 
 
-def _size(node: Node) -> int:
+def _numel(node: Node) -> int:
     value = tensor_of(node)
     return -1 if value is None else numel(value)

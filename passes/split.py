@@ -14,20 +14,31 @@ if there were none: no NaN can be reused, even by a gate that reads nothing back
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .block_loop import BlockLoop, find_block_loop
-from .node import autocast_scopes, is_static_input, nbytes, tensor_of
+from .node import (
+    SCOPE_ENDS,
+    Modes,
+    is_static_input,
+    memory_root,
+    modes,
+    nbytes,
+    op_name,
+    tensor_of,
+    written_nodes,
+)
 from .region import Region, RegionError, check_cuts, close_region, shrink_body
 from .residual import (
     Cat,
     Leaf,
     Permute,
-    Reshape,
     ResidualPair,
     Slice,
     View,
@@ -36,7 +47,7 @@ from .residual import (
 )
 from .signal import Signal, find_signal, find_timestep
 
-FINITE = "finite"
+FINITE = "omni_cache_finite"
 """The name of the body's last output: a bool tensor, whether every residual was finite."""
 
 _GUARD = "omni_cache_guard"
@@ -96,7 +107,11 @@ class GuardedGraph:
 
 
 def analyse(
-    graph: Graph, *, region: Sequence[str] | None = None, signal: str | None = "auto"
+    graph: Graph,
+    *,
+    region: Sequence[str] | None = None,
+    signal: str | None = "auto",
+    parameters: Sequence[str] = (),
 ) -> Analysis:
     """Find block loop, region, residual pairs and signal. Changes nothing.
 
@@ -104,22 +119,26 @@ def analyse(
         graph: a Dynamo graph.
         region: paths of the ``ModuleList``s that make up the block loop, or None to find them.
         signal: ``"auto"``, ``"timestep_embedding"``, a module's path, or None for no signal.
+        parameters: names of the model's positional parameters, by which to know the timestep where
+            the model's ``forward`` is wrapped in one with ``*args``.
 
     Raises:
         RegionError: the graph has no region that can be skipped; the message says why.
     """
     loop = find_block_loop(graph, region)
-    found = close_region(graph, loop.nodes)
-    found, pairs = pair_outputs(graph, found)
+    found, pairs = pair_outputs(graph, close_region(graph, loop.nodes))
+    timestep = find_timestep(graph, parameters)
+    chosen = None
+    if signal is not None and pairs:
+        chosen = find_signal(graph, loop, found, pairs, timestep, signal)
+        if chosen.moved:
+            found = shrink_body(graph, found, chosen.moved)
+            # What the prologue computes on every step needs no residual.
+            pairs = tuple(pair for pair in pairs if pair.output in set(found.outputs))
     if not pairs:
-        raise RegionError("nothing that the block loop computes is used afterwards")
-    chosen = None if signal is None else find_signal(graph, loop, found, pairs, signal)
-    if chosen is not None and chosen.moved:
-        if {pair.output for pair in pairs} & set(chosen.moved):
-            raise RegionError("the signal is an output of the block loop itself", chosen.node)
-        found = shrink_body(graph, found, chosen.moved)
-    check_cuts(graph, found)
-    return Analysis(graph, loop, found, pairs, chosen, find_timestep(graph))
+        raise RegionError("nothing that only the block loop computes is used after it")
+    check_cuts(found)
+    return Analysis(graph, loop, found, pairs, chosen, timestep)
 
 
 def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
@@ -129,74 +148,62 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
         gm: the module that ``analysis`` was made from; it is left as it is.
         analysis: what to cut, from :func:`analyse`.
     """
-    graph, region, pairs = gm.graph, analysis.region, analysis.pairs
-    (result,) = (node for node in graph.nodes if node.op == "output")
-    partners = {
-        pair.output: _Partner(f"{pair.output.name}_partner", pair.partner)
-        for pair in pairs
-        if pair.partner is not None
-    }
-    outputs = [pair.output for pair in pairs]
-
-    body_reads = [*_reads(region.body)]
-    after = [*_reads(region.epilogue), *result.all_input_nodes]
-    kept = {*body_reads, *after}
+    region, pairs = analysis.region, analysis.pairs
+    result: Node = gm.graph.find_nodes(op="output")[0]
+    held_modes = modes(gm.graph)
+    taken = {node.name for node in gm.graph.nodes}
+    partners = {pair.output: _Partner(pair, taken) for pair in pairs if pair.partner is not None}
+    kept = {*_reads(region.body), *_reads(region.epilogue), *result.all_input_nodes}
     for pair in pairs:
-        if pair.partner is not None:
-            kept.update(leaves(pair.partner))
+        kept.update(leaves(pair.partner) if pair.partner is not None else ())
     if analysis.signal is not None:
         kept.add(analysis.signal.node)
 
-    prologue = _Builder(gm)
+    prologue = _Builder(gm, held_modes)
     prologue.copy(region.prologue)
-    made = [node for node in region.prologue if node in kept]
-    composed = [each for each in partners.values() if each.composed]
-    for each in composed:
-        prologue.compose(each)
-    prologue_part = prologue.finish(
-        [*((node.name, prologue.values[node]) for node in made)]
-        + [(each.name, prologue.named[each.name]) for each in composed]
-    )
+    made = {node.name: prologue.values[node] for node in region.prologue if node in kept}
+    for partner in partners.values():
+        if partner.composed:
+            made[partner.name] = prologue.compose(partner.view)
 
-    body = _Builder(gm)
+    body = _Builder(gm, held_modes)
     body.copy(region.body)
-    residuals, finite = [], None
-    for output in outputs:
-        value = body.read(output)
-        if output in partners:
-            value = body.call(torch.sub, value, body.read_partner(partners[output], output))
-        fine = body.call(torch.isfinite, value)
-        residuals.append((f"{output.name}_residual", body.call(torch.where, fine, value, 0)))
-        fine = body.call(torch.all, fine)
+    outputs = {pair.output.name: body.values[pair.output] for pair in pairs}
+    residuals: dict[str, Node] = {}
+    for pair in pairs:
+        value = body.values[pair.output]
+        if pair.output in partners:
+            value = body.call(torch.sub, value, body.partner(partners[pair.output], made))
+        residuals[_unused(f"{pair.output.name}_residual", taken)] = value
+    finite = None
+    for name, value in residuals.items():
+        fine = body.call(torch.all, body.call(torch.isfinite, value))
+        residuals[name] = body.call(torch.nan_to_num, value, 0.0, 0.0, 0.0)
         finite = fine if finite is None else body.call(torch.logical_and, finite, fine)
     assert finite is not None  # there is at least one pair
-    body_part = body.finish(
-        [(output.name, body.read(output)) for output in outputs] + residuals + [(FINITE, finite)]
-    )
 
-    epilogue = _Builder(gm)
+    epilogue = _Builder(gm, held_modes)
     epilogue.copy(region.epilogue)
-    epilogue_part = epilogue.finish_with(result)
 
-    reuse = _Builder(gm)
-    for output in outputs:
-        residual = reuse.placeholder(f"{output.name}_residual", output)
-        if output in partners:
-            partner = reuse.read_partner(partners[output], output)
-            reuse.values[output] = reuse.call(torch.add, partner, residual)
-        else:
-            reuse.values[output] = residual
+    reuse = _Builder(gm, held_modes)
+    overwrites = _overwrites(region)
+    for pair, (name, residual) in zip(pairs, residuals.items(), strict=True):
+        value = reuse.placeholder(name, {"example_value": residual.meta["example_value"]})
+        if pair.output in partners:
+            value = reuse.call(torch.add, reuse.partner(partners[pair.output], made), value)
+        elif overwrites:
+            value = reuse.call(torch.clone, value)
+        reuse.values[pair.output] = value
     reuse.copy(region.epilogue)
-    reuse_part = reuse.finish_with(result)
 
     return GuardedGraph(
         analysis,
-        prologue_part,
-        body_part,
-        epilogue_part,
-        reuse_part,
-        tuple(name for name, _ in residuals),
-        None if analysis.signal is None else analysis.signal.node.name,
+        prologue=prologue.finish(made),
+        body=body.finish({**outputs, **residuals, FINITE: finite}),
+        epilogue=epilogue.finish_with(result),
+        reuse=reuse.finish_with(result),
+        residuals=tuple(residuals),
+        signal=None if analysis.signal is None else analysis.signal.node.name,
     )
 
 
@@ -205,42 +212,52 @@ def is_guard(node: Node) -> bool:
     return _GUARD in node.meta
 
 
+def _overwrites(region: Region) -> bool:
+    """Whether the epilogue writes in place into what the body made."""
+    body = set(region.body)
+    return any(
+        memory_root(each) in body for node in region.epilogue for each in written_nodes(node)
+    )
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """A name for a value that is no node of the graph."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 class _Partner:
     """The partner of an output: a region input as it is, or views for the prologue to compose."""
 
-    def __init__(self, name: str, view: View) -> None:
-        self.view = view
-        self.composed = not isinstance(view, Leaf)
-        self.name = view.node.name if isinstance(view, Leaf) else name
+    def __init__(self, pair: ResidualPair, taken: set[str]) -> None:
+        assert pair.partner is not None
+        self.view = pair.partner
+        self.composed = not isinstance(pair.partner, Leaf)
+        self.name = _unused(f"{pair.output.name}_partner", taken) if self.composed else ""
 
 
 class _Builder:
     """Copies nodes of one graph into a new one; what it lacks becomes a placeholder."""
 
-    def __init__(self, gm: GraphModule) -> None:
-        self.source = gm
+    def __init__(self, gm: GraphModule, held_modes: Mapping[Node, Modes]) -> None:
         self.graph = Graph()
         self.values: dict[Node, Node] = {}
-        self.named: dict[str, Node] = {}
-        self.inputs: list[str] = []
-        self._last_placeholder: Node | None = None
-        self._scopes = autocast_scopes(gm.graph)
+        self._source = gm
+        self._inputs: dict[str, Node] = {}
+        self._held_modes = held_modes
+        # Outside of all scopes, the switches are as the graph leaves them when it is done.
+        self._ambient = held_modes[gm.graph.find_nodes(op="output")[0]]
+        self._modes = self._ambient
+        self._scopes: list[Node] = []
 
     def copy(self, nodes: Iterable[Node]) -> None:
-        """Copy nodes in order, each inside copies of the autocast scopes that it lies in."""
-        entered: list[tuple[Node, Node]] = []
+        """Copy nodes in order, each in the modes that it was traced in."""
         for node in nodes:
-            self._switch_scopes(entered, self._scopes[node])
+            self._switch(self._held_modes[node])
             self.values[node] = self.graph.node_copy(node, self.read)
-        self._switch_scopes(entered, ())
-
-    def _switch_scopes(self, entered: list[tuple[Node, Node]], wanted: tuple[Node, ...]) -> None:
-        same = 0
-        while same < min(len(entered), len(wanted)) and entered[same][0] is wanted[same]:
-            same += 1
-        while len(entered) > same:
-            self.call(torch.amp.autocast_mode._exit_autocast, entered.pop()[1])
-        entered += [(scope, self.graph.node_copy(scope)) for scope in wanted[same:]]
+        self._switch(self._ambient)
 
     def read(self, node: Node) -> Node:
         """The new graph's node for a node of the old one."""
@@ -248,51 +265,54 @@ class _Builder:
             if node.op == "get_attr":
                 self.values[node] = self.graph.node_copy(node)
             else:
-                self.values[node] = self.placeholder(node.name, node)
+                # The description of a graph input (parameter or not, source) must reach the inner
+                # compiler.
+                meta = node.meta if node.op == "placeholder" else _value(node)
+                self.values[node] = self.placeholder(node.name, meta)
         return self.values[node]
 
-    def read_partner(self, partner: _Partner, output: Node) -> Node:
-        if not partner.composed:
-            return self.read(leaves(partner.view)[0])
-        if partner.name not in self.named:
-            self.named[partner.name] = self.placeholder(partner.name, output)
-        return self.named[partner.name]
+    def partner(self, partner: _Partner, made: Mapping[str, Node]) -> Node:
+        """The new graph's node for the partner of an output, which the prologue makes or passes."""
+        if isinstance(partner.view, Leaf):
+            return self.read(partner.view.node)
+        if partner.name not in self._inputs:
+            self.placeholder(partner.name, _value(made[partner.name]))
+        return self._inputs[partner.name]
 
-    def placeholder(self, name: str, like: Node) -> Node:
-        """A new input that carries a value like that of a node of the old graph."""
-        with self.graph.inserting_before(self._first_computation()):
+    def placeholder(self, name: str, meta: Mapping[str, Any]) -> Node:
+        """A new input, after those that there are."""
+        last = next(reversed(self._inputs.values()), self.graph._root)
+        with self.graph.inserting_after(last):
             new = self.graph.placeholder(name)
-        # The description of a graph input (parameter or not, source) must reach the inner compiler.
-        whole = like.op == "placeholder"
-        new.meta = dict(like.meta) if whole else {"example_value": like.meta["example_value"]}
-        self.inputs.append(name)
-        self._last_placeholder = new
+        new.meta = dict(meta)
+        self._inputs[name] = new
         return new
 
-    def call(self, function: object, *args: object) -> Node:
-        new = self.graph.call_function(function, args)  # type: ignore[arg-type]
-        new.meta[_GUARD] = True
+    def call(self, function: Callable[..., Any], *args: Any) -> Node:
+        """A new node that is no copy, with the value that it has for the traced inputs."""
+        new = self.graph.call_function(function, args)
+        with torch.no_grad():
+            value = function(*map_arg(args, lambda node: node.meta["example_value"]))
+        new.meta = {_GUARD: True, "example_value": value}
         return new
 
-    def compose(self, partner: _Partner) -> None:
-        self.named[partner.name] = self._compose(partner.view)
-
-    def _compose(self, view: View) -> Node:
+    def compose(self, view: View) -> Node:
+        """The nodes of a view."""
         if isinstance(view, Leaf):
             return self.read(view.node)
         if isinstance(view, Cat):
-            return self.call(torch.cat, [self._compose(part) for part in view.parts], view.dim)
-        inner = self._compose(view.of)
+            return self.call(torch.cat, [self.compose(part) for part in view.parts], view.dim)
+        inner = self.compose(view.of)
         if isinstance(view, Slice):
             return self.call(torch.narrow, inner, view.dim, view.start, view.stop - view.start)
         if isinstance(view, Permute):
             return self.call(torch.permute, inner, view.dims)
-        assert isinstance(view, Reshape)
         return self.call(torch.reshape, inner, view.shape)
 
-    def finish(self, outputs: Sequence[tuple[str, Node]]) -> Part:
-        self.graph.output(tuple(node for _, node in outputs))
-        return self._part(tuple(name for name, _ in outputs))
+    def finish(self, outputs: Mapping[str, Node]) -> Part:
+        """Close the graph with named outputs."""
+        self.graph.output(tuple(outputs.values()))
+        return self._part(tuple(outputs))
 
     def finish_with(self, result: Node) -> Part:
         """Close the graph with the old graph's output node; its values have no names."""
@@ -301,13 +321,35 @@ class _Builder:
 
     def _part(self, outputs: tuple[str, ...]) -> Part:
         self.graph.lint()
-        module = GraphModule(self.source, self.graph)
-        module.meta = dict(self.source.meta)
-        return Part(module, tuple(self.inputs), outputs)
+        module = GraphModule(self._source, self.graph)
+        module.meta = dict(self._source.meta)
+        return Part(module, tuple(self._inputs), outputs)
 
-    def _first_computation(self) -> Node:
-        after = self._last_placeholder
-        return after.next if after is not None else next(iter(self.graph.nodes), self.graph._root)
+    def _switch(self, wanted: Modes) -> None:
+        """Leave and enter modes until those hold that are wanted."""
+        if wanted is self._modes:
+            return
+        now = self._modes
+        same = 0
+        while same < min(len(now.scopes), len(wanted.scopes)) and (
+            now.scopes[same] is wanted.scopes[same]
+        ):
+            same += 1
+        for mark in reversed(now.scopes[same:]):
+            self.graph.call_function(SCOPE_ENDS[op_name(mark)], (self._scopes.pop(),))
+        self._scopes += [self._mark(mark) for mark in wanted.scopes[same:]]
+        for name, ambient in self._ambient.switches.items():
+            mark = wanted.switches.get(name, ambient)
+            if mark is not now.switches.get(name, ambient):
+                self._mark(mark)
+        self._modes = wanted
+
+    def _mark(self, mark: Node) -> Node:
+        return self.graph.node_copy(mark, self._mark)
+
+
+def _value(node: Node) -> dict[str, Any]:
+    return {"example_value": node.meta["example_value"]}
 
 
 def _reads(nodes: Sequence[Node]) -> list[Node]:

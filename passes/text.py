@@ -64,7 +64,8 @@ def guarded_text(guarded: GuardedGraph) -> str:
     analysis = guarded.analysis
     work = sum(arithmetic(node) for node in computation(analysis.graph))
     layout = _Layout(analysis.graph)
-    pairs = {f"{pair.output.name}_residual": pair for pair in analysis.pairs}
+    pairs = dict(zip(guarded.residuals, analysis.pairs, strict=True))
+    partners = _partners(guarded)
     names, page = _Names(), _Page()
     for line in _findings(analysis, work):
         page.remark(line, "    ")
@@ -74,7 +75,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     page.calls(names.enter(guarded.prologue), layout, names)
     for pair in analysis.pairs:
         if pair.partner is not None and not isinstance(pair.partner, Leaf):
-            partner = names.name(f"{pair.output.name}_partner", "partner")
+            partner = names.name(partners[pair.output], "partner")
             page.write(f"{partner} = {_expression(pair.partner, names)}")
     names.leave(guarded.prologue)
     page.outputs(guarded.prologue, names)
@@ -87,7 +88,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     names.leave(guarded.body)
     for residual, pair in pairs.items():
         kept = names.name(residual, "value" if pair.held else "residual")
-        update = "" if pair.held else f" - {_partner(pair, names)}"
+        update = "" if pair.held else f" - {names.named(partners[pair.output])}"
         page.write(f"{kept} = {names.named(pair.output.name)}{update}", _pair_comment(pair))
     listed = ", ".join(f"isfinite({names.named(residual)})" for residual in pairs)
     page.write(
@@ -99,7 +100,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     page.indent += 1
     page.part("reuse, with the epilogue", guarded.reuse, names, work)
     for residual, pair in pairs.items():
-        partner = "" if pair.held else f"{_partner(pair, names)} + "
+        partner = "" if pair.held else f"{names.named(partners[pair.output])} + "
         page.write(f"{names.named(pair.output.name)} = {partner}{names.named(residual)}")
     page.indent -= 1
 
@@ -421,10 +422,16 @@ def _expression(view: View, names: _Names) -> str:
     return f"{inner}.reshape({', '.join(map(str, view.shape))})"
 
 
-def _partner(pair: ResidualPair, names: _Names) -> str:
-    if isinstance(pair.partner, Leaf):
-        return names.named(pair.partner.node.name)
-    return names.named(f"{pair.output.name}_partner")
+def _partners(guarded: GuardedGraph) -> dict[Node, str]:
+    """The name of the value that an output is a residual update of, by output."""
+    pairs = guarded.analysis.pairs
+    partners = {
+        pair.output: pair.partner.node.name for pair in pairs if isinstance(pair.partner, Leaf)
+    }
+    # The prologue composes the others, and returns them last.
+    composed = [pair.output for pair in pairs if not pair.held and pair.output not in partners]
+    made = guarded.prologue.outputs[len(guarded.prologue.outputs) - len(composed) :]
+    return {**partners, **dict(zip(composed, made, strict=True))}
 
 
 def _pair_comment(pair: ResidualPair) -> str:
