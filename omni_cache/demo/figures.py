@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from omni_cache.demo.measurement import Measurement, VariantResult
+from omni_cache.demo.measurement import Measurement, Picture, VariantResult
 
 _COMPUTED, _REUSED, _CURVE = "#1f4e79", "#cfe0ef", "#c0504d"
 
@@ -54,7 +54,7 @@ def timeline(measurement: Measurement, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _show(axes: Axes, picture: object, title: str) -> None:
+def _show(axes: Axes, picture: Picture, title: str) -> None:
     axes.imshow(picture, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.set(xticks=[], yticks=[])

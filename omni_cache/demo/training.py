@@ -105,7 +105,7 @@ def train_autoencoder(vae: AutoencoderKL, images: Tensor, recipe: Recipe) -> Non
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Encode to the transformer's tokens: packed, shifted and scaled, (N, H*W/16, 16) float32."""
     tokens = []
-    for batch in images.split(64):
+    for batch in torch.split(images, 64):
         latents = vae.encode(batch).latent_dist.mean
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
         tokens.append(FluxPipeline._pack_latents(latents, *latents.shape))
@@ -194,7 +194,7 @@ def _update(
     optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Iterable[nn.Parameter]
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
 
