@@ -1,0 +1,104 @@
+"""A reused step is the step's own entry plus an earlier residual, worked out without any graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers_models import CASES, ModelCase, sample
+from eager_reference import capture_residual, forced_reuse
+from one_trace import OneTrace, cached
+from torch import Tensor
+
+import omni_cache
+
+ALWAYS: dict[str, dict[str, Any]] = {
+    "teacache": {"cache": "teacache", "coefficients": (1.0, 0.0), "rel_l1_thresh": 1e6},
+    "magcache": {
+        "cache": "magcache",
+        "mag_ratios": [1.0],
+        "max_skip_steps": 100,
+        "retention_ratio": 0,
+    },
+}
+"""Flags with which each strategy reuses whatever there is to reuse."""
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+"""(entry + (exit - entry)) rounds twice, and the model's epilogue carries that on."""
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    return float((new - old).norm() / old.norm())
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forced_reuse_is_the_entry_plus_the_first_residual(case: ModelCase) -> None:
+    model = case.build()
+    trace = OneTrace({name: cached(strict=True, **flags) for name, flags in ALWAYS.items()})
+    compiled = torch.compile(model, backend=trace, fullgraph=True)
+    first, later = case.inputs(step=0), case.inputs(step=14)
+    expected = forced_reuse(model, case, later, capture_residual(model, case, first))
+    other = forced_reuse(model, case, later, capture_residual(model, case, case.inputs(step=7)))
+    uncached = sample(model(**later))
+    for strategy in ALWAYS:
+        trace.chosen = strategy
+        omni_cache.refresh(model)
+        compiled(**first)
+        reused = sample(compiled(**later))
+        (trajectory,) = omni_cache.summary(model).trajectories
+        assert [step.computed for step in trajectory.steps] == [True, False], strategy
+        torch.testing.assert_close(reused, expected, **TOLERANCE)
+        # What it must not be lies far outside that tolerance.
+        assert relative_change(reused, uncached) > 1e-3
+        assert relative_change(reused, other) > 1e-3
+
+
+def test_the_residual_is_that_of_the_last_computed_step() -> None:
+    case = CASES["flux"]
+    model = case.build()
+    every_second = {**ALWAYS["magcache"], "max_skip_steps": 1}
+    trace = OneTrace({"every second": cached(**every_second)})
+    compiled = torch.compile(model, backend=trace, fullgraph=True)
+    outputs = [sample(compiled(**case.inputs(step))) for step in range(6)]
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.computed for step in trajectory.steps] == [True, False] * 3
+    for step in (1, 3, 5):
+        residual = capture_residual(model, case, case.inputs(step - 1))
+        expected = forced_reuse(model, case, case.inputs(step), residual)
+        torch.testing.assert_close(outputs[step], expected, **TOLERANCE)
+
+
+def test_several_reuses_in_a_row_keep_the_residual() -> None:
+    case = CASES["z_image"]
+    model = case.build()
+    compiled = torch.compile(
+        model, backend="omni_cache", options={"inner": "eager", **ALWAYS["magcache"]}
+    )
+    outputs = [sample(compiled(**case.inputs(step))) for step in range(4)]
+    residual = capture_residual(model, case, case.inputs(0))
+    for step in (1, 2, 3):
+        expected = forced_reuse(model, case, case.inputs(step), residual)
+        torch.testing.assert_close(outputs[step], expected, **TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "cogvideox"])
+def test_inductor_reuses_the_same_residual(name: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    options = {"inner": "inductor", **ALWAYS["teacache"]}
+    compiled = torch.compile(model, backend="omni_cache", options=options, fullgraph=True)
+    compiled(**case.inputs(0))
+    reused = sample(compiled(**case.inputs(14)))
+    assert omni_cache.summary(model).reused_steps == 1
+    residual = capture_residual(model, case, case.inputs(0))
+    expected = forced_reuse(model, case, case.inputs(14), residual)
+    torch.testing.assert_close(reused, expected, **TOLERANCE)
