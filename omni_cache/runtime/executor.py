@@ -22,7 +22,7 @@ from omni_cache.passes import FINITE, GuardedGraph, Part
 from omni_cache.runtime.generation import ModelState
 from omni_cache.runtime.states import bound_state, state_of_parameter
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
-from omni_cache.strategies import BoundStrategy, Decision, Step
+from omni_cache.strategies import BoundStrategy, Decision, Gate, Step
 
 PartFunction = Callable[..., Any]
 
@@ -47,6 +47,7 @@ class Executor:
         inputs: names of the whole graph's inputs, in order.
         static: which of them are parameters or buffers.
         copy_residuals: whether the body's outputs are overwritten by its next call.
+        constant_timestep: the timestep of all calls, where the graph was specialised on a number.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class Executor:
         inputs: Sequence[str],
         static: Sequence[bool],
         copy_residuals: bool,
+        constant_timestep: float | None = None,
     ) -> None:
         self._parts = parts
         self._strategy = strategy
         self._copy_residuals = copy_residuals
+        self._constant_timestep = constant_timestep
         # Values of a call lie in one flat list: the graph's inputs, then the prologue's outputs,
         # then the body's or, on a reused step, the residuals.
         slots = {name: slot for slot, name in enumerate([*inputs, *graph.prologue.outputs])}
@@ -86,11 +89,15 @@ class Executor:
             for name in graph.body.inputs
             if (slot := slots[name]) < len(static) and static[slot]
         ]
-        self._identity = min(body_weights, default=None)
-        partners = [name for name in graph.reuse.inputs if name in slots]
-        self._shaped = [slots[name] for name in partners if slots[name] >= len(inputs)]
+        # The last one, because a signal may have moved the first ones out of the body.
+        self._identity = max(body_weights, default=None)
+        shaped = {slots[name] for name in graph.reuse.inputs if name in slots}
+        if self._signal is not None:
+            shaped.add(self._signal)
+        self._shaped = sorted(slot for slot in shaped if slot >= len(static) or not static[slot])
         # State for graphs whose weights are baked in, which therefore serve one instance alone.
         self._own_state = ModelState()
+        self._has_warned = False
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward on the graph's flat inputs; returns its flat outputs."""
@@ -166,48 +173,46 @@ class Executor:
     def _decide(
         self, state: ModelState, values: Sequence[Any]
     ) -> tuple[Trajectory | None, Decision]:
-        timestep = self._timestep_of(values)
         known = state.named()
-        if known is None and timestep is None:
-            warnings.warn(
-                "omni-cache: this call has no timestep and no context, so it is computed. Name its "
-                "place: with omni_cache.generation(...), omni_cache.branch('cond'): model(...)",
-                stacklevel=2,
-            )
+        if known is not None:
+            return known, self._ask(known, state, values, _Read())
+        timestep = self._timestep_of(values)
+        if timestep is None:
+            self._warn_of_unknown_place()
             return None, Decision(True, "no timestep and no context")
-        if known is None:
-            time = _host_value(timestep)
-            if time is None:
-                return self._decide_on_device(state, values, timestep)
-            known = state.infer(time, self._conditioning(values))
+        time = _host_value(timestep)
+        if time is None:
+            return self._decide_on_device(state, values, timestep)
+        known = state.infer(time, self._conditioning(values))
         return known, self._ask(known, state, values, _Read())
 
     def _decide_on_device(
         self, state: ModelState, values: Sequence[Any], timestep: Tensor
     ) -> tuple[Trajectory, Decision]:
-        """Decide for the likely trajectory, and read in the same copy which is the true one.
+        """Decide for the likely trajectory while the timestep comes over, which tells the true one.
 
         Both arrive in one read. The guess works on a copy of the gate, so that a wrong one is
         forgotten; the true trajectory then computes, as a gate that cannot decide does.
         """
+        read = _Read()
+        read.want("timestep", timestep.double().mean())
         guess = state.guess()
-        read = _Read(timestep.double().mean())
-        decision = Decision(True, "first step")
-        gate = layout = None
-        if guess is not None:
-            gate, layout = guess.gate, guess.layout
-            guess.gate = None if gate is None else gate.fork()
-            decision = self._ask(guess, state, values, read)
-        true = state.infer(read.extra(), self._conditioning(values))
-        if true is guess:
+        gate = fork = decision = None
+        # A gate without a signal needs no read of its own, so it can wait for the timestep.
+        if guess is not None and self._signal is not None and guess.layout == self._layout(values):
+            gate = guess.gate
+        if guess is not None and gate is not None:
+            fork = gate.fork()
+            decision = self._verdict(guess, fork, state, values, read)
+        true = state.infer(read.fetch("timestep"), self._conditioning(values))
+        if decision is not None and true is guess and true.gate is gate:
+            true.gate = fork
             return true, decision
-        if guess is not None and guess.layout is layout:
-            guess.gate = gate
-        true.gate = None  # its previous signal is not the one that this call would be compared with
-        forced = self._ask(true, state, values, _Read(), reuse=False)
-        return true, replace(
-            forced, reason="first step" if true.step_index == 0 else "unexpected call"
-        )
+        may_reuse = self._signal is None
+        decision = self._ask(true, state, values, _Read(), may_reuse)
+        if decision.reason == "no residual":
+            decision = replace(decision, reason="unexpected call")
+        return true, decision
 
     def _ask(
         self,
@@ -215,29 +220,54 @@ class Executor:
         state: ModelState,
         values: Sequence[Any],
         read: _Read,
-        reuse: bool = True,
+        may_reuse: bool = True,
     ) -> Decision:
+        """Let the trajectory's own gate decide."""
         changed = trajectory.enter_layout(self._layout(values))
         if trajectory.gate is None:
             trajectory.gate = self._strategy.make_gate(trajectory.branch, trajectory.position)
+        decision = self._verdict(trajectory, trajectory.gate, state, values, read, may_reuse)
+        return replace(decision, compute=True, reason="shape changed") if changed else decision
+
+    def _verdict(
+        self,
+        trajectory: Trajectory,
+        gate: Gate,
+        state: ModelState,
+        values: Sequence[Any],
+        read: _Read,
+        may_reuse: bool = True,
+    ) -> Decision:
+        """What a gate says of a call, unless the residual is not fit for reuse."""
         finite = trajectory.finite
         if finite is not None and finite.device.type != "cpu":
-            read.want(finite)
-        decision = trajectory.gate.decide(
+            read.want("finite", finite)
+        decision = gate.decide(
             Step(
                 index=trajectory.step_index,
-                num_inference_steps=self._total_steps(state),
-                can_reuse=reuse and trajectory.residuals is not None,
+                num_inference_steps=state.num_inference_steps(),
+                can_reuse=may_reuse and trajectory.residuals is not None,
                 signal=None if self._signal is None else values[self._signal],
                 read=read,
             )
         )
-        if changed:
-            return replace(decision, compute=True, reason="shape changed")
-        if not decision.compute and finite is not None and read.denies(finite):
-            trajectory.gate.overrule()
-            return replace(decision, compute=True, reason="non-finite residual")
-        return decision
+        if decision.compute or finite is None:
+            return decision
+        # A flag that would cost a read of its own is not asked for.
+        known = bool(finite) if finite.device.type == "cpu" else read.known("finite") != 0.0
+        if known:
+            return decision
+        gate.overrule()
+        return replace(decision, compute=True, reason="non-finite residual")
+
+    def _warn_of_unknown_place(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "omni-cache: this call has no timestep and no context, so it is computed. Name its "
+                "place: with omni_cache.generation(...), omni_cache.branch('cond'): model(...)",
+                stacklevel=2,
+            )
 
     def _state(self, values: Sequence[Any]) -> ModelState:
         bound = bound_state()
@@ -253,49 +283,46 @@ class Executor:
         return state.num_inference_steps() or self._strategy.num_inference_steps
 
     def _timestep_of(self, values: Sequence[Any]) -> Any:
-        return None if self._timestep is None else values[self._timestep]
+        return self._constant_timestep if self._timestep is None else values[self._timestep]
 
     def _conditioning(self, values: Sequence[Any]) -> list[Tensor]:
         return [values[slot] for slot in self._dynamic if isinstance(values[slot], Tensor)]
 
     def _layout(self, values: Sequence[Any]) -> object:
-        """Equal for two calls exactly when the one's residuals fit the other."""
-        shapes = tuple((values[s].shape, values[s].dtype, values[s].device) for s in self._shaped)
-        return (id(self), shapes)
+        """Equal for two calls exactly when the one's residuals and signal fit the other."""
+        tensors = (each for slot in self._shaped if isinstance(each := values[slot], Tensor))
+        return (self._parts, [(each.shape, each.dtype, each.device) for each in tensors])
 
 
 class _Read:
-    """The one device-to-host copy of a call; what else is wanted comes along with the verdict."""
+    """The one device-to-host copy of a call: whatever is wanted comes along with the verdict."""
 
-    def __init__(self, first: Tensor | None = None) -> None:
-        self._wanted: list[Tensor] = [] if first is None else [first]
-        self._values: list[float] | None = None
+    def __init__(self) -> None:
+        self._wanted: dict[str, Tensor] = {}
+        self._known: dict[str, float] = {}
 
-    def want(self, extra: Tensor) -> None:
-        self._wanted.append(extra)
+    def want(self, name: str, scalar: Tensor) -> None:
+        """Ask for a one-element tensor to come along with the next copy."""
+        self._wanted[name] = scalar
 
     def __call__(self, verdict: Tensor) -> list[float]:
-        """Bring a verdict to the host."""
-        own = verdict.numel()
-        packed = [
-            verdict.double().reshape(-1),
-            *(each.double().reshape(1) for each in self._wanted),
-        ]
+        """Bring a verdict to the host, and all that is wanted."""
+        packed = [verdict.double().reshape(-1)]
+        packed += (each.double().reshape(1) for each in self._wanted.values())
         values: list[float] = torch.cat(packed).tolist()
-        self._values = values[own:]
+        own = verdict.numel()
+        self._known = dict(zip(self._wanted, values[own:], strict=True))
         return values[:own]
 
-    def extra(self) -> float:
-        """The first extra value, read on its own where no verdict was."""
-        if self._values is None:
-            self._values = torch.stack([each.double() for each in self._wanted]).tolist()
-        return self._values[0]
+    def known(self, name: str) -> float | None:
+        """What has come along; None where there was no copy yet."""
+        return self._known.get(name)
 
-    def denies(self, flag: Tensor) -> bool:
-        """Whether a flag is known to be false; one that costs a read of its own is not asked."""
-        if flag.device.type == "cpu":
-            return not bool(flag)
-        return self._values is not None and self._values[-1] == 0.0
+    def fetch(self, name: str) -> float:
+        """A wanted value, in a copy of its own where it has not come along."""
+        if name not in self._known:
+            (self._known[name],) = self(self._wanted.pop(name))
+        return self._known[name]
 
 
 def _numbered(names: Sequence[str], first: int) -> dict[str, int]:

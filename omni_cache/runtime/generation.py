@@ -116,6 +116,7 @@ class Generation:
 
     def __init__(self, num_inference_steps: int | None = None, experts: bool = False) -> None:
         self.num_inference_steps = num_inference_steps
+        self._steps_given = num_inference_steps is not None
         self.experts = experts
         self._runs: weakref.WeakKeyDictionary[ModelState, Run] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
@@ -132,6 +133,12 @@ class Generation:
                     recorder.append(run)
             return run
 
+    def adopt(self, announced: Generation) -> None:
+        """Learn from a generation that a pipeline announces within this one."""
+        self.experts = announced.experts
+        if not self._steps_given:
+            self.num_inference_steps = announced.num_inference_steps
+
     def restart(self, state: ModelState) -> None:
         """Drop a model's part: its loop has started over."""
         with self._lock:
@@ -144,19 +151,21 @@ class Generation:
         for run in list(self._runs.values()):
             run.release()
 
+    def finish(self, trajectory: Trajectory) -> None:
+        """Free what is held for a branch whose last step is done, by all models that took turns."""
+        others = self._trajectories(trajectory.branch) if self.experts else []
+        for each in (trajectory, *others):
+            each.release()
+
     def steps_done(self, branch_name: str) -> int:
         """Calls of a branch so far over all models, where they take turns; else 0."""
         if not self.experts:
             return 0
-        return max(
-            (
-                each.step_index
-                for run in self._runs.values()
-                for each in run.trajectories.values()
-                if each.branch == branch_name
-            ),
-            default=0,
-        )
+        return max((each.step_index for each in self._trajectories(branch_name)), default=0)
+
+    def _trajectories(self, branch_name: str) -> list[Trajectory]:
+        runs = list(self._runs.values())
+        return [run.trajectories[branch_name] for run in runs if branch_name in run.trajectories]
 
 
 class Run:
@@ -169,6 +178,7 @@ class Run:
         self.course = Course()
         self.position = -1
         self.branches = 1
+        self.begins_a_step = True
 
     def trajectory(self, name: str) -> Trajectory:
         """The trajectory of a branch, made on its first call."""
@@ -197,11 +207,10 @@ class Run:
             if self.position + 1 >= MAX_BRANCHES:
                 return None
             self.position += 1
-        elif step is Progress.ONWARD:
-            self._drop_abandoned(inputs)
-            self.branches, self.position = self.position + 1, 0
         else:
-            self.position = 0
+            if step is Progress.ONWARD and not self.course.direction:
+                self._review_first_step(inputs)
+            self.branches, self.position = self.position + 1, 0
         self.branches = max(self.branches, self.position + 1)
         self.course.advance(timestep)
         found = self.trajectory(_branch_name(self.position))
@@ -210,21 +219,23 @@ class Run:
     def _at(self, position: int) -> Trajectory | None:
         return self.trajectories.get(_branch_name(position))
 
-    def _drop_abandoned(self, inputs: Sequence[Tensor]) -> None:
-        """Forget branches of step 0 that were really the start of a generation given up.
+    def _review_first_step(self, inputs: Sequence[Tensor]) -> None:
+        """Find out which calls of step 0 were the start of a loop that ended right there.
 
-        The first call of step 1 goes on with branch 0. When its inputs say that it goes on with a
-        later one, the branches before that belong to a loop that ended after one step.
+        The first call of step 1 goes on with the first branch, which it shares most inputs with;
+        what came before that one is forgotten. Where that is no answer, all are computed anew.
         """
         branches = list(self.trajectories.values())
-        if self.course.direction or branches[0].conditioning.shares(inputs):
+        shared = [each.conditioning.shared(inputs) if each.steps else -1 for each in branches]
+        first = shared.index(max(shared))
+        if shared.count(shared[first]) > 1 or not self.begins_a_step:
+            self.release()
             return
-        at = next((i for i, b in enumerate(branches) if b.conditioning.shares(inputs)), 0)
         self.trajectories = {}
-        for position, each in enumerate(branches[at:]):
+        for position, each in enumerate(branches[first:]):
             each.branch, each.position = _branch_name(position), position
             self.trajectories[each.branch] = each
-        self.position -= at
+        self.position -= first
 
 
 def _branch_name(position: int) -> str:
@@ -241,6 +252,10 @@ class ModelState:
     def announce(self, current: Generation) -> None:
         """Put this thread into a generation, freeing what the one before had cached."""
         self._enter(current, announced=True)
+        explicit = _generation.get()
+        if explicit is not None:
+            explicit.adopt(current)
+            explicit.restart(self)
 
     def forget(self) -> None:
         """Free everything and forget all generations, those of other threads included."""
@@ -248,6 +263,16 @@ class ModelState:
             self.latest.release()
         self.latest = None
         self._thread = _ThreadPlace()
+        explicit = _generation.get()
+        if explicit is not None:
+            explicit.restart(self)
+
+    def finish(self, trajectory: Trajectory) -> None:
+        """Free what a trajectory holds if the call just recorded was its last."""
+        current = self._announced()
+        total = None if current is None else current.num_inference_steps
+        if current is not None and total is not None and trajectory.step_index >= total:
+            current.finish(trajectory)
 
     def num_inference_steps(self) -> int | None:
         """The number of steps of the generation that this thread is in, if it is known."""
@@ -259,12 +284,17 @@ class ModelState:
         current, named = self._announced(), _branch.get()
         if named is None or (current is None and named.step_index is None):
             return None
-        run = self._run()
-        found = run.trajectory(named.name)
+        found = self._run().trajectory(named.name)
         if named.step_index is not None:
-            if current is None and named.step_index < found.step_index:
-                found = self._enter(Generation()).trajectory(named.name)
+            if named.step_index < found.step_index:
+                found = self._fresh().trajectory(named.name)
+            elif named.step_index > found.step_index:
+                found.release()  # steps were left out, so what it holds is older than it seems
             found.step_index = named.step_index
+        elif _generation.get() is None and self._is_over(found):
+            # More calls than the pipeline announced: another loop, of which nobody has told.
+            self._enter(Generation())
+            return None
         return found
 
     def guess(self) -> Trajectory | None:
@@ -283,17 +313,30 @@ class ModelState:
             inputs: the call's tensors other than weights and timestep.
         """
         named = _branch.get()
-        if named is None:
-            found = self._run().place(timestep, inputs) or self._fresh().place(timestep, inputs)
-            assert found is not None  # a fresh run takes any call
-        else:
+        run = self._run()
+        if named is not None:
             # A branch without a generation: its own timesteps tell where a generation starts.
-            found = self._run().trajectory(named.name)
-            if found.course.compare(timestep) in (Progress.SAME, Progress.BACK):
+            found = run.trajectory(named.name)
+            progress = found.course.compare(timestep)
+            if progress in (Progress.SAME, Progress.BACK) or found.conditioning.contradicts(inputs):
                 found = self._fresh().trajectory(named.name)
             found.course.advance(timestep)
+        else:
+            same_step = run.course.compare(timestep) is Progress.SAME
+            placed = run.place(timestep, inputs)
+            if placed is None:
+                run = self._fresh()
+                # Which branch the step after this one begins with is anybody's guess then.
+                run.begins_a_step = not same_step
+                placed = run.place(timestep, inputs)
+                assert placed is not None  # a fresh run takes any call
+            found = placed
         found.conditioning.saw(inputs)
         return found
+
+    def _is_over(self, trajectory: Trajectory) -> bool:
+        total = self.num_inference_steps()
+        return total is not None and trajectory.step_index >= total
 
     def _announced(self) -> Generation | None:
         """The generation that a context or a pipeline has announced, if one has."""

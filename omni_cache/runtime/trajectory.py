@@ -132,8 +132,8 @@ class Trajectory:
 class Conditioning:
     """Which input objects a trajectory is called with again and again (prompt embeddings, ids).
 
-    Pipelines pass the same tensor objects on every step of one generation. That a whole set of them
-    is gone tells a new generation where the timestep alone cannot.
+    Pipelines pass the same tensor objects on every step of one generation. That one of them is
+    gone tells a new generation where the timestep alone cannot.
     """
 
     def __init__(self) -> None:
@@ -146,13 +146,13 @@ class Conditioning:
             self.stable = self._among(self.stable or self.last, inputs)
         self.last = tuple(weakref.ref(each) for each in inputs)
 
-    def shares(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether any input of the last call is there again."""
-        return bool(self._among(self.last, inputs))
+    def shared(self, inputs: Sequence[Tensor]) -> int:
+        """How many inputs of the last call are there again."""
+        return len(self._among(self.last, inputs))
 
     def contradicts(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether inputs that had come every time are all gone."""
-        return bool(self.stable) and not self._among(self.stable, inputs)
+        """Whether an input that had come every time is gone."""
+        return len(self._among(self.stable, inputs)) < len(self.stable)
 
     @staticmethod
     def _among(
