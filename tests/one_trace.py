@@ -1,4 +1,4 @@
-"""One capture of a model for several compilations, because capturing takes most of a test's time."""
+"""One capture of a model for several compilations, because capturing is what takes time."""
 
 from __future__ import annotations
 
