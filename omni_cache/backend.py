@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -52,9 +53,10 @@ def omni_cache_backend(
     flags = CompileOptions.parse(options, mode)
     if flags.strategy is None:
         return compile_part(gm, example_inputs, flags)
-    model_class, is_piece = traced_frame(gm)
+    model, is_piece = traced_frame(gm)
+    model_class = None if model is None else type(model).__name__
     try:
-        return _compile_guarded(gm, example_inputs, flags, model_class)
+        return _compile_guarded(gm, example_inputs, flags, model)
     except RegionError as error:
         if flags.strict:
             raise
@@ -71,7 +73,7 @@ def _compile_guarded(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     flags: CompileOptions,
-    model_class: str | None,
+    model: torch.nn.Module | None,
 ) -> Executor:
     assert flags.strategy is not None
     if torch.is_grad_enabled():
@@ -79,9 +81,10 @@ def _compile_guarded(
             "gradients are enabled, and a reused residual has none; call the model under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    strategy = flags.strategy.bind(model_class)
+    strategy = flags.strategy.bind(None if model is None else type(model).__name__)
     signal = None if strategy.signal is None else (flags.signal or strategy.signal)
-    analysis = analyse(gm.graph, region=flags.region, signal=signal)
+    parameters = () if model is None else tuple(inspect.signature(model.forward).parameters)
+    analysis = analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
     guarded = split(gm, analysis)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
@@ -142,12 +145,12 @@ def compile_part(
     return inner(gm, list(example_inputs), **extra)
 
 
-def traced_frame(gm: GraphModule) -> tuple[str | None, bool]:
+def traced_frame(gm: GraphModule) -> tuple[torch.nn.Module | None, bool]:
     """What Dynamo is compiling now.
 
     Returns:
-        The class of the module whose forward it is (None where it is a function's), and whether the
-        graph is only a piece of it, between graph breaks.
+        The module that is called (None for a function without one), and whether the graph is only a
+        piece of it, between graph breaks.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -158,6 +161,5 @@ def traced_frame(gm: GraphModule) -> tuple[str | None, bool]:
     except AttributeError:  # called by hand, not by Dynamo
         return None, is_piece
     modules = (each for each in frame.f_locals.values() if isinstance(each, torch.nn.Module))
-    owner = next(modules, None)
     resumed = frame.f_code.co_name.startswith("torch_dynamo_resume_in")
-    return None if owner is None else type(owner).__name__, is_piece or resumed
+    return next(modules, None), is_piece or resumed

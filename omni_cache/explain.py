@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,15 +75,20 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     reports: list[GraphReport] = []
     breaks: list[str] = []
 
+    module = getattr(model, "_orig_mod", model)
+
     def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
         try:
-            analysis = analyse(gm.graph, region=flags.region, signal=flags.signal or "auto")
+            analysis = analyse(
+                gm.graph,
+                region=flags.region,
+                signal=flags.signal or "auto",
+                parameters=tuple(inspect.signature(module.forward).parameters),
+            )
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
         except RegionError as error:
             reports.append(GraphReport("", None, str(error)))
         return gm.forward
-
-    module = getattr(model, "_orig_mod", model)
 
     def forward() -> Any:
         return module.forward(*args, **kwargs)

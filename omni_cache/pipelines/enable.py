@@ -8,9 +8,11 @@ laid over the class's own, and are taken away again by ``disable``.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ class _Enabled:
         self.has_context = hasattr(module, "cache_context")
 
 
+_numbers = itertools.count()
+_entries: weakref.WeakValueDictionary[Any, FunctionType] = weakref.WeakValueDictionary()
 _enabled: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
 
 
@@ -176,19 +180,38 @@ def _enable_module(
         disable(module)
     enabled = _enabled[module] = _Enabled(module, flags)
     compiled = torch.compile(
-        module._call_impl, backend=omni_cache_backend, options=options, **compile_flags
+        _entry(type(module), flags), backend=omni_cache_backend, options=options, **compile_flags
     )
     state = enabled.state
+    owner = weakref.ref(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with bind(state):
-            return compiled(*args, **kwargs)
+            return compiled(owner(), *args, **kwargs)
 
     module._compiled_call_impl = call
     if enabled.has_context:
         # Over the class's method, for this instance alone. The reference back must be weak: a
         # module that owns a closure over itself would be freed by the cycle collector only.
         vars(module)["cache_context"] = _named_context(weakref.ref(module))
+
+
+def _entry(module_class: type[nn.Module], flags: dict[str, Any]) -> Callable[..., Any]:
+    """The function to compile for a class and its flags, with a code object of its own.
+
+    Dynamo compiles one code object only so many times, whatever the backend, and would leave the
+    models enabled after that uncompiled. Models of one class with equal flags share one.
+    """
+    key = (module_class, repr(sorted(flags.items(), key=lambda item: item[0])))
+    entry = _entries.get(key)
+    if entry is None:
+        code = _call.__code__.replace(co_name=f"call_{module_class.__name__}_{next(_numbers)}")
+        entry = _entries[key] = FunctionType(code, globals())
+    return entry
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
 
 
 def _named_context(module: weakref.ref[nn.Module]) -> Callable[..., Any]:
