@@ -211,7 +211,7 @@ def _entry(module_class: type[nn.Module], flags: dict[str, Any]) -> Callable[...
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _named_context(module: weakref.ref[nn.Module]) -> Callable[..., Any]:
