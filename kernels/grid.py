@@ -13,8 +13,7 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-
-from .workspace import MAX_PROGRAMS
+from omni_cache.kernels.workspace import MAX_PROGRAMS
 
 WARPS = 8
 TILE_BYTES = 4096

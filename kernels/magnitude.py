@@ -10,10 +10,16 @@ import math
 import torch
 import triton
 import triton.language as tl
+from omni_cache.kernels.grid import (
+    WARPS,
+    last_to_arrive,
+    merge_dimensions,
+    pad_left,
+    tile_shape,
+    total,
+)
+from omni_cache.kernels.workspace import HEADER_BYTES, workspace_size
 from torch import Tensor
-
-from .grid import WARPS, last_to_arrive, merge_dimensions, pad_left, tile_shape, total
-from .workspace import HEADER_BYTES, workspace_size
 
 _HEADER = tl.constexpr(HEADER_BYTES // torch.float64.itemsize)
 _SUMS = 4

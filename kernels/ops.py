@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
+from omni_cache.kernels.workspace import REL_L1_WORKSPACE_SIZE
 from torch import Tensor
-
-from .workspace import REL_L1_WORKSPACE_SIZE
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of signals and residuals."""
@@ -190,7 +189,7 @@ def _rel_l1_gate_triton(
     coefficients: Tensor,
     threshold: float,
 ) -> Tensor:
-    from . import grid, rel_l1
+    from omni_cache.kernels import grid, rel_l1
 
     with torch.cuda.device(current.device):
         return rel_l1.launch(
@@ -228,7 +227,7 @@ def _magnitude_gate_aten(
 def _magnitude_gate_triton(
     state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: int
 ) -> Tensor:
-    from . import magnitude
+    from omni_cache.kernels import magnitude
 
     with torch.cuda.device(state.device):
         return magnitude.launch_gate(state, ratio, threshold, max_skip_steps)
@@ -259,7 +258,7 @@ def _magnitude_stats_aten(residual: Tensor, previous: Tensor) -> Tensor:
 
 
 def _magnitude_stats_triton(residual: Tensor, previous: Tensor) -> Tensor:
-    from . import grid, magnitude
+    from omni_cache.kernels import grid, magnitude
 
     with torch.cuda.device(residual.device):
         programs = grid.programs_on(residual.device)

@@ -14,10 +14,16 @@ leaves its two fp32 partial sums in the workspace, and the last to arrive decide
 import torch
 import triton
 import triton.language as tl
+from omni_cache.kernels.grid import (
+    WARPS,
+    last_to_arrive,
+    merge_dimensions,
+    pad_left,
+    tile_shape,
+    total,
+)
+from omni_cache.kernels.workspace import HEADER_BYTES
 from torch import Tensor
-
-from .grid import WARPS, last_to_arrive, merge_dimensions, pad_left, tile_shape, total
-from .workspace import HEADER_BYTES
 
 _HEADER = tl.constexpr(HEADER_BYTES // torch.float32.itemsize)
 
