@@ -245,7 +245,7 @@ class Executor:
         decision = gate.decide(
             Step(
                 index=trajectory.step_index,
-                num_inference_steps=state.num_inference_steps(),
+                num_inference_steps=self._total_steps(state),
                 can_reuse=may_reuse and trajectory.residuals is not None,
                 signal=None if self._signal is None else values[self._signal],
                 read=read,
