@@ -8,12 +8,12 @@ strategy here is hold: a reused step takes over the residual of the last compute
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 
@@ -130,6 +130,4 @@ def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real, finite number (a bool is none)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return bool(torch.isfinite(torch.tensor(float(value))))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,6 +11,7 @@ model's output and is fitted per model; the published ones are in ``omni_cache.c
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class RelL1Gate(Gate):
         )
         compute, distance, accumulated = step.read(verdict)
         if compute:
-            finite = torch.isfinite(torch.tensor([distance, accumulated])).all()
+            finite = math.isfinite(distance) and math.isfinite(accumulated)
             reason = "threshold reached" if finite else "non-finite distance"
             return Decision(True, reason, distance, accumulated)
         return Decision(False, "below threshold", distance, accumulated)
