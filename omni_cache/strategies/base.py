@@ -131,3 +131,22 @@ def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a real, finite number (a bool is none)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether a value is an integer of at least ``least`` (a bool is none)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def finite_numbers(flag: str, given: Any, allowed: str) -> tuple[float, ...]:
+    """A sequence, array or 1-D tensor of at least one finite number, as floats.
+
+    Raises:
+        ValueError: ``given`` is none; the message names the flag, what was given and ``allowed``.
+    """
+    try:
+        numbers = () if isinstance(given, str) else tuple(float(each) for each in given)
+    except (TypeError, ValueError):
+        numbers = ()
+    require(len(numbers) > 0 and all(map(math.isfinite, numbers)), flag, given, allowed)
+    return numbers

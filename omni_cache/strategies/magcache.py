@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -27,12 +27,16 @@ from omni_cache.strategies.base import (
     Gate,
     Step,
     Strategy,
+    finite_numbers,
+    is_count,
     is_number,
     require,
 )
 
 DEFAULT_STEPS = 28
 """Number of inference steps that is assumed when nobody says."""
+
+NUMBERS = "a sequence of at least one finite number"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class MagCacheConfig(Strategy):
             "a finite number >= 0",
         )
         require(
-            isinstance(self.max_skip_steps, int) and self.max_skip_steps >= 0,
+            is_count(self.max_skip_steps, 0),
             "max_skip_steps",
             self.max_skip_steps,
             "an integer >= 0",
@@ -84,28 +88,28 @@ class MagCacheConfig(Strategy):
         )
         steps = self.num_inference_steps
         require(
-            steps is None or (isinstance(steps, int) and steps >= 1),
+            steps is None or is_count(steps, 1),
             "num_inference_steps",
             steps,
             "an integer >= 1 or None",
         )
-        if self.mag_ratios is None:
+        require(isinstance(self.calibrate, bool), "calibrate", self.calibrate, "True or False")
+        variant, tables = self.variant, self.mag_ratios
+        require(variant is None or isinstance(variant, str), "variant", variant, "a string or None")
+        if tables is None:
             return
-        require(self.variant is None, "variant", self.variant, "None when mag_ratios are given")
-        tables = self.mag_ratios
-        by_branch = dict(tables) if isinstance(tables, Mapping) else {"": tables}
-        require(len(by_branch) > 0, "mag_ratios", tables, "ratios for at least one branch")
-        for ratios in by_branch.values():
-            require(
-                len(ratios) > 0 and all(is_number(float(ratio)) for ratio in ratios),
-                "mag_ratios",
-                tables,
-                "a sequence of at least one finite number, or a mapping of one per branch",
-            )
-        frozen = {name: tuple(float(r) for r in ratios) for name, ratios in by_branch.items()}
-        object.__setattr__(
-            self, "mag_ratios", frozen if isinstance(tables, Mapping) else frozen[""]
-        )
+        require(variant is None, "variant", variant, "None when mag_ratios are given")
+        allowed = f"{NUMBERS}, or a mapping of branch names to such"
+        if isinstance(tables, Mapping):
+            named = len(tables) > 0 and all(isinstance(name, str) for name in tables)
+            require(named, "mag_ratios", tables, allowed)
+            numbers: Any = {
+                name: finite_numbers(f"mag_ratios[{name!r}]", each, NUMBERS)
+                for name, each in tables.items()
+            }
+        else:
+            numbers = finite_numbers("mag_ratios", tables, allowed)
+        object.__setattr__(self, "mag_ratios", numbers)
 
     def bind(self, model_class: str | None) -> MagCache:
         """The published ratios of a class, unless the config brings its own.

@@ -28,9 +28,14 @@ from omni_cache.strategies.base import (
     Gate,
     Step,
     Strategy,
+    finite_numbers,
+    is_count,
     is_number,
     require,
 )
+
+IDENTITY = (1.0, 0.0)
+"""Coefficients of the polynomial that leaves a distance as it is."""
 
 
 @dataclass(frozen=True)
@@ -70,38 +75,38 @@ class TeaCacheConfig(Strategy):
         )
         steps = self.num_inference_steps
         require(
-            steps is None or (isinstance(steps, int) and steps >= 1),
+            steps is None or is_count(steps, 1),
             "num_inference_steps",
             steps,
             "an integer >= 1 or None",
         )
+        for flag in ("force_last_step", "calibrate"):
+            given = getattr(self, flag)
+            require(isinstance(given, bool), flag, given, "True or False")
+        variant = self.variant
+        require(variant is None or isinstance(variant, str), "variant", variant, "a string or None")
         if self.coefficients is not None:
-            given = tuple(self.coefficients)
-            require(
-                len(given) > 0 and all(map(is_number, given)),
-                "coefficients",
-                self.coefficients,
-                "a sequence of at least one finite number, highest power first",
-            )
-            object.__setattr__(self, "coefficients", given)
-            require(
-                self.variant is None, "variant", self.variant, "None when coefficients are given"
-            )
+            require(variant is None, "variant", variant, "None when coefficients are given")
+            allowed = "a sequence of at least one finite number, highest power first"
+            numbers = finite_numbers("coefficients", self.coefficients, allowed)
+            object.__setattr__(self, "coefficients", numbers)
 
     def bind(self, model_class: str | None) -> TeaCache:
         """The published polynomial and signal of a class, unless the config names its own."""
+        if self.calibrate:
+            # On the signal that fitted coefficients are going to be used with.
+            return TeaCache(self, IDENTITY, "auto")
         if self.coefficients is not None:
             return TeaCache(self, tuple(self.coefficients), "auto")
         entry = teacache_table(model_class, self.variant)
         if entry is None:
-            if not self.calibrate:
-                warnings.warn(
-                    f"TeaCache: no coefficients are published for {model_class or 'this model'}; "
-                    "the identity polynomial is used. Fit some with "
-                    "omni_cache.calibration.estimate_coefficients and pass coefficients=[...].",
-                    stacklevel=2,
-                )
-            return TeaCache(self, (1.0, 0.0), "auto")
+            warnings.warn(
+                f"TeaCache: no coefficients are published for {model_class or 'this model'}; "
+                "the identity polynomial is used. Fit some with "
+                "omni_cache.calibration.estimate_coefficients and pass coefficients=[...].",
+                stacklevel=2,
+            )
+            return TeaCache(self, IDENTITY, "auto")
         return TeaCache(self, entry.coefficients, entry.signal)
 
 
