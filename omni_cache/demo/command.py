@@ -31,8 +31,8 @@ from omni_cache.demo.measurement import (
     measure,
 )
 
-REL_L1_THRESHOLDS = (0.1, 0.2, 0.4)
-MAGNITUDE_THRESHOLDS = (0.05, 0.1, 0.2)
+REL_L1_THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
+MAGNITUDE_THRESHOLDS = (0.1, 0.2, 0.4)
 _CALIBRATION_PROMPTS = 4
 _PSNR_FLOORS = (30, 35, 40)
 
@@ -127,17 +127,16 @@ def table(measurement: Measurement) -> Table:
         title=f"{total} steps, median of {len(measurement.prompts)} prompts",
         caption="fewer: the uncached model run with only as many steps as the strategy computed",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
     shown.add_column("strategy", no_wrap=True)
-    for heading in ("time", "steps\ncomputed", "speedup", "PSNR", "SSIM"):
+    for heading in ("time\nms", "steps", "speedup", "PSNR\ndB", "SSIM"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for heading in ("time", "PSNR", "SSIM"):
         shown.add_column(f"fewer:\n{heading}", justify="right", no_wrap=True, style="cyan")
     shown.add_row(
         "uncached",
         _milliseconds(median(measurement.uncached_seconds)),
-        f"{total} of {total}",
+        f"{total}/{total}",
         "1.00x",
         end_section=True,
     )
@@ -145,7 +144,7 @@ def table(measurement: Measurement) -> Table:
         shown.add_row(
             result.variant.label,
             _milliseconds(result.seconds),
-            f"{result.computed_steps:g} of {total}",
+            f"{result.computed_steps:g}/{total}",
             f"{measurement.speedup(result):.2f}x",
             _decibel(result.fidelity),
             f"{result.fidelity.ssim:.3f}",
@@ -174,7 +173,7 @@ def reached(measurement: Measurement) -> list[str]:
             "no variant"
             if best is None
             else f"{measurement.speedup(best):.2f}x with {best.variant.label} "
-            f"({_decibel(best.fidelity)})"
+            f"({_decibel(best.fidelity)} dB)"
         )
         lines.append(f"at PSNR >= {floor} dB: {what}")
     return lines
@@ -252,8 +251,8 @@ def _processor() -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms"
+    return f"{1000 * seconds:.0f}"
 
 
 def _decibel(fidelity: Fidelity) -> str:
-    return "identical" if fidelity.psnr is None else f"{fidelity.psnr:.1f} dB"
+    return "same" if fidelity.psnr is None else f"{fidelity.psnr:.1f}"

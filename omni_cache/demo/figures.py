@@ -100,7 +100,7 @@ def _distance_curve(axes: Axes, result: VariantResult) -> None:
         if step.computed:
             axes.axvspan(index - 0.45, index + 0.45, color=_COMPUTED, alpha=0.12, lw=0)
     axes.set(xlabel="step", ylabel="distance")
-    axes.set_ylim(0, 1.6 * threshold)
+    axes.set_ylim(0, 2.2 * threshold)
     axes.legend(fontsize=8, loc="upper right")
 
 
