@@ -92,7 +92,7 @@ def numbers_in(node: ast.expr) -> list[Any]:
 
 
 def test_no_table_is_copied_into_the_code() -> None:
-    package = Path(omni_cache.__file__).parent
+    package = Path(omni_cache.__file__).resolve().parent
     copies = [
         f"{path.relative_to(package)}:{node.lineno}"
         for path in package.rglob("*.py")
