@@ -8,6 +8,7 @@ laid over the class's own, and are taken away again by ``disable``.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -246,4 +247,6 @@ def _listen_to_scheduler(pipeline: Any, models: list[nn.Module]) -> None:
                 enabled.state.announce(coming)
         return result
 
+    # Pipelines look at the signature to learn whether the scheduler takes sigmas of their own.
+    set_timesteps.__signature__ = inspect.signature(scheduler.set_timesteps)  # type: ignore[attr-defined]
     vars(scheduler)["set_timesteps"] = set_timesteps
