@@ -13,7 +13,15 @@ from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
 from omni_cache.options import CompileOptions
-from omni_cache.passes import NoBlockLoopError, Part, RegionError, analyse, is_static_input, split
+from omni_cache.passes import (
+    NoBlockLoopError,
+    Part,
+    RegionError,
+    analyse,
+    find_block_loop,
+    is_static_input,
+    split,
+)
 from omni_cache.runtime import CompiledParts, Executor
 
 logger = logging.getLogger(__name__)
@@ -81,6 +89,8 @@ def _compile_guarded(
             "gradients are enabled, and a reused residual has none; call the model under "
             "torch.no_grad() or torch.inference_mode()"
         )
+    # A graph without blocks needs no tables, so that none are looked up or missed for it.
+    find_block_loop(gm.graph, flags.region)
     strategy = flags.strategy.bind(None if model is None else type(model).__name__)
     signal = None if strategy.signal is None else (flags.signal or strategy.signal)
     parameters = () if model is None else tuple(inspect.signature(model.forward).parameters)

@@ -81,6 +81,11 @@ class CompileOptions:
         inner_options = given.pop("inner_options", None)
         if inner_options is not None and not isinstance(inner_options, Mapping):
             raise ValueError(f"inner_options={inner_options!r} is not allowed; it must be a dict")
+        inner_mode = given.pop("mode", mode)
+        if inner_mode is not None and not isinstance(inner_mode, str):
+            raise ValueError(f"mode={inner_mode!r} is not allowed; mode must be a string or None")
+        if inner == "inductor":
+            _check_inductor(inner_mode, inner_options or {})
         _one_of("lowering", given.get("lowering", "dispatch"), ("dispatch", "cond"))
         _one_of("blocks", given.get("blocks", "unrolled"), ("rolled", "unrolled"))
         for flag, value in (("lowering", "cond"), ("blocks", "rolled")):
@@ -91,7 +96,6 @@ class CompileOptions:
                 )
         strict = given.pop("strict", False)
         _one_of("strict", strict, (True, False))
-        inner_mode = given.pop("mode", mode)
         return cls(
             strategy=strategy,
             inner=inner,
@@ -128,9 +132,23 @@ def _unknown(flag: str, kind: type[Strategy] | None, allowed: Sequence[str]) -> 
     if owner is not None:
         message += f" for cache={kind.name if kind else NO_CACHE!r} (it belongs to cache={owner!r})"
     else:
-        close = difflib.get_close_matches(flag, allowed, n=1)
+        close = difflib.get_close_matches(str(flag), allowed, n=1)
         message += f", did you mean {close[0]!r}?" if close else ""
     return f"{message}; allowed are: {', '.join(allowed)}"
+
+
+def _check_inductor(mode: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse now what Inductor would stumble over in the middle of a compilation."""
+    from torch._inductor import list_mode_options, list_options
+
+    if mode is not None:
+        _one_of("mode", mode, tuple(list_mode_options()))
+    known = list_options()
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(str(option), known, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"inner_options: inductor has no option {option!r}{hint}")
 
 
 def _one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> None:
@@ -155,10 +173,11 @@ def _signal(given: Any) -> str | None:
 def _region(given: Any) -> tuple[str, ...] | None:
     if given == "auto":
         return None
-    names = (given,) if isinstance(given, str) else tuple(given or ())
-    if not names or not all(isinstance(name, str) for name in names):
+    names = (given,) if isinstance(given, str) else given
+    listed = isinstance(names, (tuple, list)) and len(names) > 0
+    if not listed or not all(isinstance(name, str) and name for name in names):
         raise ValueError(
             f"region={given!r} is not allowed; region must be 'auto' or the names of the "
             "ModuleLists that make up the block loop"
         )
-    return names
+    return tuple(names)

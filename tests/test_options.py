@@ -1,0 +1,343 @@
+"""The compile-time flags: what each does, and how a wrong one is answered."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from diffusers_models import CASES, sample
+from one_trace import OneTrace, cached
+from torch import Tensor, nn
+from torch._dynamo import list_backends
+from torch._dynamo.exc import BackendCompilerFailed
+
+import omni_cache
+from omni_cache import MagCacheConfig, TeaCacheConfig, UncachedWarning
+from omni_cache.options import FLAGS, CompileOptions
+from omni_cache.strategies import STRATEGIES
+
+parse = CompileOptions.parse
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def fails_with(message: str) -> Any:
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
+# --- what the flags mean -------------------------------------------------------------------------
+
+
+def test_no_flags_mean_teacache_on_inductor() -> None:
+    assert parse() == parse({}) == CompileOptions(strategy=TeaCacheConfig())
+    assert parse().inner == "inductor"
+    assert not parse().strict
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_is_chosen_by_name(name: str) -> None:
+    assert parse({"cache": name}).strategy == STRATEGIES[name]()
+
+
+def test_no_strategy_is_chosen_by_none() -> None:
+    assert parse({"cache": "none"}).strategy is None
+
+
+@pytest.mark.parametrize(
+    ("cache", "field", "value"),
+    [
+        ("teacache", "rel_l1_thresh", 0.3),
+        ("teacache", "coefficients", (1.0, 2.0)),
+        ("teacache", "variant", "FLUX.1-dev"),
+        ("teacache", "num_inference_steps", 30),
+        ("teacache", "force_last_step", True),
+        ("teacache", "calibrate", True),
+        ("magcache", "threshold", 0.1),
+        ("magcache", "max_skip_steps", 2),
+        ("magcache", "retention_ratio", 0.3),
+        ("magcache", "num_inference_steps", 30),
+        ("magcache", "mag_ratios", (1.0, 1.1)),
+        ("magcache", "variant", "FLUX.1-dev"),
+        ("magcache", "calibrate", True),
+    ],
+)
+def test_every_field_of_a_config_is_a_flag(cache: str, field: str, value: Any) -> None:
+    default = STRATEGIES[cache]()
+    assert getattr(default, field) != value
+    assert parse({"cache": cache, field: value}).strategy == type(default)(**{field: value})
+
+
+def test_flags_beside_a_config_object_override_its_fields() -> None:
+    config = MagCacheConfig(threshold=0.1, max_skip_steps=2)
+    assert parse({"cache": config}).strategy == config
+    changed = parse({"cache": config, "max_skip_steps": 4}).strategy
+    assert changed == MagCacheConfig(threshold=0.1, max_skip_steps=4)
+    assert config.max_skip_steps == 2
+
+
+def test_the_options_of_a_user_are_left_as_they_are() -> None:
+    options = {"cache": "magcache", "threshold": 0.1, "inner": "eager", "mode": None}
+    before = dict(options)
+    parse(options)
+    assert options == before
+
+
+def test_inner_takes_every_registered_backend_and_callables() -> None:
+    for name in set(list_backends(exclude_tags=())) - {"omni_cache"}:
+        assert parse({"inner": name}).inner == name
+    compiler = lambda graph, example_inputs: graph  # noqa: E731
+    assert parse({"inner": compiler}).inner is compiler
+
+
+def test_mode_and_inner_options_are_kept() -> None:
+    for inner, extra in (("inductor", {"epilogue_fusion": False}), ("eager", {"depth": 2})):
+        found = parse({"inner": inner, "mode": "max-autotune", "inner_options": extra})
+        assert (found.mode, found.inner_options) == ("max-autotune", extra)
+    assert parse({}, "max-autotune").mode == "max-autotune"
+    assert parse({"mode": "default"}, "max-autotune").mode == "default"
+
+
+@pytest.mark.parametrize(
+    ("options", "reuses"),
+    [
+        ({}, False),
+        ({"mode": "default"}, False),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"inner": "cudagraphs"}, True),
+        ({"inner_options": {"triton.cudagraphs": True}}, True),
+        ({"inner_options": {"triton.cudagraphs": False}}, False),
+    ],
+)
+def test_modes_with_cuda_graphs_are_known(options: dict[str, Any], reuses: bool) -> None:
+    assert parse(options).inner_reuses_memory is reuses
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("auto", None),
+        ("blocks", ("blocks",)),
+        (["first", "second"], ("first", "second")),
+        (("first", "second"), ("first", "second")),
+    ],
+)
+def test_region_takes_auto_or_names(given: Any, expected: Any) -> None:
+    assert parse({"region": given}).region == expected
+
+
+# --- wrong flags ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("rel_l1_tresh", "rel_l1_thresh"),
+        ("coeficients", "coefficients"),
+        ("iner", "inner"),
+        ("stict", "strict"),
+        ("num_inference_step", "num_inference_steps"),
+    ],
+)
+def test_a_misspelt_flag_is_told_the_closest_name(flag: str, meant: str) -> None:
+    with fails_with(f"unknown flag {flag!r}, did you mean {meant!r}?"):
+        parse({flag: 1})
+
+
+def test_an_unknown_flag_is_told_what_there_is() -> None:
+    listed = ", ".join((*FLAGS, *TeaCacheConfig.field_names()))
+    with fails_with(f"unknown flag 'zzz'; allowed are: {listed}"):
+        parse({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("cache", "name", "flag", "owner"),
+    [
+        ("teacache", "teacache", "threshold", "magcache"),
+        ("magcache", "magcache", "rel_l1_thresh", "teacache"),
+        (MagCacheConfig(), "magcache", "rel_l1_thresh", "teacache"),
+        ("none", "none", "threshold", "magcache"),
+    ],
+)
+def test_a_flag_of_another_strategy_is_told_its_owner(
+    cache: Any, name: str, flag: str, owner: str
+) -> None:
+    with fails_with(
+        f"unknown flag {flag!r} for cache={name!r} (it belongs to cache={owner!r}); allowed are: "
+    ):
+        parse({"cache": cache, flag: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "teacach"}, "cache='teacach' is not allowed (did you mean 'teacache'?); cache"),
+        ({"cache": None}, "cache=None is not allowed (did you mean 'none'?); cache must be one of"),
+        ({"cache": TeaCacheConfig}, "or a strategy's config object"),
+        ({"inner": "inducto"}, "inner='inducto' is not allowed (did you mean 'inductor'?)"),
+        ({"inner": 1}, "inner=1 is not allowed; inner must be one of "),
+        ({"inner": "omni_cache"}, "inner='omni_cache' is not allowed"),
+        ({"inner_options": 1}, "inner_options=1 is not allowed; it must be a dict"),
+        ({"lowering": "kond"}, "lowering='kond' is not allowed (did you mean 'cond'?)"),
+        ({"blocks": "all"}, "blocks='all' is not allowed; blocks must be one of 'rolled', 'unr"),
+        ({"signal": ""}, "signal='' is not allowed; signal must be 'auto', 'timestep_embedding'"),
+        ({"signal": 3}, "signal=3 is not allowed"),
+        ({"region": []}, "region=[] is not allowed; region must be 'auto' or the names"),
+        ({"region": [1]}, "region=[1] is not allowed"),
+        ({"region": 5}, "region=5 is not allowed"),
+        ({"region": ""}, "region='' is not allowed"),
+        ({"strict": "yes"}, "strict='yes' is not allowed; strict must be one of True, False"),
+        ({"strict": 1}, "strict=1 is not allowed"),
+        ({"mode": "max"}, "mode='max' is not allowed; mode must be one of 'default', "),
+        ({"mode": "max-autotun"}, "mode='max-autotun' is not allowed (did you mean 'max-autotune'"),
+        ({"mode": 3}, "mode=3 is not allowed; mode must be a string or None"),
+        ({"inner": "eager", "mode": 3}, "mode=3 is not allowed; mode must be a string or None"),
+        (
+            {"inner_options": {"epilogue_fusio": True}},
+            "inner_options: inductor has no option 'epilogue_fusio', did you mean 'epil",
+        ),
+        ({"rel_l1_thresh": -1}, "rel_l1_thresh=-1 is not allowed; rel_l1_thresh must be a finite"),
+        ({"cache": MagCacheConfig(), "threshold": -1}, "threshold=-1 is not allowed"),
+        ({3: 4}, "unknown flag 3"),
+    ],
+)
+def test_a_wrong_value_names_the_flag_and_what_is_allowed(
+    options: dict[Any, Any], message: str
+) -> None:
+    with fails_with(message):
+        parse(options)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "instead"), [("lowering", "cond", "dispatch"), ("blocks", "rolled", "unr")]
+)
+def test_what_is_not_built_yet_says_so(flag: str, value: str, instead: str) -> None:
+    with pytest.raises(NotImplementedError, match=f"{flag}='{value}' is not built.*'{instead}"):
+        parse({flag: value})
+
+
+def test_enable_checks_flags_before_it_touches_anything() -> None:
+    model = nn.Linear(2, 2)
+    with fails_with("unknown flag 'treshold', did you mean 'threshold'?"):
+        omni_cache.enable(model, cache="magcache", treshold=1)
+    assert model._compiled_call_impl is None
+
+
+def test_torch_compile_shows_the_message_at_the_first_call() -> None:
+    compiled = torch.compile(nn.Linear(2, 2), backend="omni_cache", options={"inner": "inducto"})
+    with pytest.raises(BackendCompilerFailed, match="did you mean 'inductor'") as raised:
+        compiled(torch.zeros(1, 2))
+    assert isinstance(raised.value.inner_exception, ValueError)
+
+
+# --- flags at work -------------------------------------------------------------------------------
+
+
+class Attentionless(nn.Module):
+    """Nothing here looks like a stack of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x).relu())
+        return out
+
+
+def test_a_model_without_a_block_loop_runs_uncached_and_says_why_once() -> None:
+    model, x = Attentionless(), torch.ones(1, 4)
+    compiled = torch.compile(model, backend="omni_cache", options={"inner": "eager"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = [compiled(x) for _ in range(3)]
+    assert all(torch.equal(output, model(x)) for output in outputs)
+    (warning,) = caught
+    assert warning.category is UncachedWarning
+    assert "Attentionless runs uncached: " in str(warning.message)
+    assert omni_cache.summary(model).trajectories == ()
+
+
+def test_strict_raises_instead() -> None:
+    options = {"inner": "eager", "strict": True}
+    compiled = torch.compile(Attentionless(), backend="omni_cache", options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BackendCompilerFailed, match="NoBlockLoopError"):
+            compiled(torch.ones(1, 4))
+
+
+def test_with_gradients_a_model_runs_uncached_and_gets_its_gradients() -> None:
+    case = CASES["pixart"]
+    model = case.build()
+    compiled = torch.compile(model, backend="omni_cache", options={"inner": "eager"})
+    with torch.enable_grad(), pytest.warns(UncachedWarning, match="gradients are enabled"):
+        sample(compiled(**case.inputs())).sum().backward()
+    assert all(parameter.grad is not None for parameter in case.blocks(model)[0].parameters())
+    assert omni_cache.summary(model).trajectories == ()
+
+
+def test_flags_reach_the_gate() -> None:
+    """Step counts, signal and region, in one trace of the smallest model."""
+    case = CASES["pixart"]
+    model = case.build()
+    always = {"cache": "teacache", "coefficients": (1.0, 0.0), "rel_l1_thresh": 1e6}
+    time = {**always, "signal": "timestep_embedding"}
+    norm = {**always, "signal": "transformer_blocks.0.norm1"}
+    mag = {"cache": "magcache", "mag_ratios": [1.0], "retention_ratio": 0.5}
+    backends = {
+        "last": cached(**always, force_last_step=True, num_inference_steps=4),
+        "time": cached(**time),
+        "norm": cached(**norm),
+        "half": cached(**mag, num_inference_steps=4),
+        "28": cached(**mag),
+        "named": cached(**always, region=["transformer_blocks"], strict=True),
+    }
+    trace = OneTrace(backends)
+    compiled = torch.compile(model, backend=trace, fullgraph=True)
+
+    def run(name: str) -> tuple[list[bool], list[float | None]]:
+        trace.chosen = name
+        omni_cache.refresh(model)
+        for step in range(4):
+            compiled(**case.inputs(step))
+        (trajectory,) = omni_cache.summary(model).trajectories
+        return (
+            [step.computed for step in trajectory.steps],
+            [step.distance for step in trajectory.steps],
+        )
+
+    assert run("last")[0] == [True, False, False, True]
+    assert run("half")[0] == [True, True, False, False]
+    assert run("28")[0] == [True] * 4
+    assert run("named")[0] == [True, False, False, False]
+
+    signals: dict[str, list[Tensor]] = {"time": [], "norm": []}
+    modules = {
+        "time": model.get_submodule("adaln_single"),
+        "norm": model.get_submodule("transformer_blocks.0.norm1"),
+    }
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda module, args, output, name=name: signals[name].append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    for step in range(4):
+        model(**case.inputs(step))
+    for name, seen in signals.items():
+        expected = [
+            float((now - before).abs().mean() / before.abs().mean())
+            for before, now in pairwise(seen)
+        ]
+        assert run(name)[1][1:] == pytest.approx(expected, rel=1e-4)
