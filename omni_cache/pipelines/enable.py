@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from omni_cache.backend import omni_cache_backend
-from omni_cache.options import CompileOptions
+from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
 from omni_cache.runtime import (
     Generation,
     ModelState,
@@ -41,7 +41,9 @@ class _Enabled:
     def __init__(self, module: nn.Module, flags: dict[str, Any]) -> None:
         self.flags = flags
         self.state = ModelState()
-        self.compiled_before = module._compiled_call_impl
+        self.compiled_before = {
+            name: value for name, value in vars(module).items() if name == "_compiled_call_impl"
+        }
         self.has_context = hasattr(module, "cache_context")
 
 
@@ -71,8 +73,10 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     compile_flags: dict[str, Any] = {
         key: flags.pop(key) for key in ("dynamic", "fullgraph") if key in flags
     }
-    options = {"cache": cache, **flags}
-    CompileOptions.parse(options)
+    strategy = CompileOptions.parse({"cache": cache, **flags}).strategy
+    # Dynamo compares options; a config object has plain numbers where a flag may be a tensor.
+    options = {key: value for key, value in flags.items() if key in FLAGS}
+    options["cache"] = strategy or NO_CACHE
     models = _models(target)
     for module in models.values():
         _enable_module(module, options, compile_flags)
@@ -95,7 +99,8 @@ def disable(target: Any) -> Any:
         if enabled is None:
             continue
         enabled.state.forget()
-        module._compiled_call_impl = enabled.compiled_before
+        vars(module).pop("_compiled_call_impl", None)
+        vars(module).update(enabled.compiled_before)
         vars(module).pop("cache_context", None)
     scheduler = getattr(target, "scheduler", None)
     if not isinstance(target, nn.Module) and scheduler is not None:
