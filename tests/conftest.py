@@ -29,7 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Reductions over a fixed number of threads: bit-exact comparisons hold within one run.
     import torch
 
-    torch.set_num_threads(min(4, torch.get_num_threads()))
+    # Workers of pytest-xdist share the cores, so each keeps to one.
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    torch.set_num_threads(1 if is_worker else min(4, torch.get_num_threads()))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
