@@ -27,6 +27,7 @@ def estimate_mag_ratios(
         ``mag_ratios``.
 
     Raises:
+        ValueError: ``target`` is enabled, or a flag is wrong.
         RuntimeError: ``generate`` ran no complete generation through the cache.
     """
     measured = _measure(target, generate, "magcache", num_inference_steps, flags)
@@ -60,10 +61,10 @@ def estimate_coefficients(
         ``degree + 1`` coefficients, highest power first, ready for ``coefficients``.
 
     Raises:
-        ValueError: ``degree`` is no integer >= 0.
+        ValueError: ``degree`` is no integer >= 0, ``target`` is enabled, or a flag is wrong.
         RuntimeError: ``generate`` gave fewer measurements than the polynomial has coefficients.
     """
-    if not isinstance(degree, int) or degree < 0:
+    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
         raise ValueError(f"degree={degree!r} is not allowed; degree must be an integer >= 0")
     measured = _measure(target, generate, "teacache", num_inference_steps, flags)
     pairs = [
@@ -89,8 +90,12 @@ def _measure(
     flags: dict[str, Any],
 ) -> list[tuple[str, list[dict[str, float]]]]:
     """Measurements of every trajectory that ``generate`` ran, with the branch's name."""
-    from omni_cache.pipelines import disable, enable
+    from omni_cache.pipelines import disable, enable, is_enabled
 
+    if is_enabled(target):
+        raise ValueError(
+            "target is enabled, and would be left disabled; call omni_cache.disable(target) first"
+        )
     enable(target, cache=cache, calibrate=True, num_inference_steps=num_inference_steps, **flags)
     try:
         with recording() as runs:

@@ -1,5 +1,5 @@
 """Caching for whole pipelines and bare modules: enable, disable, refresh, summary."""
 
-from omni_cache.pipelines.enable import disable, enable, refresh, summary
+from omni_cache.pipelines.enable import disable, enable, is_enabled, refresh, summary
 
-__all__ = ["disable", "enable", "refresh", "summary"]
+__all__ = ["disable", "enable", "is_enabled", "refresh", "summary"]

@@ -108,6 +108,11 @@ def disable(target: Any) -> Any:
     return target
 
 
+def is_enabled(target: Any) -> bool:
+    """Whether ``enable`` has been called on a pipeline or module, and not yet ``disable``."""
+    return any(module in _enabled for module in _models(target).values())
+
+
 def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
     """Forget everything that is cached, and expect a new generation.
 
