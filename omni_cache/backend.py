@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from omni_cache.passes import (
     is_static_input,
     split,
 )
+from omni_cache.passes.signal import TIMESTEP_ARGUMENTS
 from omni_cache.runtime import CompiledParts, Executor
 
 logger = logging.getLogger(__name__)
@@ -61,15 +63,14 @@ def omni_cache_backend(
     flags = CompileOptions.parse(options, mode)
     if flags.strategy is None:
         return compile_part(gm, example_inputs, flags)
-    model, is_piece = traced_frame(gm)
-    model_class = None if model is None else type(model).__name__
+    frame = TracedFrame.current(gm)
     try:
-        return _compile_guarded(gm, example_inputs, flags, model)
+        return _compile_guarded(gm, example_inputs, flags, frame)
     except RegionError as error:
         if flags.strict:
             raise
-        message = f"{model_class or 'a model'} runs uncached: {error}"
-        if is_piece and isinstance(error, NoBlockLoopError):
+        message = f"{frame.model_class or 'a model'} runs uncached: {error}"
+        if frame.is_piece and isinstance(error, NoBlockLoopError):
             # A model that breaks into several graphs has its block loop in another one.
             logger.info("a piece of %s", message)
         else:
@@ -81,7 +82,7 @@ def _compile_guarded(
     gm: GraphModule,
     example_inputs: Sequence[Any],
     flags: CompileOptions,
-    model: torch.nn.Module | None,
+    frame: TracedFrame,
 ) -> Executor:
     assert flags.strategy is not None
     if torch.is_grad_enabled():
@@ -91,10 +92,9 @@ def _compile_guarded(
         )
     # A graph without blocks needs no tables, so that none are looked up or missed for it.
     find_block_loop(gm.graph, flags.region)
-    strategy = flags.strategy.bind(None if model is None else type(model).__name__)
+    strategy = flags.strategy.bind(frame.model_class)
     signal = None if strategy.signal is None else (flags.signal or strategy.signal)
-    parameters = () if model is None else tuple(inspect.signature(model.forward).parameters)
-    analysis = analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
+    analysis = analyse(gm.graph, region=flags.region, signal=signal, parameters=frame.parameters)
     guarded = split(gm, analysis)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
@@ -110,6 +110,7 @@ def _compile_guarded(
         inputs=list(examples),
         static=[is_static_input(node) for node in placeholders],
         copy_residuals=flags.inner_reuses_memory,
+        constant_timestep=frame.timestep,
     )
 
 
@@ -155,21 +156,46 @@ def compile_part(
     return inner(gm, list(example_inputs), **extra)
 
 
-def traced_frame(gm: GraphModule) -> tuple[torch.nn.Module | None, bool]:
+@dataclass(frozen=True)
+class TracedFrame:
     """What Dynamo is compiling now.
 
-    Returns:
-        The module that is called (None for a function without one), and whether the graph is only a
-        piece of it, between graph breaks.
+    Attributes:
+        model_class: class of the module that is called, None for a function without one.
+        parameters: names of the parameters of the module's ``forward``, in order.
+        is_piece: whether the graph is only a piece of it, between graph breaks.
+        timestep: the timestep, where it is a Python number: the first graph is specialised on it,
+            so that it is no input.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    ended = getattr(gm, "compile_subgraph_reason", None)
-    is_piece = bool(ended is not None and ended.graph_break)
-    try:
-        frame = InstructionTranslator.current_tx().output.root_tx
-    except AttributeError:  # called by hand, not by Dynamo
-        return None, is_piece
-    modules = (each for each in frame.f_locals.values() if isinstance(each, torch.nn.Module))
-    resumed = frame.f_code.co_name.startswith("torch_dynamo_resume_in")
-    return next(modules, None), is_piece or resumed
+    model_class: str | None = None
+    parameters: tuple[str, ...] = ()
+    is_piece: bool = False
+    timestep: float | None = None
+
+    @classmethod
+    def current(cls, gm: GraphModule) -> TracedFrame:
+        """The frame that a graph was traced in."""
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        ended = getattr(gm, "compile_subgraph_reason", None)
+        is_piece = bool(ended is not None and ended.graph_break)
+        try:
+            frame = InstructionTranslator.current_tx().output.root_tx
+        except AttributeError:  # called by hand, not by Dynamo
+            return cls(is_piece=is_piece)
+        is_piece = is_piece or frame.f_code.co_name.startswith("torch_dynamo_resume_in")
+        given = dict(frame.f_locals)
+        model = next((each for each in given.values() if isinstance(each, torch.nn.Module)), None)
+        if model is None:
+            return cls(is_piece=is_piece)
+        parameters = tuple(inspect.signature(model.forward).parameters)
+        positional = zip(parameters, given.get("args", ()), strict=False)
+        given = {**dict(positional), **given.get("kwargs", {}), **given}
+        times = (given.get(name) for name in TIMESTEP_ARGUMENTS)
+        return cls(
+            model_class=type(model).__name__,
+            parameters=parameters,
+            is_piece=is_piece,
+            timestep=next((float(each) for each in times if isinstance(each, float | int)), None),
+        )

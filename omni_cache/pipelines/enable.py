@@ -1,17 +1,16 @@
 """enable, disable, refresh and summary, for a diffusers pipeline or a bare module.
 
 Enabling compiles each denoising transformer in place, so that it keeps its type and attributes, and
-listens to what the pipeline says of its loop: ``scheduler.set_timesteps`` starts a generation with
-its number of steps, ``transformer.cache_context`` names the branch. Both are instance attributes
-laid over the class's own, and are taken away again by ``disable``.
+listens to what the pipeline says of its loop: new timesteps in its scheduler are a new generation
+of so many steps, ``transformer.cache_context`` names the branch. All that it adds are two
+attributes of the transformer, which ``disable`` takes away and which no copy of it inherits.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -34,22 +33,8 @@ from omni_cache.runtime import (
 TRANSFORMERS = ("transformer", "transformer_2")
 """Names under which pipelines keep their denoising transformers."""
 
-
-class _Enabled:
-    """One model with its cache on, and how to take it off again."""
-
-    def __init__(self, module: nn.Module, flags: dict[str, Any]) -> None:
-        self.flags = flags
-        self.state = ModelState()
-        self.compiled_before = {
-            name: value for name, value in vars(module).items() if name == "_compiled_call_impl"
-        }
-        self.has_context = hasattr(module, "cache_context")
-
-
 _numbers = itertools.count()
 _entries: weakref.WeakValueDictionary[Any, FunctionType] = weakref.WeakValueDictionary()
-_enabled: weakref.WeakKeyDictionary[nn.Module, _Enabled] = weakref.WeakKeyDictionary()
 
 
 def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
@@ -78,10 +63,11 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     options = {key: value for key, value in flags.items() if key in FLAGS}
     options["cache"] = strategy or NO_CACHE
     models = _models(target)
-    for module in models.values():
-        _enable_module(module, options, compile_flags)
+    calls = [_enable_module(module, options, compile_flags) for module in models.values()]
     if not isinstance(target, nn.Module):
-        _listen_to_scheduler(target, list(models.values()))
+        loop = _PipelineLoop(target, models.values())
+        for call in calls:
+            call.follow(loop)
     return target
 
 
@@ -95,22 +81,13 @@ def disable(target: Any) -> Any:
         TypeError: ``target`` is no module and has no transformer.
     """
     for module in _models(target).values():
-        enabled = _enabled.pop(module, None)
-        if enabled is None:
-            continue
-        enabled.state.forget()
-        vars(module).pop("_compiled_call_impl", None)
-        vars(module).update(enabled.compiled_before)
-        vars(module).pop("cache_context", None)
-    scheduler = getattr(target, "scheduler", None)
-    if not isinstance(target, nn.Module) and scheduler is not None:
-        vars(scheduler).pop("set_timesteps", None)
+        _disable_module(module)
     return target
 
 
 def is_enabled(target: Any) -> bool:
     """Whether ``enable`` has been called on a pipeline or module, and not yet ``disable``."""
-    return any(module in _enabled for module in _models(target).values())
+    return any(_cached_call(module) is not None for module in _models(target).values())
 
 
 def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
@@ -174,37 +151,136 @@ def _models(target: Any) -> dict[str, nn.Module]:
 def _states(target: Any) -> list[tuple[str, ModelState]]:
     states: list[tuple[str, ModelState]] = []
     for name, module in _models(target).items():
-        enabled = _enabled.get(module)
-        own = [enabled.state] if enabled is not None else states_of_module(module)
+        call = _cached_call(module)
+        own = [call.state] if call is not None else states_of_module(module)
         states += [(name, state) for state in own]
     return states
 
 
+class _PipelineLoop:
+    """The denoising loop of a pipeline, as far as its scheduler tells.
+
+    Every scheduler makes a new tensor of timesteps when a loop begins, so looking at it is enough:
+    a scheduler may be replaced, copied or saved at any time, and needs no disabling.
+    """
+
+    def __init__(self, pipeline: Any, models: Iterable[nn.Module]) -> None:
+        self.pipeline = weakref.ref(pipeline)
+        self._models = [weakref.ref(module) for module in models]
+        self._heard = self._timesteps()
+
+    def listen(self) -> None:
+        """Announce a generation to the pipeline's models if the scheduler has begun one."""
+        timesteps = self._timesteps()
+        if timesteps is None or timesteps is self._heard:
+            return
+        self._heard = timesteps
+        coming = Generation(len(timesteps), experts=len(self._models) > 1)
+        for model in self._models:
+            module = model()
+            call = None if module is None else _cached_call(module)
+            if call is not None:
+                call.state.announce(coming)
+
+    def _timesteps(self) -> Any:
+        scheduler = getattr(self.pipeline(), "scheduler", None)
+        # A scheduler is made with the timesteps of its training, and has no number of steps then.
+        if getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        return getattr(scheduler, "timesteps", None)
+
+
+class _CachedCall:
+    """What an enabled module runs when it is called. Copies of the module leave it out."""
+
+    def __init__(
+        self, module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
+    ) -> None:
+        self.flags = {**options, **compile_flags}
+        self.state = ModelState()
+        self.before = vars(module).get("_compiled_call_impl")
+        self.loops: list[_PipelineLoop] = []
+        # By weak reference: a module that owned itself would be freed by the cycle collector only.
+        self._module = weakref.ref(module)
+        self._compiled = torch.compile(
+            _entry(type(module), self.flags),
+            backend=omni_cache_backend,
+            options=options,
+            **compile_flags,
+        )
+
+    def follow(self, loop: _PipelineLoop) -> None:
+        """Listen to a pipeline's loop, in place of what was heard from the pipeline before."""
+        pipeline = loop.pipeline()
+        others = (each for each in self.loops if each.pipeline() not in (None, pipeline))
+        self.loops = [*others, loop]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for loop in self.loops:
+            loop.listen()
+        with bind(self.state):
+            return self._compiled(self._module(), *args, **kwargs)
+
+
+class _NamedContext:
+    """``cache_context`` of an enabled module: the class's own, which also names the branch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @contextmanager
+    def __call__(self, name: str, **place: Any) -> Iterator[None]:
+        module = self._owner()
+        original = type(module).cache_context
+        with original(module, name, **place), branch(name, place.get("step_index")):
+            yield
+
+    def _owner(self) -> Any:
+        module = self._module()
+        assert module is not None  # somebody calls its method, or copies it
+        return module
+
+    # A copy of the module is not enabled: it gets the method of its class.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        module = self._owner()
+        return type(module).cache_context.__get__(memo.get(id(module), module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner(), "cache_context")
+
+
+def _cached_call(module: nn.Module) -> _CachedCall | None:
+    call = module._compiled_call_impl
+    return call if isinstance(call, _CachedCall) else None
+
+
 def _enable_module(
     module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
-) -> None:
-    flags = {**options, **compile_flags}
-    current = _enabled.get(module)
+) -> _CachedCall:
+    current = _cached_call(module)
+    if current is not None and current.flags == {**options, **compile_flags}:
+        return current
+    _disable_module(module)
+    call = module._compiled_call_impl = _CachedCall(module, options, compile_flags)
     if current is not None:
-        if current.flags == flags:
-            return
-        disable(module)
-    enabled = _enabled[module] = _Enabled(module, flags)
-    compiled = torch.compile(
-        _entry(type(module), flags), backend=omni_cache_backend, options=options, **compile_flags
-    )
-    state = enabled.state
-    owner = weakref.ref(module)
+        call.loops = current.loops
+    if hasattr(module, "cache_context"):
+        # Over the class's method, for this instance alone.
+        vars(module)["cache_context"] = _NamedContext(module)
+    return call
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with bind(state):
-            return compiled(owner(), *args, **kwargs)
 
-    module._compiled_call_impl = call
-    if enabled.has_context:
-        # Over the class's method, for this instance alone. The reference back must be weak: a
-        # module that owns a closure over itself would be freed by the cycle collector only.
-        vars(module)["cache_context"] = _named_context(weakref.ref(module))
+def _disable_module(module: nn.Module) -> None:
+    attributes = vars(module)
+    call = _cached_call(module)
+    if call is not None:
+        call.state.forget()
+        del attributes["_compiled_call_impl"]
+        if call.before is not None:
+            attributes["_compiled_call_impl"] = call.before
+    if isinstance(attributes.get("cache_context"), _NamedContext):
+        del attributes["cache_context"]
 
 
 def _entry(module_class: type[nn.Module], flags: dict[str, Any]) -> Callable[..., Any]:
@@ -223,40 +299,3 @@ def _entry(module_class: type[nn.Module], flags: dict[str, Any]) -> Callable[...
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def _named_context(module: weakref.ref[nn.Module]) -> Callable[..., Any]:
-    @contextmanager
-    def cache_context(name: str, **place: Any) -> Iterator[None]:
-        owner = module()
-        assert owner is not None  # somebody is calling its method
-        original: Any = getattr(type(owner), "cache_context")  # noqa: B009
-        with original(owner, name, **place), branch(name, place.get("step_index")):
-            yield
-
-    return cache_context
-
-
-def _listen_to_scheduler(pipeline: Any, models: list[nn.Module]) -> None:
-    """Make ``scheduler.set_timesteps`` announce a generation to the pipeline's models."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None or not hasattr(scheduler, "set_timesteps"):
-        return
-    references = [weakref.ref(module) for module in models]
-    own_scheduler = weakref.ref(scheduler)
-
-    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-        owner = own_scheduler()
-        assert owner is not None  # somebody is calling its method
-        result = type(owner).set_timesteps(owner, *args, **kwargs)
-        coming = Generation(len(owner.timesteps), experts=len(references) > 1)
-        for reference in references:
-            module = reference()
-            enabled = _enabled.get(module) if module is not None else None
-            if enabled is not None:
-                enabled.state.announce(coming)
-        return result
-
-    # Pipelines look at the signature to learn whether the scheduler takes sigmas of their own.
-    set_timesteps.__signature__ = inspect.signature(scheduler.set_timesteps)  # type: ignore[attr-defined]
-    vars(scheduler)["set_timesteps"] = set_timesteps

@@ -165,7 +165,7 @@ class Executor:
         trajectory.measure_memory()
         total = self._total_steps(state)
         if total is not None and trajectory.step_index >= total:
-            trajectory.release()
+            state.finish(trajectory)
 
     # --- placing and deciding
     # -----------------------------------------------------------------------
@@ -196,7 +196,8 @@ class Executor:
         """
         read = _Read()
         read.want("timestep", timestep.double().mean())
-        guess = state.guess()
+        inputs = self._conditioning(values)
+        guess = state.guess(inputs)
         gate = fork = decision = None
         # A gate without a signal needs no read of its own, so it can wait for the timestep.
         if guess is not None and self._signal is not None and guess.layout == self._layout(values):
@@ -204,7 +205,7 @@ class Executor:
         if guess is not None and gate is not None:
             fork = gate.fork()
             decision = self._verdict(guess, fork, state, values, read)
-        true = state.infer(read.fetch("timestep"), self._conditioning(values))
+        true = state.infer(read.fetch("timestep"), inputs)
         if decision is not None and true is guess and true.gate is gate:
             true.gate = fork
             return true, decision

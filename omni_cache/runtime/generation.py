@@ -151,11 +151,11 @@ class Generation:
         for run in list(self._runs.values()):
             run.release()
 
-    def finish(self, trajectory: Trajectory) -> None:
-        """Free what is held for a branch whose last step is done, by all models that took turns."""
-        others = self._trajectories(trajectory.branch) if self.experts else []
-        for each in (trajectory, *others):
-            each.release()
+    def finish(self, branch_name: str) -> None:
+        """Free what models that take turns hold for a branch, when its last step is done."""
+        if self.experts:
+            for each in self._trajectories(branch_name):
+                each.release()
 
     def steps_done(self, branch_name: str) -> int:
         """Calls of a branch so far over all models, where they take turns; else 0."""
@@ -193,10 +193,15 @@ class Run:
         for each in self.trajectories.values():
             each.release()
 
-    def guess(self) -> Trajectory | None:
-        """The trajectory of the next call as the course so far suggests, None before the first."""
+    def guess(self, inputs: Sequence[Tensor]) -> Trajectory | None:
+        """The likely trajectory of a call at an unknown timestep; None where there is none."""
         following = self.position + 1
-        return self._at(following if following < self.branches else 0)
+        if following >= self.branches:
+            following = 0
+            if not self.course.direction and self.trajectories:
+                first = self._first_branch(inputs)
+                return None if first is None else list(self.trajectories.values())[first]
+        return self.trajectories.get(_branch_name(following))
 
     def place(self, timestep: float, inputs: Sequence[Tensor]) -> Trajectory | None:
         """The trajectory of a call at a timestep, or None where it starts a new generation."""
@@ -216,26 +221,30 @@ class Run:
         found = self.trajectory(_branch_name(self.position))
         return None if found.conditioning.contradicts(inputs) else found
 
-    def _at(self, position: int) -> Trajectory | None:
-        return self.trajectories.get(_branch_name(position))
-
     def _review_first_step(self, inputs: Sequence[Tensor]) -> None:
-        """Find out which calls of step 0 were the start of a loop that ended right there.
-
-        The first call of step 1 goes on with the first branch, which it shares most inputs with;
-        what came before that one is forgotten. Where that is no answer, all are computed anew.
-        """
-        branches = list(self.trajectories.values())
-        shared = [each.conditioning.shared(inputs) if each.steps else -1 for each in branches]
-        first = shared.index(max(shared))
-        if shared.count(shared[first]) > 1 or not self.begins_a_step:
+        """Forget those calls of step 0 that were the start of a loop that ended right there."""
+        first = self._first_branch(inputs)
+        if first is None:
             self.release()
             return
+        remaining = list(self.trajectories.values())[first:]
         self.trajectories = {}
-        for position, each in enumerate(branches[first:]):
+        for position, each in enumerate(remaining):
             each.branch, each.position = _branch_name(position), position
             self.trajectories[each.branch] = each
         self.position -= first
+
+    def _first_branch(self, inputs: Sequence[Tensor]) -> int | None:
+        """Which call of step 0 the first call of step 1 goes on with; None where that is unclear.
+
+        It is the one that shares most inputs with it.
+        """
+        shared = [
+            each.conditioning.shared(inputs) if each.steps else -1
+            for each in self.trajectories.values()
+        ]
+        most = max(shared)
+        return shared.index(most) if self.begins_a_step and shared.count(most) == 1 else None
 
 
 def _branch_name(position: int) -> str:
@@ -268,11 +277,11 @@ class ModelState:
             explicit.restart(self)
 
     def finish(self, trajectory: Trajectory) -> None:
-        """Free what a trajectory holds if the call just recorded was its last."""
+        """Free what is held for a trajectory whose last step is done."""
+        trajectory.release()
         current = self._announced()
-        total = None if current is None else current.num_inference_steps
-        if current is not None and total is not None and trajectory.step_index >= total:
-            current.finish(trajectory)
+        if current is not None:
+            current.finish(trajectory.branch)
 
     def num_inference_steps(self) -> int | None:
         """The number of steps of the generation that this thread is in, if it is known."""
@@ -297,13 +306,13 @@ class ModelState:
             return None
         return found
 
-    def guess(self) -> Trajectory | None:
+    def guess(self, inputs: Sequence[Tensor]) -> Trajectory | None:
         """The likely trajectory of a call whose timestep is not known on the host yet."""
         current, named = self._announced() or self._thread.generation, _branch.get()
         if current is None:
             return None
         run = current.run(self)
-        return run.guess() if named is None else run.trajectories.get(named.name)
+        return run.guess(inputs) if named is None else run.trajectories.get(named.name)
 
     def infer(self, timestep: float, inputs: Sequence[Tensor]) -> Trajectory:
         """The trajectory of a call from its timestep.

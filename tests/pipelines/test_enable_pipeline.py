@@ -122,9 +122,7 @@ def test_refresh_forgets_the_summary_and_the_state(pipe: Any) -> None:
 def test_nothing_is_held_after_the_last_step(pipe: Any) -> None:
     omni_cache.enable(pipe, inner="eager", coefficients=[1.0, 0.0])
     draw(pipe)
-    from omni_cache.pipelines.enable import _enabled
-
-    run = _enabled[pipe.transformer].state.latest
+    run = pipe.transformer._compiled_call_impl.state.latest
     assert run is not None
     (trajectory,) = run.trajectories.values()
     assert trajectory.memory_bytes > 0

@@ -81,8 +81,8 @@ class ToyTransformer(nn.Module):
         x = self.embed(hidden_states)
         time = x.mean(1) if prompt is None else self.embed_prompt(prompt).mean(1)
         if timestep is not None:
-            moment = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1)
-            time = time + self.embed_time(moment / 500)
+            moment = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
+            time = time + self.embed_time(moment.float().reshape(-1, 1) / 500)
         for block in self.blocks:
             x = block(x, time, mask)
         noise = self.project(x)
