@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
+    Analysis,
     NoBlockLoopError,
     Part,
     RegionError,
@@ -25,6 +26,7 @@ from omni_cache.passes import (
 )
 from omni_cache.passes.signal import TIMESTEP_ARGUMENTS
 from omni_cache.runtime import CompiledParts, Executor
+from omni_cache.strategies import BoundStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +86,12 @@ def _compile_guarded(
     flags: CompileOptions,
     frame: TracedFrame,
 ) -> Executor:
-    assert flags.strategy is not None
     if torch.is_grad_enabled():
         raise RegionError(
             "gradients are enabled, and a reused residual has none; call the model under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    # A graph without blocks needs no tables, so that none are looked up or missed for it.
-    find_block_loop(gm.graph, flags.region)
-    strategy = flags.strategy.bind(frame.model_class)
-    signal = None if strategy.signal is None else (flags.signal or strategy.signal)
-    analysis = analyse(gm.graph, region=flags.region, signal=signal, parameters=frame.parameters)
+    strategy, analysis = analyse_for_strategy(gm, flags, frame.model_class, frame.parameters)
     guarded = split(gm, analysis)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
@@ -112,6 +109,29 @@ def _compile_guarded(
         copy_residuals=flags.inner_reuses_memory,
         constant_timestep=frame.timestep,
     )
+
+
+def analyse_for_strategy(
+    gm: GraphModule, flags: CompileOptions, model_class: str | None, parameters: tuple[str, ...]
+) -> tuple[BoundStrategy, Analysis]:
+    """Bind the strategy to a model's class, and analyse a graph of the model for it.
+
+    Args:
+        gm: the graph.
+        flags: with a strategy.
+        model_class: name of the model's class, None where it is unknown.
+        parameters: names of the parameters of the model's ``forward``, in order.
+
+    Raises:
+        RegionError: the graph has no region that can be skipped.
+        ValueError: the strategy lacks numbers for this class.
+    """
+    assert flags.strategy is not None
+    # A graph without blocks needs no tables, so that none are looked up or missed for it.
+    find_block_loop(gm.graph, flags.region)
+    strategy = flags.strategy.bind(model_class)
+    signal = None if strategy.signal is None else (flags.signal or strategy.signal)
+    return strategy, analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
 
 
 def _compile_named(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported, UserError
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
+from omni_cache.backend import analyse_for_strategy
 from omni_cache.options import CompileOptions
-from omni_cache.passes import Analysis, RegionError, analyse, guarded_text, split
+from omni_cache.passes import Analysis, RegionError, guarded_text, split
 
 
 @dataclass(frozen=True)
@@ -72,42 +76,44 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             "as a pipeline's transformer"
         )
     flags = CompileOptions.parse(kwargs.pop("cache_options", None))
+    module = getattr(model, "_orig_mod", model)
+    parameters = tuple(inspect.signature(module.forward).parameters)
     reports: list[GraphReport] = []
     breaks: list[str] = []
-
-    module = getattr(model, "_orig_mod", model)
+    traced: set[CodeType] = set()
 
     def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
+        traced.add(InstructionTranslator.current_tx().output.root_tx.f_code)
         try:
-            analysis = analyse(
-                gm.graph,
-                region=flags.region,
-                signal=flags.signal or "auto",
-                parameters=tuple(inspect.signature(module.forward).parameters),
-            )
+            if flags.strategy is None:
+                raise RegionError("cache='none'")
+            _, analysis = analyse_for_strategy(gm, flags, type(module).__name__, parameters)
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
-        except RegionError as error:
+        except (RegionError, ValueError) as error:
             reports.append(GraphReport("", None, str(error)))
         return gm.forward
 
     def forward() -> Any:
         return module.forward(*args, **kwargs)
 
-    with torch.no_grad():
-        try:
-            torch.compile(forward, backend=report, fullgraph=True)()
-        except torch._dynamo.exc.Unsupported as error:
-            breaks.append(_break_text(error))
-            reports.clear()
-            torch.compile(forward, backend=report)()
-    # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
-    torch._dynamo.eval_frame.remove_from_cache(forward)
+    try:
+        with torch.no_grad():
+            try:
+                torch.compile(forward, backend=report, fullgraph=True, dynamic=False)()
+            except (Unsupported, UserError) as error:
+                breaks.append(_break_text(error))
+                reports.clear()
+                torch.compile(forward, backend=report, dynamic=False)()
+    finally:
+        # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
+        for code in (forward.__code__, *traced):
+            torch._dynamo.eval_frame.remove_from_cache(code)
     explanation = Explanation(tuple(reports), tuple(breaks))
     print(explanation)
     return explanation
 
 
-def _break_text(error: torch._dynamo.exc.Unsupported) -> str:
+def _break_text(error: Unsupported | UserError) -> str:
     """Why Dynamo could not go on, where in the user's code, and what it advises."""
     lines = [line.strip() for line in str(error).splitlines()]
     advice = [line.removeprefix("Hint: ") for line in lines if line.startswith("Hint: ")]
