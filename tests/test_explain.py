@@ -1,0 +1,245 @@
+"""explain says what the pass finds or why it finds nothing, and changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers_models import CASES
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch.fx import GraphModule
+
+import omni_cache
+from omni_cache import explain
+
+OWN = {"coefficients": (1.0, 0.0)}
+"""Flags with which no table is looked up."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        y = F.layer_norm(x, (8,)) * (1 + self.modulation(time)[:, None])
+        return x + self.out(F.scaled_dot_product_attention(y, y, y))
+
+
+class Tiny(nn.Module):
+    """Two blocks of attention over (B, S, 8) latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(1, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        time = self.embed(timestep[:, None])
+        for block in self.blocks:
+            x = block(x, time)
+        return x.tanh()
+
+
+class Breaking(Tiny):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = x * 2
+        if x.sum() > 1e9:  # Dynamo cannot follow this
+            x = -x
+        return super().forward(x, timestep)
+
+
+def break_line() -> int:
+    lines, first = inspect.getsourcelines(Breaking.forward)
+    return first + next(i for i, line in enumerate(lines) if "cannot follow" in line)
+
+
+class Attentionless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def inputs(tokens: int = 6, step: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(1, tokens, 8, generator=generator), torch.tensor([1.0 - step / 10])
+
+
+# --- what it reports -----------------------------------------------------------------------------
+
+
+def test_flux_is_explained_in_words_and_in_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES["flux"]
+    model = case.build()
+    found = explain(model, **case.inputs())
+    text = str(found)
+    assert capsys.readouterr().out == text + "\n"
+    assert found.cached
+    assert found.breaks == ()
+    (graph,) = found.graphs
+    assert graph.reason is None
+    assert graph.analysis is not None
+    assert [each.path for each in graph.analysis.loop.lists] == list(case.block_lists)
+    for word in ("transformer_blocks", "FluxTransformerBlock", "residual", "modulated input"):
+        assert word in text
+    # What it says a trajectory will hold is what one holds.
+    foreseen = graph.analysis.residual_bytes + graph.analysis.signal_bytes
+    omni_cache.enable(model, inner="eager")
+    with torch.no_grad():
+        model(**case.inputs())
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert trajectory.memory_bytes == foreseen
+
+
+def test_wan_is_explained_with_the_published_signal_or_the_one_asked_for() -> None:
+    case = CASES["wan"]
+    model = case.build()
+
+    def signal_of(**options: Any) -> tuple[str, tuple[int, ...]]:
+        (graph,) = explain(model, **case.inputs(), cache_options=options).graphs
+        assert graph.analysis is not None
+        assert graph.analysis.signal is not None
+        signal = graph.analysis.signal
+        assert signal.kind in graph.text
+        return signal.kind, tuple(signal.node.meta["example_value"].shape)
+
+    assert signal_of(variant="Wan2.1-T2V-1.3B") == ("module output", (1, 48))
+    assert signal_of(**OWN) == ("modulated input", (1, 72, 48))
+    assert signal_of(**OWN, signal="timestep_embedding")[0] == "timestep embedding"
+
+
+def test_a_strategy_without_a_signal_is_explained_without_one() -> None:
+    options = {"cache": "magcache", "mag_ratios": [1.0]}
+    (graph,) = explain(Tiny(), *inputs(), cache_options=options).graphs
+    assert graph.analysis is not None
+    assert graph.analysis.signal is None
+
+
+def test_a_model_without_attention_is_told_what_was_found(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = explain(Attentionless(), inputs()[0])
+    assert not found.cached
+    (graph,) = found.graphs
+    assert graph.analysis is None
+    assert "attention" in str(graph.reason)
+    assert "layers" in str(graph.reason)  # the list that there is
+    assert f"not cached: {graph.reason}" in capsys.readouterr().out
+
+
+def test_a_graph_break_names_its_file_and_line() -> None:
+    found = explain(Breaking(), *inputs(), cache_options=OWN)
+    (reason,) = found.breaks
+    assert f"{__file__}:{break_line()}" in reason
+    assert "branch" in reason
+    assert reason in str(found)
+    # The pieces are explained one by one; the second has the blocks.
+    assert [graph.reason is None for graph in found.graphs] == [False, True]
+    assert found.cached
+
+
+def test_a_branch_on_a_number_read_from_a_tensor_names_its_line_too() -> None:
+    class ReadingBack(Tiny):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            scale = 2 if float(x.sum()) > 1e9 else 1
+            return super().forward(x * scale, timestep)
+
+    (reason,) = explain(ReadingBack(), *inputs(), cache_options=OWN).breaks
+    assert f"{__file__}:{inspect.getsourcelines(ReadingBack.forward)[1] + 1}" in reason
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"cache": "none"}, "cache='none'"),
+        ({"cache": "magcache"}, "no magnitude ratios are published for Tiny"),
+        ({**OWN, "signal": "blocks.7.norm"}, "signal='blocks.7.norm'"),
+        ({**OWN, "region": ["stacks"]}, "stacks"),
+    ],
+)
+def test_flags_that_leave_the_model_uncached_are_the_reason(
+    options: dict[str, Any], reason: str
+) -> None:
+    (graph,) = explain(Tiny(), *inputs(), cache_options=options).graphs
+    assert reason in str(graph.reason)
+
+
+def test_sizes_are_those_of_the_inputs_whatever_was_explained_before() -> None:
+    for tokens in (6, 9):
+        (graph,) = explain(Tiny(), *inputs(tokens), cache_options=OWN).graphs
+        assert f"f32[1, {tokens}, 8]" in graph.text
+        assert graph.analysis is not None
+        assert graph.analysis.residual_bytes == tokens * 8 * 4
+
+
+# --- what it refuses -----------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_refused_with_a_hint() -> None:
+    with pytest.raises(TypeError, match=r"model=FluxPipeline is not allowed.*pipeline's transf"):
+        explain(diffusers.FluxPipeline.__new__(diffusers.FluxPipeline))
+
+
+def test_a_wrong_flag_is_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'rel_l1_thresh'"):
+        explain(Tiny(), *inputs(), cache_options={"rel_l1_tresh": 1})
+
+
+def test_a_model_that_cannot_run_raises_what_it_raises() -> None:
+    with pytest.raises(TypeError, match="timestep"):
+        explain(Tiny(), inputs()[0], cache_options=OWN)
+
+
+# --- what it leaves behind -----------------------------------------------------------------------
+
+
+def compiled_forms(function: Callable[..., Any]) -> int:
+    return len(_debug_get_cache_entry_list(function.__code__))
+
+
+@pytest.mark.parametrize("model_class", [Tiny, Breaking])
+def test_nothing_is_left_behind_however_often_it_is_called(model_class: type[Tiny]) -> None:
+    model = model_class()
+    before, weights = dict(vars(model)), {k: v.clone() for k, v in model.state_dict().items()}
+    graphs = [len(explain(model, *inputs(), cache_options=OWN).graphs) for _ in range(10)]
+    assert len(set(graphs)) == 1  # Dynamo gives a function up after eight compilations
+    assert compiled_forms(model_class.forward) == compiled_forms(Tiny.forward) == 0
+    assert vars(model) == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert omni_cache.summary(model).trajectories == ()
+
+
+def test_gradients_are_left_alone() -> None:
+    model = Tiny()
+    with torch.enable_grad():
+        found = explain(model, *inputs(), cache_options=OWN)
+    assert found.cached
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_compiled_model_is_explained_and_stays_compiled() -> None:
+    graphs: list[GraphModule] = []
+
+    def keep(graph: GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = torch.compile(Tiny(), backend="omni_cache", options={"inner": keep, **OWN})
+    with torch.no_grad():
+        model(*inputs(step=0))
+        compiled = len(graphs)
+        assert explain(model, *inputs(), cache_options=OWN).cached
+        model(*inputs(step=1))
+    assert len(graphs) == compiled
+    assert [len(each.steps) for each in omni_cache.summary(model).trajectories] == [2]
