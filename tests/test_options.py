@@ -233,6 +233,17 @@ def test_enable_checks_flags_before_it_touches_anything() -> None:
     assert model._compiled_call_impl is None
 
 
+def test_enable_takes_tensors_for_numbers_and_compares_them() -> None:
+    case = CASES["pixart"]
+    models = [case.build(seed) for seed in (0, 1)]
+    for model in (*models, models[0]):
+        ratios = torch.tensor([1.0, 1.1])  # another tensor each time, of the same numbers
+        omni_cache.enable(model, cache="magcache", mag_ratios=ratios, inner="eager")
+        model(**case.inputs())
+    # The third call changed nothing, so that the first model's generation went on.
+    assert [omni_cache.summary(model).computed_steps for model in models] == [2, 1]
+
+
 def test_torch_compile_shows_the_message_at_the_first_call() -> None:
     compiled = torch.compile(nn.Linear(2, 2), backend="omni_cache", options={"inner": "inducto"})
     with pytest.raises(BackendCompilerFailed, match="did you mean 'inductor'") as raised:

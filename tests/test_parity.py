@@ -7,6 +7,7 @@ written out here, on a signal that a forward hook takes from the eager model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -199,3 +200,44 @@ def test_teacache_follows_the_published_rule_at_every_step() -> None:
         schedules.append(computed)
     assert len(set(map(tuple, schedules))) == len(schedules)
     assert all(0 < sum(each) < NUM_STEPS for each in schedules)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        (
+            "wan",
+            {
+                "Wan2.1-T2V-1.3B": "condition_embedder.time_embedder",
+                "Wan2.1-T2V-1.3B (retain steps)": "condition_embedder.time_proj",
+            },
+        ),
+        ("cogvideox", {"CogVideoX-5b": "time_embedding"}),
+    ],
+    ids=["wan", "cogvideox"],
+)
+def test_a_published_signal_is_what_its_module_returns(name: str, modules: dict[str, str]) -> None:
+    case = CASES[name]
+    model = case.build()
+    expected = {}
+    for variant, path in modules.items():
+        signals: list[Tensor] = []
+        handle = model.get_submodule(path).register_forward_hook(
+            lambda module, args, output, signals=signals: signals.append(output)
+        )
+        for step in range(5):
+            model(**case.inputs(step))
+        handle.remove()
+        expected[variant] = [
+            float((now - before).abs().mean() / before.abs().mean())
+            for before, now in pairwise(signals)
+        ]
+    trace = OneTrace({variant: cached(variant=variant) for variant in modules})
+    compiled = torch.compile(model, backend=trace, fullgraph=True)
+    for variant, distances in expected.items():
+        trace.chosen = variant
+        omni_cache.refresh(model)
+        for step in range(5):
+            compiled(**case.inputs(step))
+        found = [step.distance for step in trajectory_of(model).steps[1:]]
+        assert found == pytest.approx(distances, rel=1e-4), variant
