@@ -54,11 +54,16 @@ def op_name(node: Node) -> str:
 
     A function, a method and an ``OpOverload`` of one operation have one name.
     """
-    if isinstance(node.target, str):
-        return node.target
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target.overloadpacket.__name__)
-    return str(getattr(node.target, "__name__", node.target))
+    return _target_name(node.target)
+
+
+@lru_cache(maxsize=4096)
+def _target_name(target: Target) -> str:
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__)
+    return str(getattr(target, "__name__", target))
 
 
 def argument(node: Node, place: int, *names: str, default: Any = None) -> Any:
@@ -86,6 +91,11 @@ def is_size(node: Node) -> bool:
     """Whether a node produces a number, concrete or symbolic, and no tensor."""
     value = node.meta.get("example_value")
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_shape(node: Node) -> bool:
+    """Whether a node produces the shape of a tensor, for which any part can ask the tensor."""
+    return isinstance(node.meta.get("example_value"), torch.Size)
 
 
 def is_static_input(node: Node) -> bool:
@@ -236,8 +246,7 @@ def arithmetic(node: Node) -> int:
     if out is None or not tensors:
         return 0
     if name == "einsum":
-        # Every index occurs in two of (lhs, rhs, out), batch indices in all three.
-        return 2 * math.isqrt(math.prod(map(numel, (*tensors, out)))) if len(tensors) == 2 else 0
+        return 2 * numel(out) * _contracted(str(node.args[0]), tensors) if len(tensors) > 1 else 0
     if name in _CONTRACTIONS:
         lhs = tensors[1] if name in ("addmm", "baddbmm") and len(tensors) > 2 else tensors[0]
         return 2 * numel(out) * (size_hint(lhs.shape[-1]) if lhs.dim() else 1)
@@ -250,6 +259,19 @@ def arithmetic(node: Node) -> int:
 
 
 _CONTRACTIONS = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum"})
+
+
+def _contracted(equation: str, operands: Sequence[torch.Tensor]) -> int:
+    """The number of products that each element of an einsum's result sums."""
+    terms, _, result = equation.replace(" ", "").replace("...", ".").partition("->")
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms.split(","), operands, strict=False):
+        for place, index in enumerate(term):
+            if index not in result:
+                from_the_right = "." in term[:place]
+                size = operand.shape[place - len(term) if from_the_right else place]
+                sizes[index] = size_hint(size)
+    return math.prod(sizes.values())
 
 
 def is_fused_attention(node: Node) -> bool:
@@ -288,7 +310,7 @@ def written_nodes(node: Node) -> list[Node]:
     Found are ``x.add_(y)``, ``x += y``, ``x[i] = y``, ``out=x``, ``inplace=True``, operators whose
     schema says so, and Triton kernels, which may write into any of their arguments.
     """
-    if node.op not in ("call_function", "call_method"):
+    if "out" not in node.kwargs and not _may_write(node.target):
         return []
     written = [argument(node, place, name) for place, name in _written_arguments(node.target)]
     if "out" in node.kwargs:
@@ -298,6 +320,11 @@ def written_nodes(node: Node) -> list[Node]:
         written.append(argument(node, 0, parameters[0]))
     # ``+=`` on a size only rebinds a name.
     return [each for each in _nodes_in(written) if not is_size(each)]
+
+
+@lru_cache(maxsize=4096)
+def _may_write(target: Target) -> bool:
+    return bool(_written_arguments(target)) or "inplace" in _parameters(target)
 
 
 @lru_cache(maxsize=4096)

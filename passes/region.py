@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from .node import (
     computation,
     dependencies,
+    is_shape,
     is_size,
     is_static_input,
     is_tuple,
@@ -145,8 +146,9 @@ def check_cuts(region: Region) -> None:
                 "step would lose; write the result into a new tensor instead",
                 node,
             )
+    sizes = {node for node in region.inputs if is_size(node) or is_shape(node)}
     for node in (*region.inputs, *region.outputs):
-        if tensor_of(node) is None and not (is_size(node) and node in region.inputs):
+        if tensor_of(node) is None and node not in sizes:
             kind = type(node.meta.get("example_value")).__name__
             raise RegionError(
                 f"a {kind} crosses the edge of the block loop; only tensors can, and sizes into it",

@@ -19,7 +19,16 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Graph, Node
 
-from .node import CAST_OPS, argument, is_known, op_name, same_shape, same_size, tensor_of
+from .node import (
+    CAST_OPS,
+    argument,
+    is_known,
+    is_static_input,
+    op_name,
+    same_shape,
+    same_size,
+    tensor_of,
+)
 from .region import Region, extend_body
 
 Size: TypeAlias = int | torch.SymInt
@@ -114,22 +123,50 @@ def leaves(view: View) -> list[Node]:
 def trace_origins(region: Region) -> dict[Node, Origin]:
     """The origin of every node of the body that continues a residual stream. One linear sweep."""
     origins: dict[Node, Origin] = {}
-    # Which region inputs a node depends on, one bit for each.
-    reads: dict[Node, int] = {}
-    for place, node in enumerate(region.inputs):
-        reads[node] = 1 << place
+    flow = _Flow(region)
+    for node in region.inputs:
         value = tensor_of(node)
         if value is not None and value.dtype.is_floating_point:
             origins[node] = Origin(Leaf(node, tuple(value.shape)), 0)
     for node in region.body:
-        read = 0
-        for each in node.all_input_nodes:
-            read |= reads.get(each, 0)
-        reads[node] = read
-        origin = _origin(node, origins, reads)
+        origin = _origin(node, origins, flow)
         if origin is not None:
             origins[node] = origin
     return origins
+
+
+class _Flow:
+    """What depends on what in a region."""
+
+    def __init__(self, region: Region) -> None:
+        varying: set[Node] = set()
+        for node in region.prologue:
+            if any(_is_argument(each) or each in varying for each in node.all_input_nodes):
+                varying.add(node)
+        self._varying = varying
+        # Which region inputs a node depends on, one bit for each.
+        self._reads = {node: 1 << place for place, node in enumerate(region.inputs)}
+        for node in region.body:
+            read = 0
+            for each in node.all_input_nodes:
+                read |= self._reads.get(each, 0)
+            self._reads[node] = read
+
+    def updates(self, term: Node, view: View, node: Node) -> bool:
+        """Whether what ``node`` adds to ``term`` depends on what ``term`` is a view of."""
+        stream = 0
+        for leaf in leaves(view):
+            stream |= self._reads[leaf]
+        others = (each for each in node.all_input_nodes if each is not term)
+        return any(self._reads.get(each, 0) & stream for each in others)
+
+    def varies(self, view: View) -> bool:
+        """Whether a view changes from call to call, as a learned position does not."""
+        return any(_is_argument(leaf) or leaf in self._varying for leaf in leaves(view))
+
+
+def _is_argument(node: Node) -> bool:
+    return node.op == "placeholder" and not is_static_input(node)
 
 
 def streams(origins: Mapping[Node, Origin], additions: int) -> set[Node]:
@@ -227,15 +264,15 @@ _UPDATES_OF_THE_FIRST = frozenset(
 )
 
 
-def _origin(node: Node, origins: Mapping[Node, Origin], reads: Mapping[Node, int]) -> Origin | None:
+def _origin(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | None:
     """The origin of one node from those of its inputs, or None where no stream continues in it."""
     name = op_name(node)
     if name in _SUMS or name in _UPDATES_OF_THE_FIRST:
-        return _add(node, origins, reads)
+        return _add(node, origins, flow)
     return _view_origin(node, origins)
 
 
-def _add(node: Node, origins: Mapping[Node, Origin], reads: Mapping[Node, int]) -> Origin | None:
+def _add(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | None:
     """The operand that has come the longest way is the stream, the others are updates of it.
 
     An operand that does not depend on the stream (a position embedding, the residual of a control
@@ -247,18 +284,19 @@ def _add(node: Node, origins: Mapping[Node, Origin], reads: Mapping[Node, int]) 
         terms.pop()
     if value is None or len(node.all_input_nodes) < 2:  # 1 + scale continues no stream
         return None
-    best: Origin | None = None
-    updated = -1
-    for term in terms:
-        origin = origins.get(term) if isinstance(term, Node) else None
-        if origin is None or not same_shape(origin.view.shape, value.shape):
-            continue
-        others = [reads.get(each, 0) for each in node.all_input_nodes if each is not term]
-        stream = [reads[leaf] for leaf in leaves(origin.view)]
-        updates = int(any(one & other for one in others for other in stream))
-        if best is None or (origin.additions, updates) > (best.additions, updated):
-            best, updated = origin, updates
-    return None if best is None else Origin(best.view, best.additions + updated)
+    streams = [
+        (origins[term], flow.updates(term, origins[term].view, node))
+        for term in terms
+        if isinstance(term, Node)
+        and term in origins
+        and same_shape(origins[term].view.shape, value.shape)
+    ]
+    if not streams:
+        return None
+    oldest, updated = max(
+        streams, key=lambda each: (each[0].additions, each[1], flow.varies(each[0].view))
+    )
+    return Origin(oldest.view, oldest.additions + updated)
 
 
 def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:

@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.node import map_arg
 
 from .block_loop import BlockLoop, find_block_loop
 from .node import (
     SCOPE_ENDS,
     Modes,
+    is_shape,
     is_static_input,
     memory_root,
     modes,
@@ -256,14 +258,27 @@ class _Builder:
         """Copy nodes in order, each in the modes that it was traced in."""
         for node in nodes:
             self._switch(self._held_modes[node])
-            self.values[node] = self.graph.node_copy(node, self.read)
+            self.values[node] = self._copied(node)
         self._switch(self._ambient)
+
+    def _copied(self, node: Node) -> Node:
+        # What ``node_copy`` does, which spends most of its time on looking through the arguments
+        # for values that no captured graph has.
+        args, kwargs = map_arg((node.args, node.kwargs), self.read)
+        new = self.graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        new.args = args
+        if kwargs:
+            new.kwargs = kwargs
+        new.meta.update(node.meta)
+        return new
 
     def read(self, node: Node) -> Node:
         """The new graph's node for a node of the old one."""
         if node not in self.values:
             if node.op == "get_attr":
                 self.values[node] = self.graph.node_copy(node)
+            elif is_shape(node):
+                self.values[node] = self.graph.node_copy(node, self.read)
             else:
                 # The description of a graph input (parameter or not, source) must reach the inner
                 # compiler.
@@ -320,10 +335,27 @@ class _Builder:
         return self._part(())
 
     def _part(self, outputs: tuple[str, ...]) -> Part:
+        self._bind_sizes()
         self.graph.lint()
-        module = GraphModule(self._source, self.graph)
+        with _use_lazy_graph_module(True):  # an inner compiler hardly ever runs the part's own code
+            module = _make_graph_module(self._source, self.graph)
         module.meta = dict(self._source.meta)
         return Part(module, tuple(self._inputs), outputs)
+
+    def _bind_sizes(self) -> None:
+        """Take in the symbolic sizes that inputs are laid out by, as compilers want."""
+        symbols = {
+            symbol
+            for node in self._inputs.values()
+            for size in _layout(node.meta["example_value"])
+            if isinstance(size, torch.SymInt)
+            for symbol in size.node.expr.free_symbols
+        }
+        if symbols:
+            for node in self._source.graph.find_nodes(op="placeholder"):
+                value = node.meta["example_value"]
+                if isinstance(value, torch.SymInt) and value.node.expr in symbols:
+                    self.read(node)
 
     def _switch(self, wanted: Modes) -> None:
         """Leave and enter modes until those hold that are wanted."""
@@ -348,15 +380,23 @@ class _Builder:
         return self.graph.node_copy(mark, self._mark)
 
 
+def _layout(value: Any) -> tuple[int | torch.SymInt, ...]:
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return (*value.shape, *value.stride(), value.storage_offset())
+
+
 def _value(node: Node) -> dict[str, Any]:
     return {"example_value": node.meta["example_value"]}
 
 
-def _reads(nodes: Sequence[Node]) -> list[Node]:
-    """What a set of nodes reads from outside itself, weights left out."""
+def _reads(nodes: Sequence[Node]) -> set[Node]:
+    """What a set of nodes reads from outside itself, weights left out; for a shape, its tensor."""
     inside = set(nodes)
-    read = dict.fromkeys(each for node in nodes for each in node.all_input_nodes)
-    return [each for each in read if each not in inside and not is_static_input(each)]
+    read = {each for node in nodes for each in node.all_input_nodes if each not in inside}
+    shapes = {each for each in read if is_shape(each)}
+    read = read - shapes | {each for shape in shapes for each in shape.all_input_nodes}
+    return {each for each in read if not is_static_input(each)}
 
 
 def _bytes(node: Node) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from .block_loop import find_block_lists, structure_of
@@ -41,7 +42,7 @@ WIDTH = 100
 
 _REACH = 120  # columns that a comment behind it takes at most
 _COMMENT_COLUMN = 56
-_LISTED = 12  # names of one list that are written out
+_LISTED = 16  # names of one list that are written out
 
 
 def graph_text(graph: Graph) -> str:
@@ -73,11 +74,11 @@ def guarded_text(guarded: GuardedGraph) -> str:
 
     page.part("prologue", guarded.prologue, names, work)
     page.calls(names.enter(guarded.prologue), layout, names)
+    names.leave(guarded.prologue)
     for pair in analysis.pairs:
         if pair.partner is not None and not isinstance(pair.partner, Leaf):
             partner = names.name(partners[pair.output], "partner")
             page.write(f"{partner} = {_expression(pair.partner, names)}")
-    names.leave(guarded.prologue)
     page.outputs(guarded.prologue, names)
 
     page.write()
@@ -90,10 +91,9 @@ def guarded_text(guarded: GuardedGraph) -> str:
         kept = names.name(residual, "value" if pair.held else "residual")
         update = "" if pair.held else f" - {names.named(partners[pair.output])}"
         page.write(f"{kept} = {names.named(pair.output.name)}{update}", _pair_comment(pair))
+    finite = names.name(FINITE, "finite")
     listed = ", ".join(f"isfinite({names.named(residual)})" for residual in pairs)
-    page.write(
-        f"{names.name(FINITE, FINITE)} = all({listed})", "elements that are not are kept as 0"
-    )
+    page.write(f"{finite} = all({listed})", "elements that are not are kept as 0")
     page.outputs(guarded.body, names)
     page.indent -= 1
     page.write("else:")
@@ -119,7 +119,7 @@ class _Names:
     """A name of its own for every value in a text; a value that crosses a cut keeps its name."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = set()
+        self._taken = {"forward", "gate"}
         self._nodes: dict[Node, str] = {}
         self._crossing: dict[str, str] = {}
 
@@ -310,8 +310,9 @@ class _Page:
         self.write("def forward(")
         for node in graph.nodes:
             if node.op == "placeholder" and not is_static_input(node):
-                value = describe_value(node.meta.get("example_value"))
-                self.write(f"    {names.argument(node)}: {value},")
+                value = node.meta.get("example_value")
+                kind = "int" if isinstance(value, torch.SymInt) else describe_value(value)
+                self.write(f"    {names.argument(node)}: {kind},")
         self.write("):")
         self.indent = 1
 
@@ -350,11 +351,13 @@ class _Page:
             }
             arguments = [names.of(node) for node in sorted(read, key=position.__getitem__)]
             made = [node for node in nodes if any(user not in inside for user in node.users)]
-            results = _listed([names.of(node) for node in sorted(made, key=position.__getitem__)])
+            results = [names.of(node) for node in sorted(made, key=position.__getitem__)]
+            callee = _callee(call)
             if not call.path and len(nodes) == 1:
-                self.write(f"{results} = {_operation(nodes[0], names)}")
+                self.write(f"{_assigned(results)}{_operation(nodes[0], names)}")
             else:
-                self.call(f"{results} = {_callee(call)}", _listed(arguments), _cost(call))
+                room = WIDTH - 4 * self.indent - len(f"{callee}(")
+                self.call(f"{_assigned(results, room)}{callee}", _listed(arguments), _cost(call))
 
 
 def _callee(call: _Call) -> str:
@@ -438,7 +441,7 @@ def _pair_comment(pair: ResidualPair) -> str:
     value = tensor_of(pair.output)
     size = f"{describe_value(value)}, {_bytes(nbytes(value))}" if value is not None else ""
     if pair.held:
-        return f"{size}; no residual update of an input, so held as a value"
+        return f"{size}; held, for want of a partner"
     return f"{size}; {_count(pair.additions, 'residual addition')}"
 
 
@@ -475,9 +478,19 @@ def _result(graph: Graph) -> Node:
     return result
 
 
+def _assigned(names: list[str], room: int = WIDTH) -> str:
+    """``a, b = ``, with as many names written out as there is room for."""
+    if not names:
+        return ""
+    shown = len(names)
+    while shown > 1 and len(_listed(names, shown)) + len(" = ") > room:
+        shown -= 1
+    return f"{_listed(names, shown)} = "
+
+
 def _listed(names: Iterable[str], limit: int = _LISTED) -> str:
     names = list(names)
-    if len(names) <= limit + 1:
+    if len(names) <= limit:
         return ", ".join(names)
     return f"{', '.join(names[:limit])}, … {len(names) - limit} more"
 

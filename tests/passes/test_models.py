@@ -1,0 +1,88 @@
+"""In each of the twelve diffusers models the pass finds what the model's author would point at."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import omni_cache.passes
+import pytest
+from diffusers_models import CASES
+from omni_cache.passes.node import arithmetic, computation
+from omni_cache.passes.residual import leaves
+from torch import nn
+from twelve import captured, model
+
+MIXED = {"z_image": 0.5, "chroma": 0.8}
+"""Cases whose tiny configuration spends more than a tenth outside of the block loop: a refiner, an
+approximator of the modulations."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_block_loop_is_the_models_own(name: str) -> None:
+    lists = captured(name).guarded.analysis.loop.lists
+    assert tuple(each.path for each in lists) == CASES[name].block_lists
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_block_is_in_it(name: str) -> None:
+    blocks = captured(name).guarded.analysis.loop.blocks
+    expected = [type(block).__name__ for block in CASES[name].blocks(model(name))]
+    assert [block.class_name for block in blocks] == expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_output_is_a_residual_update_of_an_input(name: str) -> None:
+    analysis = captured(name).guarded.analysis
+    assert not any(pair.held for pair in analysis.pairs)
+    for pair in analysis.pairs:
+        assert pair.additions >= len(analysis.loop.blocks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_residual_is_cached_and_no_text_that_is_dropped(name: str) -> None:
+    (pair,) = captured(name).guarded.analysis.pairs
+    assert pair.partner is not None
+    assert len(leaves(pair.partner)) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nearly_all_arithmetic_is_in_the_region(name: str) -> None:
+    analysis = captured(name).guarded.analysis
+    total = sum(map(arithmetic, computation(analysis.graph)))
+    share = sum(map(arithmetic, analysis.region.body)) / total
+    assert share > MIXED.get(name, 0.9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_signal_is_the_modulated_input(name: str) -> None:
+    analysis = captured(name).guarded.analysis
+    assert analysis.signal is not None
+    assert analysis.signal.kind == "modulated input"
+    assert analysis.timestep is not None
+    assert analysis.signal_bytes == analysis.residual_bytes
+
+
+def test_blocks_of_sd3_have_three_structures() -> None:
+    blocks = captured("sd3").guarded.analysis.loop.blocks
+    structures = [block.structure for block in blocks]
+    first, _, third, _, last = structures
+    assert structures == [first, first, third, third, last]
+    assert len({first, third, last}) == 3
+
+
+def test_the_pass_knows_no_model() -> None:
+    """Neither a class of the twelve nor a list of theirs is named in it, prose included."""
+    known: set[str] = set()
+    for name in CASES:
+        for path, module in model(name).named_modules():
+            if type(module).__module__.startswith("diffusers"):
+                known.add(type(module).__name__)
+            if isinstance(module, nn.ModuleList):
+                known.add(path.rpartition(".")[2])
+    known -= {"blocks", "layers"}  # words that mean any model's
+    assert {"FluxTransformer2DModel", "FluxTransformerBlock", "transformer_blocks"} <= known
+
+    for source in sorted(Path(omni_cache.passes.__file__).parent.glob("*.py")):
+        words = set(re.findall(r"\w+", source.read_text(encoding="utf-8")))
+        assert not words & known, source.name
