@@ -101,19 +101,11 @@ def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
         TypeError: ``target`` is no module and has no transformer.
         ValueError: ``num_inference_steps`` is no integer >= 1.
     """
-    if num_inference_steps is not None and (
-        not isinstance(num_inference_steps, int) or num_inference_steps < 1
-    ):
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps!r} is not allowed; num_inference_steps must "
-            "be an integer >= 1 or None"
-        )
     states = [state for _, state in _states(target)]
+    coming = Generation(num_inference_steps, experts=len(states) > 1)
     for state in states:
         state.forget()
-    if num_inference_steps is not None:
-        coming = Generation(num_inference_steps, experts=len(states) > 1)
-        for state in states:
+        if num_inference_steps is not None:
             state.announce(coming)
     return target
 

@@ -47,6 +47,7 @@ class Executor:
         inputs: names of the whole graph's inputs, in order.
         static: which of them are parameters or buffers.
         copy_residuals: whether the body's outputs are overwritten by its next call.
+        kind: equal for two executors exactly when the one may reuse what the other has cached.
         constant_timestep: the timestep of all calls, where the graph was specialised on a number.
     """
 
@@ -58,11 +59,13 @@ class Executor:
         inputs: Sequence[str],
         static: Sequence[bool],
         copy_residuals: bool,
+        kind: object,
         constant_timestep: float | None = None,
     ) -> None:
         self._parts = parts
         self._strategy = strategy
         self._copy_residuals = copy_residuals
+        self._kind = kind
         self._constant_timestep = constant_timestep
         # Values of a call lie in one flat list: the graph's inputs, then the prologue's outputs,
         # then the body's or, on a reused step, the residuals.
@@ -292,7 +295,7 @@ class Executor:
     def _layout(self, values: Sequence[Any]) -> object:
         """Equal for two calls exactly when the one's residuals and signal fit the other."""
         tensors = (each for slot in self._shaped if isinstance(each := values[slot], Tensor))
-        return (self._parts, [(each.shape, each.dtype, each.device) for each in tensors])
+        return (self._kind, [(each.shape, each.dtype, each.device) for each in tensors])
 
 
 class _Read:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from omni_cache.runtime.trajectory import Course, Progress, Trajectory
+from omni_cache.strategies.base import is_count, require
 
 MAX_BRANCHES = 16
 """Calls at one timestep that are taken for branches of one step; one more starts a generation."""
@@ -52,13 +53,6 @@ def generation(num_inference_steps: int | None = None) -> Iterator[Generation]:
     Raises:
         ValueError: ``num_inference_steps`` is no integer >= 1.
     """
-    if num_inference_steps is not None and (
-        not isinstance(num_inference_steps, int) or num_inference_steps < 1
-    ):
-        raise ValueError(
-            f"num_inference_steps={num_inference_steps!r} is not allowed; num_inference_steps must "
-            "be an integer >= 1 or None"
-        )
     current = Generation(num_inference_steps)
     token = _generation.set(current)
     outer_branch = _branch.set(None)
@@ -81,12 +75,9 @@ def branch(name: str, step_index: int | None = None) -> Iterator[None]:
     Raises:
         ValueError: the name is empty or the step index negative.
     """
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"name={name!r} is not allowed; name must be a non-empty string")
-    if step_index is not None and (not isinstance(step_index, int) or step_index < 0):
-        raise ValueError(
-            f"step_index={step_index!r} is not allowed; step_index must be an integer >= 0 or None"
-        )
+    require(isinstance(name, str) and name != "", "name", name, "a non-empty string")
+    known = step_index is None or is_count(step_index, 0)
+    require(known, "step_index", step_index, "an integer >= 0 or None")
     token = _branch.set(Branch(name, step_index))
     try:
         yield
@@ -112,9 +103,14 @@ class Generation:
         num_inference_steps: number of steps, None when nobody has said.
         experts: the models take turns within the loop (high-noise and low-noise expert), so that a
             branch's steps are counted over all of them.
+
+    Raises:
+        ValueError: ``num_inference_steps`` is no integer >= 1.
     """
 
     def __init__(self, num_inference_steps: int | None = None, experts: bool = False) -> None:
+        known = num_inference_steps is None or is_count(num_inference_steps, 1)
+        require(known, "num_inference_steps", num_inference_steps, "an integer >= 1 or None")
         self.num_inference_steps = num_inference_steps
         self._steps_given = num_inference_steps is not None
         self.experts = experts
