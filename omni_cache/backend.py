@@ -113,7 +113,6 @@ def _compile_guarded(
     )
 
 
-<<<<<<< ours
 def analyse_for_strategy(
     gm: GraphModule, flags: CompileOptions, model_class: str | None, parameters: tuple[str, ...]
 ) -> tuple[BoundStrategy, Analysis]:
@@ -135,12 +134,12 @@ def analyse_for_strategy(
     strategy = flags.strategy.bind(model_class)
     signal = None if strategy.signal is None else (flags.signal or strategy.signal)
     return strategy, analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
-=======
+
+
 def _digest(gm: GraphModule) -> str:
     """Equal for two graphs that compute the same, such as two threads make when both come first."""
     graphs = (each for each in gm.modules() if isinstance(each, GraphModule))
     return hashlib.sha256("\n".join(each.code for each in graphs).encode()).hexdigest()
->>>>>>> theirs
 
 
 def _compile_named(
