@@ -6,6 +6,7 @@ written out here, on a signal that a forward hook takes from the eager model.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -125,6 +126,27 @@ def test_magcache_agrees_with_diffusers_at_every_step() -> None:
     # The settings are worth comparing: they make different schedules, each of both kinds of step.
     assert len(set(map(tuple, schedules))) == len(schedules)
     assert all(5 < sum(each) < len(each) - 5 for each in schedules)
+
+
+def test_calibration_measures_the_ratios_that_diffusers_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps = 6
+    theirs: Any = CASE.build()
+    theirs.enable_cache(peer.MagCacheConfig(calibrate=True, num_inference_steps=steps))
+
+    def call(**inputs: Any) -> Any:
+        with theirs.cache_context("cond"):
+            return theirs(**inputs)
+
+    denoise(call, steps)
+    lines = capsys.readouterr().out.splitlines()
+    (printed,) = (line for line in lines if line.startswith("[1.0,"))
+    model = CASE.build()
+    ratios = omni_cache.calibration.estimate_mag_ratios(
+        model, lambda: denoise(model, steps), steps, inner="eager"
+    )
+    assert list(ratios.values()) == [pytest.approx(ast.literal_eval(printed), rel=1e-5)]
 
 
 # --- TeaCache ------------------------------------------------------------------------------------

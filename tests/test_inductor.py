@@ -1,0 +1,44 @@
+"""Compiled by Inductor, computed steps are the plain model's and reused steps the formula's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers_models import CASES, ModelCase, sample
+from eager_reference import capture_residual, forced_reuse
+from one_trace import OneTrace, cached
+from torch import Tensor
+from torch._dynamo import lookup_backend
+
+import omni_cache
+
+STEPS = (0, 7, 14, 21)
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    return float((new - old).norm() / old.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@torch.no_grad()
+def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
+    model = case.build()
+    # Every step is as far from the last as any other: every second one is reused.
+    alternate = cached(
+        inner="inductor", strict=True, cache="teacache", coefficients=(0.2,), rel_l1_thresh=0.3
+    )
+    trace = OneTrace({"alternate": alternate, "plain": lookup_backend("inductor")})
+    compiled = torch.compile(model, backend=trace, fullgraph=True)
+    outputs = [sample(compiled(**case.inputs(step))) for step in STEPS]
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.computed for step in trajectory.steps] == [True, False, True, False]
+    trace.chosen = "plain"
+    for index in (0, 2):
+        plain = sample(compiled(**case.inputs(STEPS[index])))
+        assert relative_change(outputs[index], plain) < 1e-4
+    for index in (1, 3):
+        before, now = (case.inputs(STEPS[each]) for each in (index - 1, index))
+        expected = forced_reuse(model, case, now, capture_residual(model, case, before))
+        assert relative_change(outputs[index], expected) < 1e-4
+        assert relative_change(sample(model(**now)), expected) > 1e-3
