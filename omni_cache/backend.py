@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import lookup_backend
+from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
 from omni_cache.options import CompileOptions
@@ -63,7 +64,10 @@ def omni_cache_backend(
         NotImplementedError: a flag's value is planned and not built yet.
         RegionError: the graph cannot be cached and ``strict`` is set.
     """
-    flags = CompileOptions.parse(options, mode)
+    try:
+        flags = CompileOptions.parse(options, mode)
+    except (ValueError, NotImplementedError) as error:
+        raise unwrapped(error) from None
     if flags.strategy is None:
         return compile_part(gm, example_inputs, flags)
     frame = TracedFrame.current(gm)
@@ -71,7 +75,7 @@ def omni_cache_backend(
         return _compile_guarded(gm, example_inputs, flags, frame)
     except RegionError as error:
         if flags.strict:
-            raise
+            raise unwrapped(error) from None
         message = f"{frame.model_class or 'a model'} runs uncached: {error}"
         if frame.is_piece and isinstance(error, NoBlockLoopError):
             # A model that breaks into several graphs has its block loop in another one.
@@ -92,7 +96,10 @@ def _compile_guarded(
             "gradients are enabled, and a reused residual has none; call the model under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    strategy, analysis = analyse_for_strategy(gm, flags, frame.model_class, frame.parameters)
+    try:
+        strategy, analysis = analyse_for_strategy(gm, flags, frame.model_class, frame.parameters)
+    except ValueError as error:
+        raise unwrapped(error) from None
     guarded = split(gm, analysis)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
@@ -111,6 +118,18 @@ def _compile_guarded(
         kind=(flags, _digest(gm)),
         constant_timestep=frame.timestep,
     )
+
+
+def unwrapped(error: Exception) -> Exception:
+    """An error of the same class and message that reaches the caller of a compiled model as it is.
+
+    Dynamo turns what a backend raises into its own ``BackendCompilerFailed``, a RuntimeError,
+    unless it is of the class of errors whose tracebacks it shortens.
+    """
+    kind = type(error)
+    passing = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
+    seen: Exception = passing(str(error), first_useful_frame=None)
+    return seen
 
 
 def analyse_for_strategy(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_models import CASES, sample
+from omni_cache.passes import RegionError
 from one_trace import OneTrace, cached
 from torch import Tensor, nn
 from torch._dynamo import list_backends
@@ -244,11 +245,29 @@ def test_enable_takes_tensors_for_numbers_and_compares_them() -> None:
     assert [omni_cache.summary(model).computed_steps for model in models] == [2, 1]
 
 
-def test_torch_compile_shows_the_message_at_the_first_call() -> None:
-    compiled = torch.compile(nn.Linear(2, 2), backend="omni_cache", options={"inner": "inducto"})
-    with pytest.raises(BackendCompilerFailed, match="did you mean 'inductor'") as raised:
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"iner": "eager"}, ValueError, "unknown flag 'iner', did you mean 'inner'"),
+        ({"rel_l1_thresh": -1}, ValueError, "rel_l1_thresh=-1 is not allowed"),
+        ({"blocks": "rolled"}, NotImplementedError, "blocks='rolled' is not built yet"),
+        ({"strict": True}, RegionError, "no list of repeated blocks"),
+    ],
+)
+def test_a_compiled_model_raises_it_at_its_first_call(
+    options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    compiled = torch.compile(nn.Linear(2, 2), backend="omni_cache", options=options)
+    with pytest.raises(kind, match=message) as raised:
         compiled(torch.zeros(1, 2))
-    assert isinstance(raised.value.inner_exception, ValueError)
+    assert not isinstance(raised.value, BackendCompilerFailed)
+
+
+def test_missing_ratios_are_a_value_error_too() -> None:
+    case = CASES["pixart"]
+    compiled = torch.compile(case.build(), backend="omni_cache", options={"cache": "magcache"})
+    with pytest.raises(ValueError, match="no magnitude ratios are published for PixArt"):
+        compiled(**case.inputs())
 
 
 # --- flags at work -------------------------------------------------------------------------------
@@ -277,15 +296,6 @@ def test_a_model_without_a_block_loop_runs_uncached_and_says_why_once() -> None:
     assert warning.category is UncachedWarning
     assert "Attentionless runs uncached: " in str(warning.message)
     assert omni_cache.summary(model).trajectories == ()
-
-
-def test_strict_raises_instead() -> None:
-    options = {"inner": "eager", "strict": True}
-    compiled = torch.compile(Attentionless(), backend="omni_cache", options=options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(BackendCompilerFailed, match="NoBlockLoopError"):
-            compiled(torch.ones(1, 4))
 
 
 def test_with_gradients_a_model_runs_uncached_and_gets_its_gradients() -> None:
