@@ -1,14 +1,16 @@
-"""A cache that never reuses is the plain model, whatever compiles its parts."""
+"""A computed step is the plain model's, bit for bit; a reused one is the eager formula's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from diffusers_models import CASES, ModelCase, sample
+from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
@@ -16,6 +18,7 @@ from torch.fx import GraphModule
 
 import omni_cache
 from omni_cache import omni_cache_backend
+from omni_cache.runtime import StepRecord
 
 STEPS = (0, 7, 14, 21)
 
@@ -31,6 +34,12 @@ NEVER: dict[str, dict[str, Any]] = {
 }
 """Flags with which each strategy decides on every step, and always computes."""
 
+ALWAYS: dict[str, dict[str, Any]] = {
+    "teacache": {**NEVER["teacache"], "rel_l1_thresh": 1e6},
+    "magcache": {**NEVER["magcache"], "max_skip_steps": 100},
+}
+"""Flags with which each strategy reuses whatever there is to reuse."""
+
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
@@ -39,34 +48,83 @@ def no_grad() -> Iterator[None]:
 
 
 def run(model: Callable[..., Any], case: ModelCase) -> list[Tensor]:
-    return [sample(model(**case.inputs(step))) for step in STEPS]
+    with torch.no_grad():  # also in a fixture of wider scope
+        return [sample(model(**case.inputs(step))) for step in STEPS]
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm())
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_never_reusing_equals_the_plain_graph_bit_for_bit(case: ModelCase) -> None:
+# --- every class, in one trace -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Loops over one model: plain, and with each strategy never and always reusing."""
+
+    case: ModelCase
+    model: nn.Module
+    plain: list[Tensor]
+    never: dict[str, tuple[list[Tensor], tuple[StepRecord, ...]]]
+    always: dict[str, tuple[list[Tensor], tuple[StepRecord, ...]]]
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def runs(request: pytest.FixtureRequest) -> Runs:
+    case: ModelCase = request.param
     model = case.build()
-    trace = OneTrace(
-        {
-            **{name: cached(strict=True, **flags) for name, flags in NEVER.items()},
-            "plain": lookup_backend("eager"),
-        }
-    )
+    flags = {"never": NEVER, "always": ALWAYS}
+    backends = {
+        f"{how} {strategy}": cached(strict=True, **options)
+        for how, strategies in flags.items()
+        for strategy, options in strategies.items()
+    }
+    trace = OneTrace({**backends, "plain": lookup_backend("eager")})
     compiled = torch.compile(model, backend=trace, fullgraph=True)
-    trace.chosen = "plain"
-    plain = run(compiled, case)
-    for strategy in NEVER:
-        trace.chosen = strategy
+
+    def loop(name: str) -> tuple[list[Tensor], tuple[StepRecord, ...]]:
+        trace.chosen = name
         omni_cache.refresh(model)
         outputs = run(compiled, case)
-        assert all(map(torch.equal, outputs, plain)), strategy
         # One trajectory: the timestep is found and followed in every class.
         (trajectory,) = omni_cache.summary(model).trajectories
-        assert [step.computed for step in trajectory.steps] == [True] * len(STEPS)
-        assert all(step.distance is not None for step in trajectory.steps[1:])
+        return outputs, trajectory.steps
+
+    trace.chosen = "plain"
+    plain = run(compiled, case)
+    never, always = (
+        {strategy: loop(f"{how} {strategy}") for strategy in flags[how]} for how in flags
+    )
+    return Runs(case, model, plain, never, always)
+
+
+@pytest.mark.parametrize("strategy", NEVER)
+def test_never_reusing_is_the_plain_graph_bit_for_bit(runs: Runs, strategy: str) -> None:
+    outputs, steps = runs.never[strategy]
+    assert [step.computed for step in steps] == [True] * len(STEPS)
+    assert all(step.distance is not None for step in steps[1:])  # each was decided on
+    assert all(map(torch.equal, outputs, runs.plain))
+
+
+@pytest.mark.parametrize("strategy", ALWAYS)
+def test_reuse_is_the_entry_plus_the_first_residual(runs: Runs, strategy: str) -> None:
+    outputs, steps = runs.always[strategy]
+    assert [step.computed for step in steps] == [True, False, False, False]
+    assert torch.equal(outputs[0], runs.plain[0])
+    model, case = runs.model, runs.case
+    residual, other = (capture_residual(model, case, case.inputs(step)) for step in STEPS[:2])
+    for index in (1, 2, 3):
+        inputs = case.inputs(STEPS[index])
+        # entry + (exit - entry) rounds twice, and the epilogue carries that on.
+        expected = forced_reuse(model, case, inputs, residual)
+        torch.testing.assert_close(outputs[index], expected, rtol=1e-4, atol=1e-5)
+        # What it must not be lies far outside that tolerance.
+        assert relative_change(outputs[index], runs.plain[index]) > 1e-3
+        assert relative_change(outputs[index], forced_reuse(model, case, inputs, other)) > 1e-3
+
+
+# --- flags that choose a compiler ----------------------------------------------------------------
 
 
 def test_torch_compile_by_name_equals_plain_torch_compile() -> None:

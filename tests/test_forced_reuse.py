@@ -1,4 +1,4 @@
-"""A reused step is the step's own entry plus an earlier residual, worked out without any graph."""
+"""Which residual a step reuses: the last computed one, as long as it is finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_models import CASES, ModelCase, sample
+from diffusers_models import CASES, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
 from torch import Tensor
@@ -39,30 +39,8 @@ def relative_change(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm())
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_forced_reuse_is_the_entry_plus_the_first_residual(case: ModelCase) -> None:
-    model = case.build()
-    trace = OneTrace({name: cached(strict=True, **flags) for name, flags in ALWAYS.items()})
-    compiled = torch.compile(model, backend=trace, fullgraph=True)
-    first, later = case.inputs(step=0), case.inputs(step=14)
-    expected = forced_reuse(model, case, later, capture_residual(model, case, first))
-    other = forced_reuse(model, case, later, capture_residual(model, case, case.inputs(step=7)))
-    uncached = sample(model(**later))
-    for strategy in ALWAYS:
-        trace.chosen = strategy
-        omni_cache.refresh(model)
-        compiled(**first)
-        reused = sample(compiled(**later))
-        (trajectory,) = omni_cache.summary(model).trajectories
-        assert [step.computed for step in trajectory.steps] == [True, False], strategy
-        torch.testing.assert_close(reused, expected, **TOLERANCE)
-        # What it must not be lies far outside that tolerance.
-        assert relative_change(reused, uncached) > 1e-3
-        assert relative_change(reused, other) > 1e-3
-
-
 def test_the_residual_is_that_of_the_last_computed_step() -> None:
-    case = CASES["flux"]
+    case = CASES["pixart"]
     model = case.build()
     every_second = {**ALWAYS["magcache"], "max_skip_steps": 1}
     trace = OneTrace({"every second": cached(**every_second)})
@@ -72,19 +50,6 @@ def test_the_residual_is_that_of_the_last_computed_step() -> None:
     assert [step.computed for step in trajectory.steps] == [True, False] * 3
     for step in (1, 3, 5):
         residual = capture_residual(model, case, case.inputs(step - 1))
-        expected = forced_reuse(model, case, case.inputs(step), residual)
-        torch.testing.assert_close(outputs[step], expected, **TOLERANCE)
-
-
-def test_several_reuses_in_a_row_keep_the_residual() -> None:
-    case = CASES["z_image"]
-    model = case.build()
-    compiled = torch.compile(
-        model, backend="omni_cache", options={"inner": "eager", **ALWAYS["magcache"]}
-    )
-    outputs = [sample(compiled(**case.inputs(step))) for step in range(4)]
-    residual = capture_residual(model, case, case.inputs(0))
-    for step in (1, 2, 3):
         expected = forced_reuse(model, case, case.inputs(step), residual)
         torch.testing.assert_close(outputs[step], expected, **TOLERANCE)
 
