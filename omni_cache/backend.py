@@ -116,7 +116,7 @@ def _compile_guarded(
         static=[is_static_input(node) for node in placeholders],
         copy_residuals=flags.inner_reuses_memory,
         kind=(flags, _digest(gm)),
-        constant_timestep=frame.timestep,
+        timestep=_timestep(analysis, frame),
     )
 
 
@@ -130,6 +130,16 @@ def unwrapped(error: Exception) -> Exception:
     passing = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
     seen: Exception = passing(str(error), first_useful_frame=None)
     return seen
+
+
+def _timestep(analysis: Analysis, frame: TracedFrame) -> str | float | None:
+    """What tells the runtime where a call lies: the name of an input, or a constant.
+
+    Behind a graph break nothing does, because models name other things timestep on their way.
+    """
+    if frame.is_resumed:
+        return None
+    return frame.timestep if analysis.timestep is None else analysis.timestep.name
 
 
 def analyse_for_strategy(
@@ -211,6 +221,7 @@ class TracedFrame:
         model_class: class of the module that is called, None for a function without one.
         parameters: names of the parameters of the module's ``forward``, in order.
         is_piece: whether the graph is only a piece of it, between graph breaks.
+        is_resumed: whether it is a piece behind a graph break.
         timestep: the timestep, where it is a Python number: the first graph is specialised on it,
             so that it is no input.
     """
@@ -218,6 +229,7 @@ class TracedFrame:
     model_class: str | None = None
     parameters: tuple[str, ...] = ()
     is_piece: bool = False
+    is_resumed: bool = False
     timestep: float | None = None
 
     @classmethod
@@ -231,11 +243,12 @@ class TracedFrame:
             frame = InstructionTranslator.current_tx().output.root_tx
         except AttributeError:  # called by hand, not by Dynamo
             return cls(is_piece=is_piece)
-        is_piece = is_piece or frame.f_code.co_name.startswith("torch_dynamo_resume_in")
+        is_resumed = frame.f_code.co_name.startswith("torch_dynamo_resume_in")
+        is_piece = is_piece or is_resumed
         given = dict(frame.f_locals)
         model = next((each for each in given.values() if isinstance(each, torch.nn.Module)), None)
         if model is None:
-            return cls(is_piece=is_piece)
+            return cls(is_piece=is_piece, is_resumed=is_resumed)
         parameters = tuple(inspect.signature(model.forward).parameters)
         positional = zip(parameters, given.get("args", ()), strict=False)
         given = {**dict(positional), **given.get("kwargs", {}), **given}
@@ -244,5 +257,6 @@ class TracedFrame:
             model_class=type(model).__name__,
             parameters=parameters,
             is_piece=is_piece,
+            is_resumed=is_resumed,
             timestep=next((float(each) for each in times if isinstance(each, float | int)), None),
         )

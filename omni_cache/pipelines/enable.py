@@ -207,6 +207,8 @@ class _CachedCall:
         others = (each for each in self.loops if each.pipeline() not in (None, pipeline))
         self.loops = [*others, loop]
 
+    # For a compiled function that calls the module: it has nothing to trace here.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for loop in self.loops:
             loop.listen()

@@ -48,7 +48,8 @@ class Executor:
         static: which of them are parameters or buffers.
         copy_residuals: whether the body's outputs are overwritten by its next call.
         kind: equal for two executors exactly when the one may reuse what the other has cached.
-        constant_timestep: the timestep of all calls, where the graph was specialised on a number.
+        timestep: name of the input that tells the timestep, or its value where the graph was
+            specialised on a number; None where nothing tells it.
     """
 
     def __init__(
@@ -60,13 +61,12 @@ class Executor:
         static: Sequence[bool],
         copy_residuals: bool,
         kind: object,
-        constant_timestep: float | None = None,
+        timestep: str | float | None,
     ) -> None:
         self._parts = parts
         self._strategy = strategy
         self._copy_residuals = copy_residuals
         self._kind = kind
-        self._constant_timestep = constant_timestep
         # Values of a call lie in one flat list: the graph's inputs, then the prologue's outputs,
         # then the body's or, on a reused step, the residuals.
         slots = {name: slot for slot, name in enumerate([*inputs, *graph.prologue.outputs])}
@@ -80,8 +80,8 @@ class Executor:
         self._residuals = [outputs.index(name) for name in graph.residuals]
         self._finite = outputs.index(FINITE)
         self._signal = None if graph.signal is None else slots[graph.signal]
-        timestep = graph.analysis.timestep
-        self._timestep = None if timestep is None else slots[timestep.name]
+        self._timestep = slots[timestep] if isinstance(timestep, str) else None
+        self._constant_timestep = None if isinstance(timestep, str) else timestep
         self._dynamic = [
             slot
             for slot, is_static in enumerate(static)
@@ -176,7 +176,8 @@ class Executor:
     def _decide(
         self, state: ModelState, values: Sequence[Any]
     ) -> tuple[Trajectory | None, Decision]:
-        known = state.named()
+        inputs = self._conditioning(values)
+        known = state.named(inputs)
         if known is not None:
             return known, self._ask(known, state, values, _Read())
         timestep = self._timestep_of(values)
@@ -185,12 +186,16 @@ class Executor:
             return None, Decision(True, "no timestep and no context")
         time = _host_value(timestep)
         if time is None:
-            return self._decide_on_device(state, values, timestep)
-        known = state.infer(time, self._conditioning(values))
+            return self._decide_on_device(state, values, inputs, timestep)
+        known = state.infer(time, inputs)
         return known, self._ask(known, state, values, _Read())
 
     def _decide_on_device(
-        self, state: ModelState, values: Sequence[Any], timestep: Tensor
+        self,
+        state: ModelState,
+        values: Sequence[Any],
+        inputs: Sequence[Tensor],
+        timestep: Tensor,
     ) -> tuple[Trajectory, Decision]:
         """Decide for the likely trajectory while the timestep comes over, which tells the true one.
 
@@ -199,7 +204,6 @@ class Executor:
         """
         read = _Read()
         read.want("timestep", timestep.double().mean())
-        inputs = self._conditioning(values)
         guess = state.guess(inputs)
         gate = fork = decision = None
         # A gate without a signal needs no read of its own, so it can wait for the timestep.

@@ -284,8 +284,12 @@ class ModelState:
         current = self._announced() or self._thread.generation
         return None if current is None else current.num_inference_steps
 
-    def named(self) -> Trajectory | None:
-        """The trajectory that contexts and announcements alone determine, without a timestep."""
+    def named(self, inputs: Sequence[Tensor]) -> Trajectory | None:
+        """The trajectory that contexts and announcements alone determine, without a timestep.
+
+        Args:
+            inputs: the call's tensors other than weights and timestep.
+        """
         current, named = self._announced(), _branch.get()
         if named is None or (current is None and named.step_index is None):
             return None
@@ -296,10 +300,12 @@ class ModelState:
             elif named.step_index > found.step_index:
                 found.release()  # steps were left out, so what it holds is older than it seems
             found.step_index = named.step_index
-        elif _generation.get() is None and self._is_over(found):
-            # More calls than the pipeline announced: another loop, of which nobody has told.
-            self._enter(Generation())
-            return None
+        elif _generation.get() is None:
+            if self._is_over(found) or found.conditioning.contradicts(inputs):
+                # More calls than were announced, or other words: a loop of which nobody has told.
+                self._enter(Generation())
+                return None
+            found.conditioning.saw(inputs)
         return found
 
     def guess(self, inputs: Sequence[Tensor]) -> Trajectory | None:

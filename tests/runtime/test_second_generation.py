@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_transformer
 from torch._dynamo.utils import counters
 from toy_transformer import (
     ALWAYS_REUSE,
@@ -260,10 +261,11 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_second_generation_is_the_first_of_a_new_process() -> None:
     child = subprocess.run(
         [sys.executable, "-c", NEW_PROCESS, str(torch.get_num_threads())],
-        cwd=Path(__file__).parent,
+        cwd=Path(toy_transformer.__file__).parent,
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,434 @@
+"""What ``enable`` adds to a pipeline or module, what it leaves alone, what ``disable`` leaves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from tiny_pipelines import PIPELINES, transformer
+from torch import Tensor, nn
+from toy_pipeline import STEPS, ToyModel, ToyPipeline
+from toy_transformer import (
+    ALWAYS_REUSE,
+    CHANNELS,
+    MAGCACHE,
+    Loop,
+    ToyTransformer,
+    compiled,
+    computed,
+    interrupted,
+    reasons,
+    same,
+)
+
+import omni_cache
+from omni_cache import UncachedWarning
+
+
+class Counting:
+    """A compiler that leaves graphs as they are and counts them, and their calls."""
+
+    def __init__(self) -> None:
+        self.graphs = self.calls = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            self.calls += 1
+            return gm.forward(*args)
+
+        return run
+
+
+def enabled(target: Any, **flags: Any) -> Any:
+    return omni_cache.enable(target, **{"inner": "eager", **(flags or ALWAYS_REUSE)})
+
+
+def fresh(*args: Any, **flags: Any) -> Tensor:
+    """What a new pipeline generates, over which nothing went before."""
+    return enabled(ToyPipeline(), **flags)(*args)
+
+
+# --- what it leaves alone -------------------------------------------------------------------------
+
+
+def test_after_disable_everything_is_as_it_was() -> None:
+    pipe = ToyPipeline()
+    plain = pipe()
+    before = [dict(vars(each)) for each in (pipe, pipe.transformer, pipe.scheduler)]
+    weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+
+    enabled(pipe)
+    assert type(pipe.transformer) is ToyModel
+    assert pipe.transformer.state_dict().keys() == weights.keys()
+    assert vars(pipe.scheduler).keys() == before[2].keys()
+    pipe()
+    omni_cache.disable(pipe)
+
+    after = [dict(vars(each)) for each in (pipe, pipe.transformer, pipe.scheduler)]
+    for then, now in zip(before, after, strict=True):
+        assert now.keys() == then.keys()
+    assert all(now is before[1][name] for name, now in after[1].items())
+    assert all(map(torch.equal, pipe.transformer.state_dict().values(), weights.values()))
+    assert torch.equal(pipe(), plain)
+    assert omni_cache.disable(pipe) is pipe
+    assert vars(pipe.transformer).keys() == before[1].keys()
+
+
+def test_the_users_own_compilation_rests_meanwhile() -> None:
+    own = Counting()
+    pipe = ToyPipeline()
+    pipe.transformer.compile(backend=own)
+    compiled_before = pipe.transformer._compiled_call_impl
+
+    enabled(pipe)
+    pipe()
+    assert own.graphs == 0
+    omni_cache.disable(pipe)
+
+    assert pipe.transformer._compiled_call_impl is compiled_before
+    pipe()
+    assert (own.graphs, own.calls) == (1, 2 * STEPS)
+
+
+def test_a_transformer_that_is_wrapped_by_torch_compile() -> None:
+    own = Counting()
+    pipe = ToyPipeline()
+    model = pipe.transformer
+    wrapped = pipe.transformer = torch.compile(model, backend=own)
+
+    enabled(pipe)
+    assert torch.equal(pipe(), fresh())
+    assert own.graphs == 0
+    assert computed(pipe) == [[True] + [False] * (STEPS - 1)] * 2
+    assert pipe.transformer is wrapped
+    omni_cache.disable(wrapped)
+
+    pipe()
+    assert (own.graphs, own.calls) == (1, 2 * STEPS)
+    assert model._compiled_call_impl is None
+
+
+@torch.no_grad()
+def test_copies_of_an_enabled_model_are_plain_models() -> None:
+    pipe = enabled(ToyPipeline())
+    pipe()
+    model = pipe.transformer
+    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not omni_cache.pipelines.is_enabled(duplicate)
+        plain = ToyPipeline(duplicate)
+        assert torch.equal(plain(), ToyPipeline()())
+        # And may be enabled on their own.
+        assert torch.equal(enabled(plain)(), fresh())
+        omni_cache.disable(plain)
+        assert torch.equal(plain(), ToyPipeline()())
+    assert omni_cache.pipelines.is_enabled(model)
+    assert torch.equal(pipe(), fresh())
+
+
+def test_a_copy_outlives_the_model_that_it_was_made_from() -> None:
+    model = enabled(ToyPipeline()).transformer
+    duplicate = copy.deepcopy(model)
+    del model
+
+    assert torch.equal(ToyPipeline(duplicate)(), ToyPipeline()())
+
+
+@torch.no_grad()
+def test_an_enabled_model_can_be_saved(tmp_path: Any) -> None:
+    model = transformer("wan", {"num_layers": 1})
+    enabled(model).save_pretrained(tmp_path)
+
+    loaded = type(model).from_pretrained(tmp_path)
+
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_scheduler_stays_a_plain_object() -> None:
+    """Pipelines copy their scheduler for a second stream, and look at its signatures."""
+    pipe = enabled(ToyPipeline())
+    duplicate = copy.deepcopy(pipe.scheduler)
+    duplicate.set_timesteps(3)
+    pipe.scheduler.set_timesteps(5)
+
+    assert (len(duplicate.timesteps), len(pipe.scheduler.timesteps)) == (3, 5)
+    assert len(pickle.loads(pickle.dumps(pipe.scheduler)).timesteps) == 5
+
+
+# --- what it hears --------------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_heard() -> None:
+    pipe = enabled(ToyPipeline(), **MAGCACHE)
+    with pytest.raises(InterruptedError):
+        pipe("an owl", 1, stop=5)
+
+    assert torch.equal(pipe(steps=20), fresh("a fox", 0, 20, **MAGCACHE))
+    trajectories = omni_cache.summary(pipe).trajectories
+    assert [(each.model, each.branch) for each in trajectories] == [
+        ("transformer", "cond"),
+        ("transformer", "uncond"),
+    ]
+    # A tenth of 20 steps is always computed.
+    assert reasons(pipe)[0][:3] == ["first step", "retention", "below threshold"]
+
+
+def test_a_scheduler_may_be_replaced() -> None:
+    other = FlowMatchHeunDiscreteScheduler()
+    expected = enabled(ToyPipeline(scheduler=other), **MAGCACHE)("a fox", 0, 10)
+    pipe = enabled(ToyPipeline(), **MAGCACHE)
+    with pytest.raises(InterruptedError):
+        pipe("an owl", 1, stop=7)
+
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+
+    assert torch.equal(pipe("a fox", 0, 10), expected)
+    # Heun's method takes 19 calls for 10 steps, and a tenth of these is always computed.
+    assert len(reasons(pipe)[0]) == 19
+    assert reasons(pipe)[0][:3] == ["first step", "retention", "below threshold"]
+
+
+def test_a_scheduler_that_has_not_been_set_announces_nothing() -> None:
+    """As made, a scheduler has the thousand timesteps of its training."""
+    pipe = enabled(ToyPipeline(), **MAGCACHE)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with torch.no_grad():
+        Loop().run(pipe.transformer)
+
+    assert False in computed(pipe)[0]
+
+
+def test_two_pipelines_with_one_transformer_are_both_heard() -> None:
+    first = enabled(ToyPipeline())
+    second = enabled(ToyPipeline(first.transformer))
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            first("an owl", 1, stop=5)
+        assert torch.equal(second("a fox"), fresh("a fox"))
+        assert torch.equal(first("a fox"), fresh("a fox"))
+
+
+def test_a_pipeline_is_heard_after_its_model_was_enabled_anew() -> None:
+    pipe = enabled(ToyPipeline(), **MAGCACHE)
+    enabled(pipe.transformer, **{**MAGCACHE, "threshold": 0.3})
+    pipe(steps=20)
+
+    assert reasons(pipe)[0][:3] == ["first step", "retention", "below threshold"]
+
+
+def test_enabling_again_adds_nothing() -> None:
+    pipe = enabled(ToyPipeline())
+    call, context = pipe.transformer._compiled_call_impl, pipe.transformer.cache_context
+    for _ in range(2):
+        assert enabled(pipe) is pipe
+    assert pipe.transformer._compiled_call_impl is call
+    assert pipe.transformer.cache_context is context
+    assert len(call.loops) == 1
+
+
+def test_other_flags_replace_the_cache() -> None:
+    pipe = enabled(ToyPipeline())
+    pipe()
+    assert omni_cache.summary(pipe).reused_steps > 0
+    enabled(pipe, **{**ALWAYS_REUSE, "rel_l1_thresh": 0.0})
+    assert omni_cache.summary(pipe).trajectories == ()
+    pipe()
+    assert omni_cache.summary(pipe).reused_steps == 0
+
+
+def test_a_loop_of_ones_own_after_the_pipelines_is_a_new_generation() -> None:
+    """It names branches, but nobody has announced it."""
+    pipe = enabled(ToyPipeline())
+    for stop in (None, 6):
+        if stop is None:
+            pipe("an owl", 1)
+        else:
+            with pytest.raises(InterruptedError):
+                pipe("an owl", 1, stop=stop)
+        own = ToyPipeline(pipe.transformer)  # not enabled, with a scheduler of its own
+        assert torch.equal(own("a fox"), fresh("a fox"))
+
+
+def test_disable_forgets_what_was_cached() -> None:
+    pipe = enabled(ToyPipeline())
+    with pytest.raises(InterruptedError):
+        pipe("an owl", 1, stop=5)
+    omni_cache.disable(pipe)
+    assert omni_cache.summary(pipe).trajectories == ()
+
+    assert torch.equal(enabled(pipe)(), fresh())
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_bare_module_is_cached_like_a_compiled_one() -> None:
+    model = ToyTransformer()
+    expected = Loop(("cond", "uncond")).run(compiled(ToyTransformer()))
+
+    assert (
+        omni_cache.enable(model, inner="eager", coefficients=[1.0, 0.0], rel_l1_thresh=0.12)
+        is model
+    )
+    for _ in range(2):
+        with interrupted():
+            Loop(("one", "two"), seed=1, calls=7).run(model)
+        assert same(Loop(("cond", "uncond")).run(model), expected)
+    assert False in computed(model)[0]
+
+
+@torch.no_grad()
+def test_cache_none_compiles_only() -> None:
+    inner = Counting()
+    model = omni_cache.enable(ToyTransformer(), cache="none", inner=inner)
+    plain = Loop().run(ToyTransformer())
+
+    assert same(Loop().run(model), plain)
+    assert (inner.graphs, inner.calls) == (1, 8)
+    assert omni_cache.summary(model).trajectories == ()
+
+
+@pytest.mark.parametrize("function", [omni_cache.enable, omni_cache.disable, omni_cache.refresh])
+@pytest.mark.parametrize("target", [None, 3, FlowMatchEulerDiscreteScheduler()])
+def test_what_has_no_transformer_is_refused(function: Any, target: Any) -> None:
+    with pytest.raises(TypeError, match=rf"target={type(target).__name__} is not allowed"):
+        function(target)
+
+
+def test_a_pipelines_dtype_may_change() -> None:
+    kind = PIPELINES["wan"]
+    pipe = enabled(kind.build())
+    kind.generate(pipe)
+    pipe.to(torch.bfloat16)
+
+    latents = kind.generate(pipe)
+
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert torch.equal(latents, kind.generate(enabled(kind.build().to(torch.bfloat16))))
+    assert omni_cache.summary(pipe).reused_steps > 0
+
+
+# --- what cannot be cached ------------------------------------------------------------------------
+
+
+def test_with_gradients_it_runs_uncached_and_one_warning_says_why() -> None:
+    model = ToyTransformer().requires_grad_(True)
+    plain = Loop().run(ToyTransformer())
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        predictions = Loop().run(enabled(model))
+
+    (warning,) = seen
+    assert warning.category is UncachedWarning
+    assert "gradients are enabled" in str(warning.message)
+    assert "torch.no_grad()" in str(warning.message)
+    assert all(map(torch.allclose, predictions, plain))
+    predictions[-1].sum().backward()
+    assert model.blocks[0].qkv.weight.grad.abs().sum() > 0
+    # Without gradients the same model is cached.
+    with torch.no_grad():
+        Loop().run(model)
+    assert False in computed(model)[0]
+
+
+class NoBlocks(nn.Module):
+    """Nothing that could be skipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(CHANNELS, 8), nn.ReLU(), nn.Linear(8, CHANNELS))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        return self.layers(hidden_states) + timestep / 1000
+
+
+@torch.no_grad()
+def test_a_model_without_blocks_runs_uncached_and_one_warning_says_why() -> None:
+    model = NoBlocks()
+    expected = Loop().run(torch.compile(model, backend="eager"))
+
+    with pytest.warns(UncachedWarning, match="NoBlocks runs uncached: no list of repeated") as seen:
+        predictions = Loop().run(enabled(model))
+
+    assert len(seen) == 1
+    assert same(predictions, expected)
+    assert omni_cache.summary(model).trajectories == ()
+
+
+@torch.no_grad()
+def test_strict_refuses_a_model_that_cannot_be_cached() -> None:
+    with pytest.raises(Exception, match="no list of repeated blocks"):
+        Loop().run(enabled(NoBlocks(), strict=True, **ALWAYS_REUSE))
+
+
+class Broken(ToyTransformer):
+    """The toy with a graph break: before its blocks, among them or after them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        x = self.embed(hidden_states)
+        time = self.embed_prompt(prompt).mean(1) + self.embed_time(timestep[:, None] / 500)
+        if self.where == "before":
+            torch._dynamo.graph_break()
+        x = self.blocks[0](x, time, None)
+        if self.where == "among":
+            torch._dynamo.graph_break()
+        x = self.blocks[1](x, time, None)
+        if self.where == "after":
+            torch._dynamo.graph_break()
+        return self.project(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["before", "among", "after"])
+def test_a_graph_break_changes_no_prediction(where: str) -> None:
+    expected = Loop(("cond", "uncond")).run(ToyTransformer())
+    model = enabled(Broken(where), **{**ALWAYS_REUSE, "rel_l1_thresh": 0.0})
+
+    for explicit in (False, True):
+        found = Loop(("cond", "uncond"), explicit=explicit).run(model)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+@torch.no_grad()
+def test_blocks_after_a_graph_break_are_cached_in_contexts_alone() -> None:
+    """Of the arguments only what is still needed comes through, and who knows what became of it."""
+    model = enabled(Broken("before"))
+    with pytest.warns(UserWarning, match="no timestep and no context") as seen:
+        Loop(("cond", "uncond")).run(model)
+    assert len(seen) == 1
+    assert omni_cache.summary(model).trajectories == ()
+
+    Loop(("cond", "uncond"), explicit=True).run(model)
+    assert computed(model) == [[True] + [False] * 7] * 2
+
+
+@torch.no_grad()
+def test_blocks_before_a_graph_break_are_cached_without_a_warning() -> None:
+    model = enabled(Broken("after"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loop(("cond", "uncond")).run(model)
+
+    assert computed(model) == [[True] + [False] * 7] * 2
+
+
+@torch.no_grad()
+def test_blocks_on_both_sides_of_a_graph_break_are_cached_in_part_and_a_warning_says_why() -> None:
+    model = enabled(Broken("among"))
+    with pytest.warns(UncachedWarning, match="a graph break cuts the loop in two") as seen:
+        Loop(("cond", "uncond")).run(model)
+
+    assert len(seen) == 1
+    assert computed(model) == [[True] + [False] * 7] * 2

@@ -1,0 +1,45 @@
+"""A pipeline around the toy transformer, written like those of diffusers, with its schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor
+from toy_transformer import CHANNELS, TOKENS, ToyTransformer, gaussian
+
+STEPS = 8
+
+
+class ToyModel(ToyTransformer, CacheMixin):
+    """The toy transformer with the ``cache_context`` that diffusers' transformers have."""
+
+
+class ToyPipeline:
+    """Guides with two branches, which it names."""
+
+    def __init__(self, transformer: Any = None, scheduler: Any = None) -> None:
+        self.transformer = ToyModel() if transformer is None else transformer
+        self.scheduler = FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str = "a fox", seed: int = 0, steps: int = STEPS, stop: int | None = None
+    ) -> Tensor:
+        """The latents for a prompt; raises `InterruptedError` after `stop` calls of the model."""
+        words = {name: gaussian(name, 1, 5, CHANNELS) for name in (prompt, "blurry")}
+        latents, calls = gaussian(seed, 1, TOKENS, CHANNELS), 0
+        self.scheduler.set_timesteps(steps)
+        for timestep in self.scheduler.timesteps:
+            noises = []
+            for context, embedding in zip(("cond", "uncond"), words.values(), strict=True):
+                if calls == stop:
+                    raise InterruptedError
+                with self.transformer.cache_context(context):
+                    noises.append(self.transformer(latents, timestep.expand(1), embedding))
+                calls += 1
+            guided = noises[1] + 2 * (noises[0] - noises[1])
+            (latents,) = self.scheduler.step(guided, timestep, latents, return_dict=False)
+        return latents
