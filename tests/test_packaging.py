@@ -118,10 +118,6 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
     assert not imported & IMPORTED_WHEN_USED
 
 
-@pytest.mark.xfail(
-    reason="kernels/__init__.py imports relatively; use `from omni_cache.kernels.ops import ...` "
-    "there and remove this mark"
-)
 def test_bare_kernels_import_from_the_checkout_does_no_harm() -> None:
     """With the checkout on sys.path, the `kernels` that diffusers looks for and imports is ours.
 

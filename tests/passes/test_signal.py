@@ -28,14 +28,15 @@ def value_of(traced: Trace, node: Node) -> Tensor:
     return value
 
 
-def test_it_is_the_modulated_input_of_the_first_block() -> None:
-    model: Any = Model()
+@pytest.mark.parametrize("kind", [Model, made_up.PerTokenModulation])
+def test_it_is_the_modulated_input_of_the_first_block(kind: type[Model]) -> None:
+    model: Any = kind()
     given = inputs()
     received: list[Tensor] = []
     model.blocks[0].attn.register_forward_pre_hook(lambda _, args: received.append(args[0]))
     with torch.no_grad():
         model(**given)
-    traced = trace(Model(), **given)
+    traced = trace(kind(), **given)
     signal = signal_of(traced)
     assert signal.kind == "modulated input"
     assert torch.equal(value_of(traced, signal.node), received[0])
@@ -181,6 +182,22 @@ def test_a_timestep_embedding_descends_from_time_and_not_from_latents(
 def test_a_text_that_knows_the_time_is_not_the_timestep_embedding() -> None:
     """The refined text is larger than the embedding, and is a stream of its own."""
     traced = trace(made_up.RefinedText(), **inputs(), signal="timestep_embedding")
+    assert value_of(traced, signal_of(traced).node).shape == (2, WIDTH)
+
+
+def test_what_mixes_time_and_latents_is_not_the_timestep_embedding() -> None:
+    class Weighted(Model):
+        class block(Block):  # noqa: N801
+            def forward(self, x: Tensor, time: Tensor, weights: Tensor | None = None) -> Tensor:
+                return super().forward(x, time) + self.attn(x) * weights
+
+        def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            weights = (x * time[:, None]).sigmoid()
+            for block in self.blocks:
+                x = block(x, time, weights)
+            return x
+
+    traced = trace(Weighted(), **inputs(), signal="timestep_embedding")
     assert value_of(traced, signal_of(traced).node).shape == (2, WIDTH)
 
 
