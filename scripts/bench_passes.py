@@ -23,6 +23,8 @@ import typer
 from omni_cache.passes import analyse, split
 from torch.fx import GraphModule
 
+from omni_cache.demo.command import processor
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "passes"))
 
@@ -54,16 +56,6 @@ def exponent(rows: list[dict[str, float]], key: str) -> float:
     nodes = np.log([row["nodes"] for row in rows])
     seconds = np.log([row[key] for row in rows])
     return float(np.polyfit(nodes, seconds, 1)[0])
-
-
-def processor() -> str:
-    """The machine's processor, as it calls itself."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(report: dict[str, object], rows: list[dict[str, float]]) -> str:

@@ -50,7 +50,8 @@ def run(
 ) -> Measurement:
     """Generate the same prompts and seeds uncached, with TeaCache and with MagCache.
 
-    Prints one table, and writes ``pictures.png``, ``timeline.png`` and ``results.json``.
+    Prints one table, and writes ``pictures.png``, ``timeline.png``, ``results.md`` and
+    ``results.json``.
 
     Args:
         output: folder to write to; made if there is none.
@@ -103,9 +104,10 @@ def run(
     picture_grid(measurement, output / "pictures.png")
     timeline(measurement, output / "timeline.png")
     (output / "results.json").write_text(
-        json.dumps(as_json(measurement, inner, seed), indent=2, allow_nan=False) + "\n"
+        json.dumps(as_json(measurement, inner, seed), indent=1, allow_nan=False) + "\n"
     )
-    console.print(f"pictures.png, timeline.png and results.json are in {output}/")
+    (output / "results.md").write_text(as_markdown(measurement), encoding="utf-8")
+    console.print(f"pictures.png, timeline.png, results.md and results.json are in {output}/")
     return measurement
 
 
@@ -120,39 +122,80 @@ def demo_captions(count: int) -> list[str]:
     return captions
 
 
-def table(measurement: Measurement) -> Table:
-    """One row for each variant, the honest baseline at its right; medians over the prompts."""
+HEADINGS = (
+    "strategy",
+    "time ms",
+    "steps",
+    "speedup",
+    "PSNR dB",
+    "SSIM",
+    "fewer time",
+    "fewer PSNR",
+    "fewer SSIM",
+)
+FEWER = "fewer: the uncached model run with only as many steps as the strategy computed"
+
+
+def rows(measurement: Measurement) -> list[tuple[str, ...]]:
+    """The cells below `HEADINGS`, one row for each variant; medians over the prompts."""
     total = measurement.num_inference_steps
+    uncached = _milliseconds(median(measurement.uncached_seconds))
+    return [
+        ("uncached", uncached, f"{total}/{total}", "1.00x", *[""] * 5),
+        *(
+            (
+                result.variant.label,
+                _milliseconds(result.seconds),
+                f"{result.computed_steps:g}/{total}",
+                f"{measurement.speedup(result):.2f}x",
+                _decibel(result.fidelity),
+                f"{result.fidelity.ssim:.3f}",
+                _milliseconds(result.baseline_seconds),
+                _decibel(result.baseline_fidelity),
+                f"{result.baseline_fidelity.ssim:.3f}",
+            )
+            for result in measurement.results
+        ),
+    ]
+
+
+def table(measurement: Measurement) -> Table:
+    """The rows for the terminal, 80 columns wide at most, the honest baseline at the right."""
     shown = Table(
-        title=f"{total} steps, median of {len(measurement.prompts)} prompts",
-        caption="fewer: the uncached model run with only as many steps as the strategy computed",
-        box=box.SIMPLE_HEAD,
+        title=_title(measurement), caption=FEWER, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    shown.add_column("strategy", no_wrap=True)
-    for heading in ("time\nms", "steps", "speedup", "PSNR\ndB", "SSIM"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("time", "PSNR", "SSIM"):
-        shown.add_column(f"fewer:\n{heading}", justify="right", no_wrap=True, style="cyan")
-    shown.add_row(
-        "uncached",
-        _milliseconds(median(measurement.uncached_seconds)),
-        f"{total}/{total}",
-        "1.00x",
-        end_section=True,
-    )
-    for result in measurement.results:
-        shown.add_row(
-            result.variant.label,
-            _milliseconds(result.seconds),
-            f"{result.computed_steps:g}/{total}",
-            f"{measurement.speedup(result):.2f}x",
-            _decibel(result.fidelity),
-            f"{result.fidelity.ssim:.3f}",
-            _milliseconds(result.baseline_seconds),
-            _decibel(result.baseline_fidelity),
-            f"{result.baseline_fidelity.ssim:.3f}",
+    for heading in HEADINGS:
+        shown.add_column(
+            heading.replace(" ", "\n"),
+            justify="left" if heading == "strategy" else "right",
+            style="cyan" if heading.startswith("fewer") else None,
+            no_wrap=True,
         )
+    for row in rows(measurement):
+        shown.add_row(*row, end_section=row[0] == "uncached")
     return shown
+
+
+def as_markdown(measurement: Measurement) -> str:
+    """The rows as a Markdown table, with what was reached."""
+    lines = [
+        f"# {_title(measurement)}",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|---{'|---:' * (len(HEADINGS) - 1)}|",
+        *(f"| {' | '.join(row)} |" for row in rows(measurement)),
+        "",
+        f"{FEWER[0].upper()}{FEWER[1:]}.",
+        "",
+        *(f"- {line}" for line in reached(measurement)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _title(measurement: Measurement) -> str:
+    prompts = len(measurement.prompts)
+    return f"{measurement.num_inference_steps} steps, median of {prompts} prompts"
 
 
 def compile_times(measurement: Measurement) -> str:
@@ -186,7 +229,7 @@ def as_json(measurement: Measurement, inner: str, seed: int) -> dict[str, Any]:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": {
             "platform": platform.platform(),
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
         },
         "versions": {
@@ -240,7 +283,7 @@ def _variant_as_json(measurement: Measurement, result: VariantResult) -> dict[st
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, as Linux gives it; ``platform`` knows only its architecture there."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -6,9 +6,19 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from omni_cache.demo import demo_pipeline_path
-from omni_cache.demo.command import compile_times, demo_captions, reached, run
+from omni_cache.demo.command import (
+    HEADINGS,
+    as_markdown,
+    compile_times,
+    demo_captions,
+    reached,
+    rows,
+    run,
+    table,
+)
 from omni_cache.demo.measurement import (
     Fidelity,
     Generation,
@@ -72,6 +82,7 @@ def test_the_folder_holds_pictures_and_the_numbers_behind_them(demo):
     measurement, output = demo
     results = json.loads((output / "results.json").read_text())
 
+    assert (output / "results.md").read_text() == as_markdown(measurement)
     for name in ("pictures.png", "timeline.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert [variant["computed_steps"] for variant in results["variants"]] == [
@@ -111,6 +122,23 @@ def test_the_speedup_reported_for_a_floor_is_the_best_at_or_above_it():
         "at PSNR >= 40 dB: no variant",
     ]
     assert "uncached 9 s, MagCache 0.1 7 s" in compile_times(measurement)
+
+
+def test_the_table_fits_80_columns_and_is_the_markdown_one():
+    picture = np.zeros((8, 8, 3), dtype=np.float32)
+    results = (result(0.1, 123.456, 136.04), result(0.2, 0.25, None))
+    measurement = Measurement(28, ("",), 9.0, (1234.5,), (picture,), results)
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table(measurement))
+    shown, markdown = capture.get(), as_markdown(measurement)
+
+    assert "123456" in shown
+    assert "…" not in shown
+    for row in rows(measurement):
+        assert len(row) == len(HEADINGS)
+        assert all(cell in shown for cell in row)
+        assert f"| {' | '.join(row)} |" in markdown
 
 
 def test_an_identical_picture_passes_every_floor():
