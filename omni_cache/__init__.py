@@ -7,13 +7,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from omni_cache import calibration
     from omni_cache.backend import UncachedWarning, omni_cache_backend
-    from omni_cache.explain import explain
+    from omni_cache.explanation import Explanation, explain
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime import branch, generation
     from omni_cache.strategies import MagCacheConfig, TeaCacheConfig
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
+    "Explanation": "omni_cache.explanation",
     "MagCacheConfig": "omni_cache.strategies",
     "TeaCacheConfig": "omni_cache.strategies",
     "UncachedWarning": "omni_cache.backend",
@@ -21,7 +22,7 @@ _HOMES = {
     "calibration": "omni_cache.calibration",
     "disable": "omni_cache.pipelines",
     "enable": "omni_cache.pipelines",
-    "explain": "omni_cache.explain",
+    "explain": "omni_cache.explanation",
     "generation": "omni_cache.runtime",
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
@@ -29,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Explanation",
     "MagCacheConfig",
     "TeaCacheConfig",
     "UncachedWarning",
@@ -50,11 +52,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     home = import_module(_HOMES[name])
-    value = (
-        home
-        if _HOMES[name] == f"{__name__}.{name}" and name == "calibration"
-        else getattr(home, name)
-    )
+    value = home if home.__name__ == f"{__name__}.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 

@@ -21,6 +21,7 @@ from omni_cache.passes import (
     NoBlockLoopError,
     Part,
     RegionError,
+    UnknownNameError,
     analyse,
     find_block_loop,
     is_static_input,
@@ -60,7 +61,8 @@ def omni_cache_backend(
         whole, with one :class:`UncachedWarning` that says why.
 
     Raises:
-        ValueError: a flag is unknown or has a value that is not allowed.
+        ValueError: a flag is unknown or has a value that is not allowed, or names a module that
+            the graph does not run.
         NotImplementedError: a flag's value is planned and not built yet.
         RegionError: the graph cannot be cached and ``strict`` is set.
     """
@@ -74,6 +76,8 @@ def omni_cache_backend(
     try:
         return _compile_guarded(gm, example_inputs, flags, frame)
     except RegionError as error:
+        if isinstance(error, UnknownNameError) and not frame.is_piece:
+            raise unwrapped(ValueError(str(error))) from None
         if flags.strict:
             raise unwrapped(error) from None
         message = f"{frame.model_class or 'a model'} runs uncached: {error}"

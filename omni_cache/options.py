@@ -58,13 +58,17 @@ class CompileOptions:
 
     @classmethod
     def parse(
-        cls, options: Mapping[str, Any] | None = None, mode: str | None = None
+        cls,
+        options: Mapping[str, Any] | None = None,
+        mode: str | None = None,
+        beside: Sequence[str] = (),
     ) -> CompileOptions:
         """Check a dict of flags.
 
         Args:
             options: flags as a user writes them; see the README for what there is.
             mode: ``torch.compile``'s own ``mode``, passed through to the inner compiler.
+            beside: flags that the caller takes besides, to be named where one is unknown.
 
         Raises:
             ValueError: a flag is unknown or its value is not allowed; the message names the flag,
@@ -72,7 +76,7 @@ class CompileOptions:
             NotImplementedError: a value that is planned and not built yet.
         """
         given = dict(options or {})
-        strategy = _strategy(given)
+        strategy = _strategy(given, beside)
         inner = given.pop("inner", "inductor")
         if not callable(inner):
             _one_of("inner", inner, list_backends(exclude_tags=()), "or a callable")
@@ -94,6 +98,11 @@ class CompileOptions:
                     f"{flag}={value!r} is not built yet; leave {flag} out to get "
                     f"{'dispatch' if flag == 'lowering' else 'unrolled'!r}"
                 )
+        signal = _signal(given.pop("signal", None))
+        if signal is not None and strategy is not None and not strategy.has_signal:
+            raise ValueError(
+                f"signal={signal!r} is not allowed; cache={strategy.name!r} decides without one"
+            )
         strict = given.pop("strict", False)
         _one_of("strict", strict, (True, False))
         return cls(
@@ -101,13 +110,13 @@ class CompileOptions:
             inner=inner,
             inner_options=inner_options,
             mode=inner_mode,
-            signal=_signal(given.pop("signal", None)),
+            signal=signal,
             region=_region(given.pop("region", "auto")),
             strict=strict,
         )
 
 
-def _strategy(given: dict[str, Any]) -> Strategy | None:
+def _strategy(given: dict[str, Any], beside: Sequence[str]) -> Strategy | None:
     """Take the strategy and its fields out of the flags; refuse what is unknown."""
     cache = given.pop("cache", "teacache")
     config: Strategy | None = cache if isinstance(cache, Strategy) else None
@@ -117,7 +126,7 @@ def _strategy(given: dict[str, Any]) -> Strategy | None:
     fields = kind.field_names() if kind is not None else ()
     for flag in given:
         if flag not in FLAGS and flag not in fields:
-            raise ValueError(_unknown(flag, kind, (*FLAGS, *fields)))
+            raise ValueError(_unknown(flag, kind, (*FLAGS, *fields, *beside)))
     values = {field: given.pop(field) for field in fields if field in given}
     if kind is None:
         return None

@@ -15,7 +15,14 @@ from .block_loop import (
     find_block_loop,
 )
 from .node import is_static_input
-from .region import NoBlockLoopError, Region, RegionError, check_cuts, close_region
+from .region import (
+    NoBlockLoopError,
+    Region,
+    RegionError,
+    UnknownNameError,
+    check_cuts,
+    close_region,
+)
 from .residual import ResidualPair, pair_outputs
 from .signal import Signal, find_signal, find_timestep
 from .split import FINITE, Analysis, GuardedGraph, Part, analyse, split
@@ -34,6 +41,7 @@ __all__ = [
     "RegionError",
     "ResidualPair",
     "Signal",
+    "UnknownNameError",
     "analyse",
     "check_cuts",
     "close_region",

@@ -31,7 +31,7 @@ from .node import (
     module_path,
     op_name,
 )
-from .region import NoBlockLoopError, RegionError, close_region
+from .region import NoBlockLoopError, RegionError, UnknownNameError, close_region
 from .residual import streams, trace_origins
 
 _JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
@@ -134,8 +134,8 @@ def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLo
 
     Raises:
         NoBlockLoopError: no list holds attention.
-        RegionError: a given name is no list that the graph runs, or the graph begins inside the
-            loop.
+        UnknownNameError: a given name is no list that the graph runs.
+        RegionError: the graph begins inside the loop.
     """
     lists = find_block_lists(graph)
     if names is not None:
@@ -219,10 +219,7 @@ def _named_lists(lists: Sequence[BlockList], names: Sequence[str]) -> list[Block
     by_name = {each.path: each for each in lists}
     for name in names:
         if name not in by_name:
-            raise RegionError(
-                f"region={list(names)!r}: no ModuleList {name!r} runs in the graph; "
-                f"there are {sorted(by_name)}"
-            )
+            raise UnknownNameError(f"region={list(names)!r}", name, by_name)
     return [each for each in lists if each.path in names]
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
@@ -381,8 +382,16 @@ def dependencies(graph: Graph) -> dict[Node, list[Node]]:
     """For every node the nodes that must run before it, data flow through in-place writes included.
 
     A reader of a tensor that was written in place depends on the write, and a write on the earlier
-    readers, though no edge of the graph says so.
+    readers, though no edge of the graph says so. Random draws keep their order, because each moves
+    the generator on.
     """
+    before = _data_flow(graph)
+    for earlier, later in pairwise([node for node in before if _draws(node)]):
+        before[later] = [*before[later], earlier]
+    return before
+
+
+def _data_flow(graph: Graph) -> dict[Node, list[Node]]:
     before = {node: list(node.all_input_nodes) for node in graph.nodes}
     written = {node: nodes for node in before if (nodes := written_nodes(node))}
     if not written:
@@ -407,6 +416,22 @@ def dependencies(graph: Graph) -> dict[Node, list[Node]]:
             readers.setdefault(each, []).append(node)
         before[node] = list(dict.fromkeys([*inputs, *(each for each in extra if each != node)]))
     return before
+
+
+def _draws(node: Node) -> bool:
+    """Whether a node draws random numbers."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = op_name(node)
+    if "dropout" in name:
+        return bool(argument(node, 2, "training", default="alpha" not in name))
+    return name.startswith("rand") or name.rstrip("_") in _DISTRIBUTIONS
+
+
+_DISTRIBUTIONS = frozenset(
+    "bernoulli binomial cauchy exponential geometric log_normal multinomial normal poisson "  # noqa: SIM905
+    "uniform".split()
+)
 
 
 # Autocast, grad mode and the choice of attention kernels are no data flow: a mark in the graph

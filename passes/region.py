@@ -10,6 +10,7 @@ Linear in the size of the graph.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -44,6 +45,21 @@ class RegionError(Exception):
             reason = f"{reason} (node {node.name!r}{f', {line}' if line else ''})"
         super().__init__(reason)
         self.node = node
+
+
+class UnknownNameError(RegionError):
+    """A module that the caller named is none that the graph runs.
+
+    Args:
+        flag: what the name was given for, and the name, as ``flag='name'``.
+        name: the name.
+        known: the names that there are.
+    """
+
+    def __init__(self, flag: str, name: str, known: Collection[str]) -> None:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        super().__init__(f"{flag}: no {name!r} runs in the graph{hint}; there are {sorted(known)}")
 
 
 class NoBlockLoopError(RegionError):

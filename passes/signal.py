@@ -30,7 +30,7 @@ from .node import (
     same_shape,
     tensor_of,
 )
-from .region import Region, RegionError
+from .region import Region, RegionError, UnknownNameError
 from .residual import ResidualPair, leaves, streams, trace_origins
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
@@ -91,6 +91,7 @@ def find_signal(
             the signal depends on moves to the prologue and runs on every step.
 
     Raises:
+        UnknownNameError: ``which`` is the path of no module that the graph runs.
         RegionError: there is no such tensor, or it depends on the whole block loop.
     """
     hidden = _hidden_states(region, pairs)
@@ -179,7 +180,9 @@ def _module_output(graph: Graph, region: Region, path: str) -> Node:
         and any(user not in inside for user in node.users)
     ]
     if not outputs:
-        raise RegionError(f"signal={path!r}: no module of that path returns a tensor in the graph")
+        paths = {module_path(node)[: len(wanted)] for node in nodes if tensor_of(node) is not None}
+        known = [".".join(each) for each in paths if len(each) == len(wanted)]
+        raise UnknownNameError(f"signal={path!r}", path, known)
     node = max(outputs, key=_numel)
     if node in region.epilogue:
         raise RegionError(f"signal={path!r}: that module runs after the block loop")

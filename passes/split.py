@@ -189,11 +189,13 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
 
     reuse = _Builder(gm, held_modes)
     overwrites = _overwrites(region)
+    returned = {memory_root(each) for each in result.all_input_nodes}
     for pair, (name, residual) in zip(pairs, residuals.items(), strict=True):
         value = reuse.placeholder(name, {"example_value": residual.meta["example_value"]})
         if pair.output in partners:
             value = reuse.call(torch.add, reuse.partner(partners[pair.output], made), value)
-        elif overwrites:
+        elif overwrites or memory_root(pair.output) in returned:
+            # Whoever writes into it must not write into what the next reused step takes over.
             value = reuse.call(torch.clone, value)
         reuse.values[pair.output] = value
     reuse.copy(region.epilogue)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -181,6 +183,15 @@ def test_sizes_are_those_of_the_inputs_whatever_was_explained_before() -> None:
         assert f"f32[1, {tokens}, 8]" in graph.text
         assert graph.analysis is not None
         assert graph.analysis.residual_bytes == tokens * 8 * 4
+
+
+def test_its_module_may_be_imported_first() -> None:
+    code = (
+        "from omni_cache.explanation import Explanation; import omni_cache; "
+        "assert omni_cache.Explanation is Explanation; "
+        "assert omni_cache.explain.__name__ == 'explain'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- what it refuses -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers_models import CASES, sample
@@ -306,6 +307,39 @@ def test_with_gradients_a_model_runs_uncached_and_gets_its_gradients() -> None:
         sample(compiled(**case.inputs())).sum().backward()
     assert all(parameter.grad is not None for parameter in case.blocks(model)[0].parameters())
     assert omni_cache.summary(model).trajectories == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"region": ["transformer_blocks", "single"]}, "no 'single' runs in the graph; there are"),
+        ({"region": "transformer_block"}, "did you mean 'transformer_blocks'?"),
+        (
+            {"signal": "transformer_blocks.0.nrom1"},
+            "signal='transformer_blocks.0.nrom1': .*did you mean 'transformer_blocks.0.norm1'?",
+        ),
+    ],
+)
+def test_a_name_that_the_model_does_not_know_is_a_value_error(
+    flags: dict[str, Any], message: str
+) -> None:
+    case = CASES["pixart"]
+    options = {"inner": "eager", "coefficients": (1.0, 0.0), **flags}
+    compiled = torch.compile(case.build(), backend="omni_cache", options=options)
+    with torch.no_grad(), pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        compiled(**case.inputs())
+
+
+def test_a_signal_for_a_strategy_without_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="signal='auto' is not allowed; cache='magcache' decides"):
+        parse({"cache": "magcache", "signal": "auto"})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers = {"rel_l1_thresh": np.float32(0.25), "num_inference_steps": np.int64(7)}
+    assert (
+        parse(numbers).strategy == parse({"rel_l1_thresh": 0.25, "num_inference_steps": 7}).strategy
+    )
 
 
 def test_flags_reach_the_gate() -> None:

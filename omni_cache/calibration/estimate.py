@@ -87,7 +87,7 @@ def _measure(
     num_inference_steps: int,
     flags: dict[str, Any],
 ) -> list[tuple[str, list[dict[str, float]]]]:
-    """Measurements of every trajectory that ``generate`` ran, with the branch's name."""
+    """Measurements of every guidance branch that ``generate`` ran, with the branch's name."""
     # The strategies, which all of these import, take their tables from this package.
     from omni_cache.pipelines import disable, enable, is_enabled
     from omni_cache.runtime.generation import recording
@@ -102,11 +102,13 @@ def _measure(
             generate()
     finally:
         disable(target)
-    return [
-        (trajectory.branch, [step.measured for step in trajectory.steps])
-        for run in runs
-        for trajectory in run.trajectories.values()
-    ]
+    # Models that take turns within a generation continue each other's trajectories.
+    joined: dict[tuple[int, str], list[dict[str, float]]] = defaultdict(list)
+    for run in runs:
+        for trajectory in run.trajectories.values():
+            steps = joined[run.generation_id, trajectory.branch]
+            steps += (step.measured for step in trajectory.steps)
+    return [(branch, steps) for (_, branch), steps in joined.items()]
 
 
 def _nothing_measured(num_inference_steps: int) -> str:

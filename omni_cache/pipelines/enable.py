@@ -26,12 +26,17 @@ from omni_cache.runtime import (
     Summary,
     bind,
     branch,
+    expected_state,
     states_of_module,
     summarise,
 )
+from omni_cache.strategies import Strategy
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Names under which pipelines keep their denoising transformers."""
+
+COMPILE_FLAGS = ("dynamic", "fullgraph")
+"""Flags of ``enable`` that go to ``torch.compile``."""
 
 _numbers = itertools.count()
 _entries: weakref.WeakValueDictionary[Any, FunctionType] = weakref.WeakValueDictionary()
@@ -41,6 +46,7 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     """Switch caching on.
 
     Enabling again with other flags replaces the cache; with the same flags it changes nothing.
+    Thresholds and step counts reach the gates at run time, so other ones compile nothing anew.
 
     Args:
         target: a diffusers pipeline, or a module.
@@ -55,15 +61,15 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
         TypeError: ``target`` is no module and has no transformer.
         ValueError: a flag is unknown or has a value that is not allowed.
     """
-    compile_flags: dict[str, Any] = {
-        key: flags.pop(key) for key in ("dynamic", "fullgraph") if key in flags
-    }
-    strategy = CompileOptions.parse({"cache": cache, **flags}).strategy
+    compile_flags: dict[str, Any] = {key: flags.pop(key) for key in COMPILE_FLAGS if key in flags}
+    strategy = CompileOptions.parse({"cache": cache, **flags}, beside=COMPILE_FLAGS).strategy
     # Dynamo compares options; a config object has plain numbers where a flag may be a tensor.
     options = {key: value for key, value in flags.items() if key in FLAGS}
-    options["cache"] = strategy or NO_CACHE
+    options["cache"] = NO_CACHE if strategy is None else strategy.for_compilation()
     models = _models(target)
     calls = [_enable_module(module, options, compile_flags) for module in models.values()]
+    for call in calls:
+        call.configure(strategy)
     if not isinstance(target, nn.Module):
         loop = _PipelineLoop(target, models.values())
         for call in calls:
@@ -101,8 +107,11 @@ def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
         TypeError: ``target`` is no module and has no transformer.
         ValueError: ``num_inference_steps`` is no integer >= 1.
     """
+    models = _models(target)
+    coming = Generation(num_inference_steps, experts=len(models) > 1)
     states = [state for _, state in _states(target)]
-    coming = Generation(num_inference_steps, experts=len(states) > 1)
+    if not states and num_inference_steps is not None:
+        states = [expected_state(module) for module in models.values()]
     for state in states:
         state.forget()
         if num_inference_steps is not None:
@@ -167,15 +176,20 @@ class _PipelineLoop:
         if timesteps is None or timesteps is self._heard:
             return
         self._heard = timesteps
-        coming = Generation(len(timesteps), experts=len(self._models) > 1)
+        # An image-to-image loop begins in the middle of the scheduler's steps.
+        first = getattr(self._scheduler(), "begin_index", None) or 0
+        coming = Generation(max(1, len(timesteps) - first), experts=len(self._models) > 1)
         for model in self._models:
             module = model()
             call = None if module is None else _cached_call(module)
             if call is not None:
                 call.state.announce(coming)
 
+    def _scheduler(self) -> Any:
+        return getattr(self.pipeline(), "scheduler", None)
+
     def _timesteps(self) -> Any:
-        scheduler = getattr(self.pipeline(), "scheduler", None)
+        scheduler = self._scheduler()
         # A scheduler is made with the timesteps of its training, and has no number of steps then.
         if getattr(scheduler, "num_inference_steps", None) is None:
             return None
@@ -206,6 +220,12 @@ class _CachedCall:
         pipeline = loop.pipeline()
         others = (each for each in self.loops if each.pipeline() not in (None, pipeline))
         self.loops = [*others, loop]
+
+    def configure(self, strategy: Strategy | None) -> None:
+        """Let gates read these values from the next generation on."""
+        if self.state.config != strategy:
+            self.state.forget()
+            self.state.config = strategy
 
     # For a compiled function that calls the module: it has nothing to trace here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

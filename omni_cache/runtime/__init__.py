@@ -2,7 +2,7 @@
 
 from omni_cache.runtime.executor import CompiledParts, Executor
 from omni_cache.runtime.generation import Generation, ModelState, branch, generation
-from omni_cache.runtime.states import bind, states_of_module
+from omni_cache.runtime.states import bind, expected_state, states_of_module
 from omni_cache.runtime.summary import Summary, TrajectorySummary, summarise
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
 
@@ -17,6 +17,7 @@ __all__ = [
     "TrajectorySummary",
     "bind",
     "branch",
+    "expected_state",
     "generation",
     "states_of_module",
     "summarise",

@@ -94,7 +94,9 @@ class Executor:
         ]
         # The last one, because a signal may have moved the first ones out of the body.
         self._identity = max(body_weights, default=None)
-        shaped = {slots[name] for name in graph.reuse.inputs if name in slots}
+        # What the body reads decides the shape of what it returns, held values included.
+        read = (*graph.body.inputs, *graph.reuse.inputs)
+        shaped = {slots[name] for name in read if name in slots}
         if self._signal is not None:
             shaped.add(self._signal)
         self._shaped = sorted(slot for slot in shaped if slot >= len(static) or not static[slot])
@@ -139,7 +141,7 @@ class Executor:
                 if self._copy_residuals:
                     residuals, finite = tuple(each.clone() for each in residuals), finite.clone()
                 trajectory.keep(residuals, finite)
-                if self._strategy.observes and trajectory.gate is not None:
+                if self._strategy_for(state).observes and trajectory.gate is not None:
                     output = next(each for each in result if isinstance(each, Tensor))
                     measured = trajectory.gate.observe(residuals, output)
         if trajectory is not None:
@@ -159,7 +161,7 @@ class Executor:
                 computed=decision.compute,
                 distance=decision.distance,
                 accumulated=decision.accumulated,
-                timestep=_host_value(self._timestep_of(values)),
+                timestep=self._timestep_read(trajectory, values),
                 reason=decision.reason,
                 measured=measured,
             )
@@ -233,7 +235,8 @@ class Executor:
         """Let the trajectory's own gate decide."""
         changed = trajectory.enter_layout(self._layout(values))
         if trajectory.gate is None:
-            trajectory.gate = self._strategy.make_gate(trajectory.branch, trajectory.position)
+            strategy = self._strategy_for(state)
+            trajectory.gate = strategy.make_gate(trajectory.branch, trajectory.position)
         decision = self._verdict(trajectory, trajectory.gate, state, values, read, may_reuse)
         return replace(decision, compute=True, reason="shape changed") if changed else decision
 
@@ -288,10 +291,19 @@ class Executor:
         )
 
     def _total_steps(self, state: ModelState) -> int | None:
-        return state.num_inference_steps() or self._strategy.num_inference_steps
+        return state.num_inference_steps() or self._strategy_for(state).num_inference_steps
+
+    def _strategy_for(self, state: ModelState) -> BoundStrategy:
+        config = state.config
+        return self._strategy if config is None else self._strategy.configured(config)
 
     def _timestep_of(self, values: Sequence[Any]) -> Any:
         return self._constant_timestep if self._timestep is None else values[self._timestep]
+
+    def _timestep_read(self, trajectory: Trajectory, values: Sequence[Any]) -> float | None:
+        """The timestep of the call just placed, unless it lies on a device and nobody read it."""
+        known = _host_value(self._timestep_of(values))
+        return trajectory.course.timestep if known is None else known
 
     def _conditioning(self, values: Sequence[Any]) -> list[Tensor]:
         return [values[slot] for slot in self._dynamic if isinstance(values[slot], Tensor)]
@@ -299,7 +311,9 @@ class Executor:
     def _layout(self, values: Sequence[Any]) -> object:
         """Equal for two calls exactly when the one's residuals and signal fit the other."""
         tensors = (each for slot in self._shaped if isinstance(each := values[slot], Tensor))
-        return (self._kind, [(each.shape, each.dtype, each.device) for each in tensors])
+        # What is made in inference mode cannot be written to outside of it.
+        inference = torch.is_inference_mode_enabled()
+        return (self._kind, inference, [(each.shape, each.dtype, each.device) for each in tensors])
 
 
 class _Read:

@@ -12,6 +12,7 @@ next step, a value that jumps back is a new generation. A call that cannot be pl
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from omni_cache.runtime.trajectory import Course, Progress, Trajectory
+from omni_cache.strategies import Strategy
 from omni_cache.strategies.base import is_count, require
 
 MAX_BRANCHES = 16
@@ -36,6 +38,7 @@ class Branch:
     step_index: int | None = None
 
 
+_generation_ids = itertools.count()
 _generation: ContextVar[Generation | None] = ContextVar("omni_cache_generation", default=None)
 _recorder: ContextVar[list[Run] | None] = ContextVar("omni_cache_recorder", default=None)
 _branch: ContextVar[Branch | None] = ContextVar("omni_cache_branch", default=None)
@@ -114,6 +117,7 @@ class Generation:
         self.num_inference_steps = num_inference_steps
         self._steps_given = num_inference_steps is not None
         self.experts = experts
+        self.id = next(_generation_ids)
         self._runs: weakref.WeakKeyDictionary[ModelState, Run] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -168,6 +172,7 @@ class Run:
     """One model's part in one generation: its trajectories, and how far the timestep has come."""
 
     def __init__(self, generation: Generation) -> None:
+        self.generation_id = generation.id
         # Weak, so that dropping a generation frees its tensors at once, without a cycle collection.
         self._generation = weakref.ref(generation)
         self.trajectories: dict[str, Trajectory] = {}
@@ -251,6 +256,7 @@ class ModelState:
     """What the runtime knows of one model instance: never shared with another instance."""
 
     def __init__(self) -> None:
+        self.config: Strategy | None = None  # where it differs from what was compiled
         self.latest: Run | None = None
         self._thread = _ThreadPlace()
 

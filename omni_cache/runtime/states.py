@@ -49,6 +49,15 @@ def state_of_parameter(parameter: Tensor) -> ModelState:
     return state
 
 
+def expected_state(module: nn.Module) -> ModelState:
+    """The state that the first cached call of a module will find, whichever weight it looks by."""
+    state = ModelState()
+    for parameter in module.parameters():
+        if _by_parameter.setdefault(id(parameter), state) is state:
+            weakref.finalize(parameter, _by_parameter.pop, id(parameter), None)
+    return state
+
+
 def states_of_module(module: nn.Module) -> list[ModelState]:
     """The states that calls of a module have left, for bare use; empty if it never ran cached."""
     found = (_by_parameter.get(id(each)) for each in module.parameters())

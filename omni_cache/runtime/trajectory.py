@@ -24,9 +24,8 @@ class StepRecord:
         computed: whether the block loop ran.
         distance: this step's change as the strategy measures it, None where it did not.
         accumulated: the change since the last computed step, before any reset.
-        timestep: the timestep argument (its mean, if there are several), None where reading it
-            would
-            have cost a device-to-host copy.
+        timestep: the timestep argument (its mean, if there are several), None where it lies on a
+            device and placing the call did not need it.
         reason: why, in a few words ("first step", "below threshold", "max_skip_steps", ...).
         measured: what a calibrating strategy measured, by name.
     """

@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,28 @@ class Gate(ABC):
 class BoundStrategy(ABC):
     """A strategy for one model: tables looked up, ready to make gates."""
 
+    config: Any
+    """What the user wrote: a :class:`Strategy`."""
+
     signal: str | None
     """Which signal the graph must deliver (see ``passes.find_signal``), None for none."""
 
-    num_inference_steps: int | None = None
-    """Steps of a generation, where neither a context nor a pipeline says."""
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Steps of a generation, where neither a context nor a pipeline says."""
+        steps: int | None = self.config.num_inference_steps
+        return steps
 
-    observes: bool = False
-    """Whether gates want to see every computed call (calibration)."""
+    @property
+    def observes(self) -> bool:
+        """Whether gates want to see every computed call (calibration)."""
+        return bool(self.config.calibrate)
+
+    def configured(self, config: Strategy) -> Self:
+        """The same strategy with the same tables, and other values of the run-time fields."""
+        other = copy(self)
+        other.config = config
+        return other
 
     @abstractmethod
     def make_gate(self, branch: str, branch_position: int) -> Gate:
@@ -107,10 +124,19 @@ class Strategy(ABC):
     """Base of the configs that users write. Subclasses validate their fields on construction."""
 
     name: ClassVar[str]
+    has_signal: ClassVar[bool]
+    """Whether it decides by a signal."""
+    run_time: ClassVar[tuple[str, ...]]
+    """The fields that only gates read, so that another value needs no compilation."""
 
     @abstractmethod
     def bind(self, model_class: str | None) -> BoundStrategy:
         """Look up what is published for a model class (None when it is unknown)."""
+
+    def for_compilation(self) -> Self:
+        """The config with its run-time fields at their defaults: what a compiled graph is of."""
+        defaults = {each.name: each.default for each in fields(self) if each.name in self.run_time}
+        return replace(self, **defaults)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -130,12 +156,17 @@ def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real, finite number (a bool is none)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_a(value, Real) and math.isfinite(value)
 
 
 def is_count(value: Any, least: int) -> bool:
     """Whether a value is an integer of at least ``least`` (a bool is none)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return _is_a(value, Integral) and value >= least
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    # The numbers of numpy are registered with the abstract kinds.
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def finite_numbers(flag: str, given: Any, allowed: str) -> tuple[float, ...]:

@@ -12,11 +12,13 @@ The decision needs no data, so it is taken on the host, without a sync.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from omni_cache.calibration.tables import magcache_table
@@ -58,6 +60,13 @@ class MagCacheConfig(Strategy):
     """
 
     name: ClassVar[str] = "magcache"
+    has_signal: ClassVar[bool] = False
+    run_time: ClassVar[tuple[str, ...]] = (
+        "threshold",
+        "max_skip_steps",
+        "retention_ratio",
+        "num_inference_steps",
+    )
 
     threshold: float = 0.24
     max_skip_steps: int = 5
@@ -140,8 +149,6 @@ class MagCache(BoundStrategy):
         self.config = config
         self.ratios = {name: tuple(values) for name, values in ratios.items()}
         self.signal = None
-        self.num_inference_steps = config.num_inference_steps
-        self.observes = config.calibrate
 
     def make_gate(self, branch: str, branch_position: int) -> Gate:
         """A gate with the branch's own ratios, found by name, else by position, else the first."""
@@ -169,7 +176,9 @@ class MagnitudeGate(Gate):
         ratios = nearest_interpolation(self.ratios, total)
         if step.index < int(config.retention_ratio * total + 0.5):
             return Decision(True, "first step" if step.index == 0 else "retention")
-        self.ratio *= ratios[step.index] if step.index < total else 1.0
+        if step.index >= total:
+            return self._decide_beyond(step, total)
+        self.ratio *= ratios[step.index]
         self.skipped += 1
         self.error += abs(1.0 - self.ratio)
         distance, error = abs(1.0 - self.ratio), self.error
@@ -183,6 +192,18 @@ class MagnitudeGate(Gate):
             return Decision(False, "below threshold", distance, error)
         self.overrule()
         return Decision(True, reason, distance, error)
+
+    def _decide_beyond(self, step: Step, total: int) -> Decision:
+        """Compute: no ratio says how a step behind the last one changes."""
+        if step.num_inference_steps is None:
+            warnings.warn(
+                f"MagCache: nobody said how many steps there are, so {total} were assumed; from "
+                "there on all are computed. Pass num_inference_steps=..., or name it in "
+                "omni_cache.generation(...).",
+                stacklevel=2,
+            )
+        self.overrule()
+        return Decision(True, "no ratio")
 
     def overrule(self) -> None:
         """A computed step starts the accumulation anew."""
@@ -217,6 +238,8 @@ class MagCacheCalibration(Gate):
     def observe(self, residuals: tuple[Tensor, ...], output: Tensor) -> dict[str, float]:
         """Per-token norm ratio (mean, spread) and cosine distance of the largest residual."""
         residual = max(residuals, key=Tensor.numel)
+        # The kernel measures the dtypes that models run in; float64 is measured in float32.
+        residual = residual.float() if residual.dtype == torch.float64 else residual
         measured: dict[str, float] = {"mag_ratio": 1.0}
         if self.previous is not None and self.previous.shape == residual.shape:
             mean, deviation, distance = magnitude_stats(residual, self.previous).tolist()

@@ -58,6 +58,12 @@ class TeaCacheConfig(Strategy):
     """
 
     name: ClassVar[str] = "teacache"
+    has_signal: ClassVar[bool] = True
+    run_time: ClassVar[tuple[str, ...]] = (
+        "rel_l1_thresh",
+        "num_inference_steps",
+        "force_last_step",
+    )
 
     rel_l1_thresh: float = 0.2
     coefficients: Sequence[float] | None = None
@@ -119,8 +125,6 @@ class TeaCache(BoundStrategy):
         self.config = config
         self.coefficients = coefficients
         self.signal = signal
-        self.num_inference_steps = config.num_inference_steps
-        self.observes = config.calibrate
 
     def make_gate(self, branch: str, branch_position: int) -> Gate:
         """A gate; all branches decide alike."""

@@ -14,7 +14,7 @@ from eager_reference import capture_residual
 from torch import Tensor, nn
 
 import omni_cache
-from omni_cache import UncachedWarning
+from omni_cache import MagCacheConfig, UncachedWarning
 from omni_cache.calibration import estimate_coefficients, estimate_mag_ratios
 
 STEPS = 5
@@ -86,6 +86,13 @@ def test_ratios_are_averaged_over_generations_and_kept_apart_by_branch(pixart: n
     assert omni_cache.MagCacheConfig(mag_ratios=ratios).mag_ratios == {
         name: tuple(values) for name, values in ratios.items()
     }
+
+
+def test_a_float64_model_is_measured_in_float32(pixart: nn.Module) -> None:
+    residual = torch.randn(1, 6, 8, dtype=torch.float64)
+    gate = MagCacheConfig(calibrate=True).bind(None).make_gate("cond", 0)
+    gate.observe((residual,), residual)
+    assert gate.observe((residual * 2,), residual)["mag_ratio"] == pytest.approx(2)
 
 
 def test_coefficients_fit_the_changes_of_signal_and_output() -> None:

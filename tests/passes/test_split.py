@@ -11,7 +11,7 @@ import made_up_models as made_up
 import pytest
 import torch
 from diffusers_models import CASES
-from made_up_models import Model, control, inputs
+from made_up_models import Block, Model, control, inputs
 from omni_cache.passes import FINITE, GuardedGraph, Part, RegionError
 from omni_cache.passes.residual import Cat, Leaf, Permute, Reshape, Slice, View
 from torch import Tensor, nn
@@ -153,6 +153,25 @@ def test_no_part_takes_what_it_does_not_read(traced: Trace) -> None:
 def test_the_captured_graph_is_left_as_it_is(traced: Trace) -> None:
     assert "residual" not in str(traced.gm.graph)
     assert not any("omni" in key for node in traced.gm.graph.nodes for key in node.meta)
+
+
+class Noisy(Model):
+    """Draws noise within its blocks and after them, of the same shape."""
+
+    class block(Block):  # noqa: N801
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return super().forward(x, time) + torch.randn_like(x)
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        return super().loop(x, time, text) + torch.randn_like(text).mean()
+
+
+def test_random_draws_keep_their_order() -> None:
+    traced = trace(Noisy(), **inputs())
+    torch.manual_seed(0)
+    whole = traced.whole()
+    torch.manual_seed(0)
+    assert all(map(torch.equal, traced.computed(), whole))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -17,10 +17,12 @@ from toy_transformer import (
     ALWAYS_REUSE,
     CHANNELS,
     MAGCACHE,
+    TEACACHE,
     Loop,
     ToyTransformer,
     compiled,
     computed,
+    gaussian,
     interrupted,
     reasons,
     same,
@@ -230,6 +232,53 @@ def test_enabling_again_adds_nothing() -> None:
     assert pipe.transformer._compiled_call_impl is call
     assert pipe.transformer.cache_context is context
     assert len(call.loops) == 1
+
+
+def test_other_thresholds_and_step_counts_compile_nothing() -> None:
+    inner = Counting()
+    pipe = enabled(ToyPipeline(), **{**TEACACHE, "inner": inner})
+    first = pipe()
+    graphs = inner.graphs
+    enabled(pipe, **{**TEACACHE, "inner": inner, "rel_l1_thresh": 0.0, "force_last_step": True})
+    assert omni_cache.summary(pipe).trajectories == ()
+    assert torch.equal(pipe(), ToyPipeline()())
+    enabled(pipe, **{**TEACACHE, "inner": inner})
+    assert torch.equal(pipe(), first)
+    assert inner.graphs == graphs > 0
+
+
+def test_pipelines_with_other_thresholds_share_a_compilation() -> None:
+    inner = Counting()
+    often = enabled(ToyPipeline(), **{**MAGCACHE, "inner": inner})
+    seldom = enabled(ToyPipeline(), **{**MAGCACHE, "inner": inner, "threshold": 0.0})
+    often()
+    graphs = inner.graphs
+    assert torch.equal(seldom(), ToyPipeline()())
+    assert torch.equal(often(), fresh(**MAGCACHE))
+    assert inner.graphs == graphs
+
+
+def test_a_loop_that_begins_in_the_middle_of_the_steps_is_counted_from_there() -> None:
+    """As image-to-image pipelines do."""
+
+    class FromTheMiddle(ToyPipeline):
+        @torch.no_grad()
+        def __call__(self) -> None:
+            self.scheduler.set_timesteps(8)
+            self.scheduler.set_begin_index(3)
+            words, latents = gaussian(0, 1, 5, CHANNELS), gaussian(1, 1, 6, CHANNELS)
+            for timestep in self.scheduler.timesteps[3:]:
+                noise = self.transformer(latents, timestep.expand(1), words)
+                (latents,) = self.scheduler.step(noise, timestep, latents, return_dict=False)
+
+    pipe = enabled(FromTheMiddle(), **ALWAYS_REUSE, force_last_step=True)
+    pipe()
+    assert reasons(pipe)[0][3:] == ["below threshold", "last step"]
+
+
+def test_an_unknown_flag_is_told_those_of_torch_compile_too() -> None:
+    with pytest.raises(ValueError, match=r"'dynamc', did you mean 'dynamic'\?.*fullgraph"):
+        enabled(ToyPipeline(), dynamc=True)
 
 
 def test_other_flags_replace_the_cache() -> None:

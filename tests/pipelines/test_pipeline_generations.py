@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import omni_cache
+from omni_cache.calibration import estimate_mag_ratios
 
 RATIOS = (1.0, 0.9, 1.1, 0.95, 1.05, 0.9, 1.08, 0.97)
 MAGCACHE: dict[str, Any] = {
@@ -146,6 +147,18 @@ def split_by_model(pipe: Any) -> list[Any]:
     found = omni_cache.summary(pipe).trajectories
     branches = dict.fromkeys(each.branch for each in found)
     return [each for branch in branches for each in found if each.branch == branch]
+
+
+def test_experts_are_calibrated_as_one_loop() -> None:
+    kind = PIPELINES["wan with experts"]
+    pipe = kind.build()
+    ratios = estimate_mag_ratios(pipe, lambda: kind.generate(pipe), STEPS, inner="eager")
+
+    assert list(ratios) == ["cond", "uncond"]
+    for each in ratios.values():
+        assert len(each) == STEPS
+        # Each expert begins with nothing to compare with; the second takes over at the half.
+        assert [index for index, ratio in enumerate(each) if ratio == 1.0] == [0, STEPS // 2]
 
 
 def test_a_generation_may_be_put_around_calls_of_a_pipeline() -> None:

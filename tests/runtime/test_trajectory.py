@@ -115,6 +115,70 @@ def test_a_signal_of_another_shape_starts_afresh() -> None:
     assert reasons(model) == [["first step", reused, changed, reused]]
 
 
+def test_a_prompt_of_another_length_starts_afresh() -> None:
+    """What the blocks read may decide the shape of what they return."""
+    model = ToyTransformer()
+    cached = compiled(model, dynamic=True, **MAGCACHE_ALWAYS)
+    mask = {words: torch.zeros(words, words) for words in (5, 7)}
+
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        for words in (5, 5, 7, 7):
+            latents = gaussian(0, 1, words, CHANNELS)
+            cached(latents, None, gaussian("cond", 1, 5, CHANNELS), mask[words])
+
+    changed, reused = "shape changed", "below threshold"
+    assert reasons(model) == [["first step", reused, changed, reused]]
+
+
+class HandsContextOn(ToyTransformer):
+    """Returns, beside the noise, a context that its blocks make anew and that has no partner."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Any:
+        x, context = self.embed(hidden_states), self.embed_prompt(prompt)
+        time = self.embed_time(timestep.reshape(-1, 1) / 500)
+        for block in self.blocks:
+            x = block(x, time, None)
+            context = block.out(torch.tanh(context)) * x.mean()
+        return self.project(x), context
+
+
+def test_a_held_value_has_the_length_of_this_calls_prompt() -> None:
+    model = HandsContextOn()
+    cached = compiled(model, dynamic=True, **ALWAYS_REUSE)
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        for words in (5, 5, 7, 7):
+            latents, prompt = gaussian(0, 1, TOKENS, CHANNELS), gaussian(0, 1, words, CHANNELS)
+            assert cached(latents, torch.tensor([9.0]), prompt)[1].shape[1] == words
+    assert computed(model) == [[True, False, True, False]]
+
+
+def test_writing_into_what_a_reused_step_returned_changes_no_later_step() -> None:
+    model = HandsContextOn()
+    cached = compiled(model, **ALWAYS_REUSE)
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        arguments = (gaussian(0, 1, TOKENS, CHANNELS), torch.tensor([9.0]))
+        contexts = [cached(*arguments, gaussian(0, 1, 5, CHANNELS))[1] for _ in range(2)]
+        expected = contexts[1].clone()
+        contexts[1].zero_()
+        again = cached(*arguments, gaussian(0, 1, 5, CHANNELS))[1]
+    assert expected.abs().sum() > 0
+    assert torch.equal(again, expected)
+
+
+def test_leaving_inference_mode_starts_afresh() -> None:
+    """What is made in it cannot be written to outside of it."""
+    model = ToyTransformer()
+    cached = compiled(model, **ALWAYS_REUSE)
+    arguments = (gaussian(0, 1, TOKENS, CHANNELS), None, gaussian("cond", 1, 5, CHANNELS))
+
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.no_grad):
+            with mode():
+                cached(*arguments)
+
+    assert computed(model) == [[True, False, True, False]]
+
+
 class Bare(nn.Module):
     """Blocks alone: what the residual is added to is the input itself."""
 

@@ -116,12 +116,19 @@ def test_a_fork_is_forgotten_and_an_overruled_step_starts_anew() -> None:
     assert decide(gate, 3, 9, can_reuse=True).accumulated == pytest.approx(0.05)
 
 
-def test_steps_beyond_the_last_keep_the_ratio() -> None:
+def test_steps_beyond_the_last_ratio_are_computed() -> None:
     config = MagCacheConfig(mag_ratios=[1.0, 1.05], retention_ratio=0, threshold=1)
     gate = config.bind(None).make_gate("cond", 0)
     decisions = [decide(gate, index, 2, can_reuse=index > 0) for index in range(4)]
-    errors = [each.accumulated for each in decisions[1:]]
-    assert errors == pytest.approx([0.05, 0.10, 0.15])
+    assert [each.compute for each in decisions] == [True, False, True, True]
+    assert [each.reason for each in decisions[2:]] == ["no ratio"] * 2
+
+
+def test_a_number_of_steps_that_was_assumed_and_exceeded_is_told() -> None:
+    gate = MagCacheConfig(mag_ratios=[1.0]).bind(None).make_gate("cond", 0)
+    assert not decide(gate, 27, None, can_reuse=True).compute
+    with pytest.warns(UserWarning, match=r"28 were assumed.*num_inference_steps="):
+        assert decide(gate, 28, None, can_reuse=True).compute
 
 
 def test_each_branch_follows_its_own_ratios() -> None:
