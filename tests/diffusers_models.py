@@ -1,8 +1,12 @@
-"""Tiny configurations of the diffusers transformers that the tests run on.
+"""Tiny configurations of the diffusers transformers, for tests and `omni-cache coverage`.
 
-Each `ModelCase` knows how to build one model class with some hundred thousand random weights, and
-how to make the inputs that the class's own pipeline would pass at a step of a denoising loop. It
-also names the block loop, which is what tests expect the pass to find.
+    @case("FluxTransformer2DModel", streams={"transformer_blocks": TEXT_THEN_IMAGE}, num_layers=2)
+    def flux(moment): return {"hidden_states": moment.latents(24, 8), ...}
+
+Each case knows how to build one model class with some hundred thousand random weights, and how to
+make the inputs that the class's own pipeline would pass at a step of a denoising loop. It also
+names the block loop and the streams that run through it, which is what tests expect the pass to
+find.
 
 This file knows diffusers and torch only, nothing of omni-cache. Text length, image length and
 width of the streams differ within a case, so that a mixed-up axis fails instead of broadcasting.
@@ -11,13 +15,15 @@ The forms of the inputs are those of the pipelines' `__call__` in diffusers 0.42
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 NUM_STEPS = 28
 """Steps of the denoising loop that `ModelCase.inputs` walks through."""
@@ -94,7 +100,9 @@ class ModelCase:
         name: Short name, used as the test's id and as the golden's file name.
         class_name: The class in `diffusers`, imported when `build` is called.
         config: Arguments of the class.
-        block_lists: Attribute names of the ModuleLists that make up the block loop, in order.
+        streams: For each ModuleList of the block loop, in order, the arguments of a block's
+            `forward` that carry the residual streams, in the order in which the block returns them.
+        eight_blocks: Arguments to replace in `config` for a block loop of eight blocks in all.
         timestep_argument: The keyword of `forward` that carries the timestep.
         make_inputs: The keyword arguments of `forward` at a moment.
     """
@@ -102,16 +110,31 @@ class ModelCase:
     name: str
     class_name: str
     config: Mapping[str, Any]
-    block_lists: tuple[str, ...]
+    streams: Mapping[str, tuple[str, ...]]
+    eight_blocks: Mapping[str, Any]
     timestep_argument: str
     make_inputs: Callable[[Moment], dict[str, Any]]
+
+    @property
+    def block_lists(self) -> tuple[str, ...]:
+        """Paths of the ModuleLists that make up the block loop, in order."""
+        return tuple(self.streams)
+
+    @property
+    def deep(self) -> ModelCase:
+        """The same class with eight blocks."""
+        return replace(self, config={**self.config, **self.eight_blocks})
 
     def inputs(self, step: int = 0, seed: int = 0, batch: int = 1) -> dict[str, Any]:
         """Keyword arguments of `forward` as the class's pipeline passes them.
 
         `step` walks along the 28-step schedule, `seed` chooses the initial noise and the prompt.
         """
-        return {**self.make_inputs(Moment(step, seed, batch)), "return_dict": False}
+        import diffusers
+
+        inputs = self.make_inputs(Moment(step, seed, batch))
+        accepted = inspect.signature(getattr(diffusers, self.class_name).forward).parameters
+        return {**inputs, "return_dict": False} if "return_dict" in accepted else inputs
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model in eval mode, fp32 on the CPU, with random weights fixed by `seed`.
@@ -140,12 +163,54 @@ class ModelCase:
         ]
 
 
+CASES: dict[str, ModelCase] = {}
+"""All cases by name, in the order of this file."""
+
+HIDDEN_STATES = ("hidden_states",)
+TEXT_THEN_IMAGE = ("encoder_hidden_states", "hidden_states")
+IMAGE_THEN_TEXT = ("hidden_states", "encoder_hidden_states")
+
+
+def case(
+    class_name: str,
+    *,
+    streams: Mapping[str, tuple[str, ...]],
+    eight_blocks: Mapping[str, Any],
+    timestep: str = "timestep",
+    **config: Any,
+) -> Callable[[Callable[[Moment], dict[str, Any]]], Callable[[Moment], dict[str, Any]]]:
+    """Register the decorated function as what makes the inputs of a `ModelCase`, under its name."""
+
+    def register(make_inputs: Callable[[Moment], dict[str, Any]]) -> Any:
+        name = make_inputs.__name__
+        CASES[name] = ModelCase(
+            name, class_name, config, streams, eight_blocks, timestep, make_inputs
+        )
+        return make_inputs
+
+    return register
+
+
 def _grid(*sizes: int) -> Tensor:
     """(prod(sizes), len(sizes)) coordinates of a grid, the last axis fastest."""
     return torch.cartesian_prod(*(torch.arange(size) for size in sizes))
 
 
-def _flux(moment: Moment) -> dict[str, Any]:
+@case(
+    "FluxTransformer2DModel",
+    streams={"transformer_blocks": TEXT_THEN_IMAGE, "single_transformer_blocks": TEXT_THEN_IMAGE},
+    in_channels=8,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=TEXT_CHANNELS,
+    pooled_projection_dim=POOLED_CHANNELS,
+    guidance_embeds=True,
+    axes_dims_rope=(4, 6, 6),
+    eight_blocks={"num_layers": 4, "num_single_layers": 4},
+)
+def flux(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(HEIGHT * WIDTH, 8),
         "timestep": moment.timestep / 1000,
@@ -157,7 +222,20 @@ def _flux(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _flux2(moment: Moment) -> dict[str, Any]:
+@case(
+    "Flux2Transformer2DModel",
+    streams={"transformer_blocks": TEXT_THEN_IMAGE, "single_transformer_blocks": HIDDEN_STATES},
+    in_channels=8,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=TEXT_CHANNELS,
+    timestep_guidance_channels=40,
+    axes_dims_rope=(4, 4, 4, 4),
+    eight_blocks={"num_layers": 4, "num_single_layers": 4},
+)
+def flux2(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(HEIGHT * WIDTH, 8),
         "timestep": moment.timestep / 1000,
@@ -168,7 +246,22 @@ def _flux2(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _chroma(moment: Moment) -> dict[str, Any]:
+@case(
+    "ChromaTransformer2DModel",
+    streams={"transformer_blocks": TEXT_THEN_IMAGE, "single_transformer_blocks": HIDDEN_STATES},
+    in_channels=8,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=TEXT_CHANNELS,
+    axes_dims_rope=(4, 6, 6),
+    approximator_num_channels=16,
+    approximator_hidden_dim=36,
+    approximator_layers=3,
+    eight_blocks={"num_layers": 4, "num_single_layers": 4},
+)
+def chroma(moment: Moment) -> dict[str, Any]:
     image_mask = torch.ones(moment.batch, HEIGHT * WIDTH)
     return {
         "hidden_states": moment.latents(HEIGHT * WIDTH, 8),
@@ -180,7 +273,24 @@ def _chroma(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _sd3(moment: Moment) -> dict[str, Any]:
+@case(
+    "SD3Transformer2DModel",
+    streams={"transformer_blocks": TEXT_THEN_IMAGE},
+    sample_size=16,
+    in_channels=4,
+    out_channels=4,
+    num_layers=5,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=TEXT_CHANNELS,
+    caption_projection_dim=32,
+    pooled_projection_dim=POOLED_CHANNELS,
+    pos_embed_max_size=8,
+    dual_attention_layers=(0, 1),
+    qk_norm="rms_norm",
+    eight_blocks={"num_layers": 8},
+)
+def sd3(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(4, 2 * HEIGHT, 2 * WIDTH),
         "timestep": moment.timestep,
@@ -189,7 +299,19 @@ def _sd3(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _qwen_image(moment: Moment) -> dict[str, Any]:
+@case(
+    "QwenImageTransformer2DModel",
+    streams={"transformer_blocks": TEXT_THEN_IMAGE},
+    in_channels=8,
+    out_channels=2,
+    num_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=TEXT_CHANNELS,
+    axes_dims_rope=(4, 6, 6),
+    eight_blocks={"num_layers": 8},
+)
+def qwen_image(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(HEIGHT * WIDTH, 8),
         "timestep": moment.timestep / 1000,
@@ -200,7 +322,21 @@ def _qwen_image(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _wan(moment: Moment) -> dict[str, Any]:
+@case(
+    "WanTransformer3DModel",
+    streams={"blocks": HIDDEN_STATES},
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=24,
+    num_attention_heads=2,
+    text_dim=TEXT_CHANNELS,
+    freq_dim=40,
+    ffn_dim=64,
+    rope_max_seq_len=16,
+    eight_blocks={"num_layers": 8},
+)
+def wan(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(4, FRAMES, 2 * HEIGHT, 2 * WIDTH),
         "timestep": moment.integer_timestep,
@@ -208,7 +344,22 @@ def _wan(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _hunyuan_video(moment: Moment) -> dict[str, Any]:
+@case(
+    "HunyuanVideoTransformer3DModel",
+    streams={"transformer_blocks": IMAGE_THEN_TEXT, "single_transformer_blocks": IMAGE_THEN_TEXT},
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    num_single_layers=3,
+    num_refiner_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    text_embed_dim=TEXT_CHANNELS,
+    pooled_projection_dim=POOLED_CHANNELS,
+    rope_axes_dim=(4, 6, 6),
+    eight_blocks={"num_layers": 4, "num_single_layers": 4},
+)
+def hunyuan_video(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(4, FRAMES, 2 * HEIGHT, 2 * WIDTH),
         "timestep": moment.timestep,
@@ -219,7 +370,24 @@ def _hunyuan_video(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _cogvideox(moment: Moment) -> dict[str, Any]:
+@case(
+    "CogVideoXTransformer3DModel",
+    streams={"transformer_blocks": IMAGE_THEN_TEXT},
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    time_embed_dim=40,
+    text_embed_dim=TEXT_CHANNELS,
+    sample_height=2 * HEIGHT,
+    sample_width=2 * WIDTH,
+    sample_frames=4 * (FRAMES - 1) + 1,
+    max_text_seq_length=TEXT,
+    use_rotary_positional_embeddings=True,
+    eight_blocks={"num_layers": 8},
+)
+def cogvideox(moment: Moment) -> dict[str, Any]:
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     rotary = get_3d_rotary_pos_embed(
@@ -236,7 +404,19 @@ def _cogvideox(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _ltx_video(moment: Moment) -> dict[str, Any]:
+@case(
+    "LTXVideoTransformer3DModel",
+    streams={"transformer_blocks": HIDDEN_STATES},
+    in_channels=8,
+    out_channels=8,
+    num_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    cross_attention_dim=32,
+    caption_channels=TEXT_CHANNELS,
+    eight_blocks={"num_layers": 8},
+)
+def ltx_video(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(FRAMES * HEIGHT * WIDTH, 8),
         "encoder_hidden_states": moment.prompt(),
@@ -249,7 +429,22 @@ def _ltx_video(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _z_image(moment: Moment) -> dict[str, Any]:
+@case(
+    "ZImageTransformer2DModel",
+    streams={"layers": ("x",)},
+    timestep="t",
+    in_channels=4,
+    dim=48,
+    n_layers=3,
+    n_refiner_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    cap_feat_dim=TEXT_CHANNELS,
+    axes_dims=[4, 6, 6],
+    axes_lens=[48, 16, 16],
+    eight_blocks={"n_layers": 8},
+)
+def z_image(moment: Moment) -> dict[str, Any]:
     # The pipeline passes lists, one entry per image, and a time that rises from 0 to 1.
     return {
         "x": list(moment.latents(4, 1, 2 * HEIGHT, 2 * WIDTH).unbind()),
@@ -258,7 +453,20 @@ def _z_image(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _pixart(moment: Moment) -> dict[str, Any]:
+@case(
+    "PixArtTransformer2DModel",
+    streams={"transformer_blocks": HIDDEN_STATES},
+    in_channels=4,
+    out_channels=8,
+    num_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    cross_attention_dim=32,
+    caption_channels=TEXT_CHANNELS,
+    sample_size=2 * HEIGHT,
+    eight_blocks={"num_layers": 8},
+)
+def pixart(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(4, 2 * HEIGHT, 2 * WIDTH),
         "encoder_hidden_states": moment.prompt(),
@@ -268,7 +476,22 @@ def _pixart(moment: Moment) -> dict[str, Any]:
     }
 
 
-def _sana(moment: Moment) -> dict[str, Any]:
+@case(
+    "SanaTransformer2DModel",
+    streams={"transformer_blocks": HIDDEN_STATES},
+    in_channels=4,
+    out_channels=4,
+    num_layers=3,
+    attention_head_dim=8,
+    num_attention_heads=4,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=16,
+    cross_attention_dim=32,
+    caption_channels=TEXT_CHANNELS,
+    sample_size=HEIGHT,
+    eight_blocks={"num_layers": 8},
+)
+def sana(moment: Moment) -> dict[str, Any]:
     return {
         "hidden_states": moment.latents(4, HEIGHT, WIDTH),
         "encoder_hidden_states": moment.prompt(),
@@ -277,239 +500,38 @@ def _sana(moment: Moment) -> dict[str, Any]:
     }
 
 
-CASES: dict[str, ModelCase] = {
-    case.name: case
-    for case in (
-        ModelCase(
-            name="flux",
-            class_name="FluxTransformer2DModel",
-            config={
-                "in_channels": 8,
-                "num_layers": 2,
-                "num_single_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": TEXT_CHANNELS,
-                "pooled_projection_dim": POOLED_CHANNELS,
-                "guidance_embeds": True,
-                "axes_dims_rope": (4, 6, 6),
-            },
-            block_lists=("transformer_blocks", "single_transformer_blocks"),
-            timestep_argument="timestep",
-            make_inputs=_flux,
-        ),
-        ModelCase(
-            name="flux2",
-            class_name="Flux2Transformer2DModel",
-            config={
-                "in_channels": 8,
-                "num_layers": 2,
-                "num_single_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": TEXT_CHANNELS,
-                "timestep_guidance_channels": 40,
-                "axes_dims_rope": (4, 4, 4, 4),
-            },
-            block_lists=("transformer_blocks", "single_transformer_blocks"),
-            timestep_argument="timestep",
-            make_inputs=_flux2,
-        ),
-        ModelCase(
-            name="chroma",
-            class_name="ChromaTransformer2DModel",
-            config={
-                "in_channels": 8,
-                "num_layers": 2,
-                "num_single_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": TEXT_CHANNELS,
-                "axes_dims_rope": (4, 6, 6),
-                "approximator_num_channels": 16,
-                "approximator_hidden_dim": 36,
-                "approximator_layers": 3,
-            },
-            block_lists=("transformer_blocks", "single_transformer_blocks"),
-            timestep_argument="timestep",
-            make_inputs=_chroma,
-        ),
-        # Three kinds of block, as in SD 3.5 medium: with a second attention, without it, and a last
-        # one that drops the text.
-        ModelCase(
-            name="sd3",
-            class_name="SD3Transformer2DModel",
-            config={
-                "sample_size": 16,
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 5,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": TEXT_CHANNELS,
-                "caption_projection_dim": 32,
-                "pooled_projection_dim": POOLED_CHANNELS,
-                "pos_embed_max_size": 8,
-                "dual_attention_layers": (0, 1),
-                "qk_norm": "rms_norm",
-            },
-            block_lists=("transformer_blocks",),
-            timestep_argument="timestep",
-            make_inputs=_sd3,
-        ),
-        ModelCase(
-            name="qwen_image",
-            class_name="QwenImageTransformer2DModel",
-            config={
-                "in_channels": 8,
-                "out_channels": 2,
-                "num_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "joint_attention_dim": TEXT_CHANNELS,
-                "axes_dims_rope": (4, 6, 6),
-            },
-            block_lists=("transformer_blocks",),
-            timestep_argument="timestep",
-            make_inputs=_qwen_image,
-        ),
-        ModelCase(
-            name="wan",
-            class_name="WanTransformer3DModel",
-            config={
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 3,
-                "attention_head_dim": 24,
-                "num_attention_heads": 2,
-                "text_dim": TEXT_CHANNELS,
-                "freq_dim": 40,
-                "ffn_dim": 64,
-                "rope_max_seq_len": 16,
-            },
-            block_lists=("blocks",),
-            timestep_argument="timestep",
-            make_inputs=_wan,
-        ),
-        ModelCase(
-            name="hunyuan_video",
-            class_name="HunyuanVideoTransformer3DModel",
-            config={
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 2,
-                "num_single_layers": 3,
-                "num_refiner_layers": 2,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "text_embed_dim": TEXT_CHANNELS,
-                "pooled_projection_dim": POOLED_CHANNELS,
-                "rope_axes_dim": (4, 6, 6),
-            },
-            block_lists=("transformer_blocks", "single_transformer_blocks"),
-            timestep_argument="timestep",
-            make_inputs=_hunyuan_video,
-        ),
-        ModelCase(
-            name="cogvideox",
-            class_name="CogVideoXTransformer3DModel",
-            config={
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "time_embed_dim": 40,
-                "text_embed_dim": TEXT_CHANNELS,
-                "sample_height": 2 * HEIGHT,
-                "sample_width": 2 * WIDTH,
-                "sample_frames": 4 * (FRAMES - 1) + 1,
-                "max_text_seq_length": TEXT,
-                "use_rotary_positional_embeddings": True,
-            },
-            block_lists=("transformer_blocks",),
-            timestep_argument="timestep",
-            make_inputs=_cogvideox,
-        ),
-        ModelCase(
-            name="ltx_video",
-            class_name="LTXVideoTransformer3DModel",
-            config={
-                "in_channels": 8,
-                "out_channels": 8,
-                "num_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "cross_attention_dim": 32,
-                "caption_channels": TEXT_CHANNELS,
-            },
-            block_lists=("transformer_blocks",),
-            timestep_argument="timestep",
-            make_inputs=_ltx_video,
-        ),
-        ModelCase(
-            name="z_image",
-            class_name="ZImageTransformer2DModel",
-            config={
-                "in_channels": 4,
-                "dim": 48,
-                "n_layers": 3,
-                "n_refiner_layers": 2,
-                "n_heads": 3,
-                "n_kv_heads": 3,
-                "cap_feat_dim": TEXT_CHANNELS,
-                "axes_dims": [4, 6, 6],
-                "axes_lens": [48, 16, 16],
-            },
-            block_lists=("layers",),
-            timestep_argument="t",
-            make_inputs=_z_image,
-        ),
-        ModelCase(
-            name="pixart",
-            class_name="PixArtTransformer2DModel",
-            config={
-                "in_channels": 4,
-                "out_channels": 8,
-                "num_layers": 3,
-                "attention_head_dim": 16,
-                "num_attention_heads": 2,
-                "cross_attention_dim": 32,
-                "caption_channels": TEXT_CHANNELS,
-                "sample_size": 2 * HEIGHT,
-            },
-            block_lists=("transformer_blocks",),
-            timestep_argument="timestep",
-            make_inputs=_pixart,
-        ),
-        ModelCase(
-            name="sana",
-            class_name="SanaTransformer2DModel",
-            config={
-                "in_channels": 4,
-                "out_channels": 4,
-                "num_layers": 3,
-                "attention_head_dim": 8,
-                "num_attention_heads": 4,
-                "num_cross_attention_heads": 2,
-                "cross_attention_head_dim": 16,
-                "cross_attention_dim": 32,
-                "caption_channels": TEXT_CHANNELS,
-                "sample_size": HEIGHT,
-            },
-            block_lists=("transformer_blocks",),
-            timestep_argument="timestep",
-            make_inputs=_sana,
-        ),
+# --- reading what they return ---------------------------------------------------------------------
+
+REPRESENTATIVES = {
+    name: CASES[name]
+    for name in (
+        "flux",
+        "flux2",
+        "chroma",
+        "sd3",
+        "qwen_image",
+        "wan",
+        "hunyuan_video",
+        "cogvideox",
+        "ltx_video",
+        "z_image",
+        "pixart",
+        "sana",
     )
 }
+"""A dozen classes with every kind of stream, for tests that look more closely."""
 
 
-def sample(output: tuple[Tensor | list[Tensor], ...]) -> Tensor:
-    """The prediction in what a model returned, as one tensor with the batch in front.
+def sample(output: tuple[Any, ...]) -> Tensor:
+    """All predictions in what a model returned, as one tensor with the batch in front.
 
-    Every class returns a tuple whose first element is the prediction; some give it as one tensor
-    per image.
+    Every class returns a tuple whose first element is the prediction. Some give one tensor per
+    image, and some one per modality; different shapes are flattened and put side by side.
     """
-    prediction = output[0]
-    return prediction if isinstance(prediction, Tensor) else torch.stack(prediction)
+    found = tree_leaves(output)
+    tensors = [each for each in found if isinstance(each, Tensor)]
+    if len(tensors) == 1:
+        return tensors[0]
+    if len({each.shape for each in tensors}) == 1:
+        return torch.stack(tensors)
+    return torch.cat([each.flatten(1) for each in tensors], dim=1)

@@ -22,27 +22,6 @@ import torch
 from diffusers_models import ModelCase, sample
 from torch import Tensor, nn
 
-_TEXT_THEN_IMAGE = ("encoder_hidden_states", "hidden_states")
-_IMAGE_THEN_TEXT = ("hidden_states", "encoder_hidden_states")
-_ONE_STREAM = ("hidden_states",)
-
-STREAMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "flux": (_TEXT_THEN_IMAGE, _TEXT_THEN_IMAGE),
-    "flux2": (_TEXT_THEN_IMAGE, _ONE_STREAM),
-    "chroma": (_TEXT_THEN_IMAGE, _ONE_STREAM),
-    "sd3": (_TEXT_THEN_IMAGE,),
-    "qwen_image": (_TEXT_THEN_IMAGE,),
-    "wan": (_ONE_STREAM,),
-    "hunyuan_video": (_IMAGE_THEN_TEXT, _IMAGE_THEN_TEXT),
-    "cogvideox": (_IMAGE_THEN_TEXT,),
-    "ltx_video": (_ONE_STREAM,),
-    "z_image": (("x",),),
-    "pixart": (_ONE_STREAM,),
-    "sana": (_ONE_STREAM,),
-}
-"""For each case and each of its block lists: the arguments of a block's `forward` that carry the
-streams, in the order in which the block returns them."""
-
 Streams = dict[str, Tensor]
 _Replace = Callable[[bool, Streams, Streams], Streams]
 
@@ -68,7 +47,7 @@ def _replaced_outputs(model: nn.Module, case: ModelCase, replace: _Replace) -> I
     """Let `replace(is_last, inputs, outputs)` choose the output streams of every block."""
     blocks = [
         (block, names)
-        for list_name, names in zip(case.block_lists, STREAMS[case.name], strict=True)
+        for list_name, names in case.streams.items()
         for block in model.get_submodule(list_name).children()
     ]
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_models import CASES, TEXT, ModelCase, sample
+from diffusers_models import REPRESENTATIVES, TEXT, ModelCase, sample
 from eager_reference import block_loop_values, capture_residual, forced_reuse
 from torch import Tensor, nn
 
 
-@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(scope="module", params=list(REPRESENTATIVES.values()), ids=list(REPRESENTATIVES))
 def case(request: pytest.FixtureRequest) -> ModelCase:
     chosen: ModelCase = request.param
     return chosen
@@ -69,7 +69,7 @@ def test_entry_is_what_the_first_block_received(case: ModelCase, model: nn.Modul
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image", "hunyuan_video", "cogvideox"])
 def test_a_text_residual_that_nothing_reads_does_not_matter(name: str) -> None:
-    case = CASES[name]
+    case = REPRESENTATIVES[name]
     model = case.build().requires_grad_(False)
     inputs = case.inputs(step=5)
     residual = capture_residual(model, case, inputs)
@@ -80,14 +80,14 @@ def test_a_text_residual_that_nothing_reads_does_not_matter(name: str) -> None:
 
 
 def test_sd3_drops_its_text_inside_the_last_block() -> None:
-    case = CASES["sd3"]
+    case = REPRESENTATIVES["sd3"]
     assert list(capture_residual(case.build(), case, case.inputs())) == ["hidden_states"]
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2"])
 def test_agrees_with_the_formula_written_out(name: str) -> None:
     """Epilogue(entry + residual), spelled with the model's own modules."""
-    case = CASES[name]
+    case = REPRESENTATIVES[name]
     model: Any = case.build().requires_grad_(False)
     inputs = case.inputs(step=5)
     residual = capture_residual(model, case, case.inputs(step=4))["hidden_states"]

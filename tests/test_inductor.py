@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers_models import CASES, ModelCase, sample
+from diffusers_models import REPRESENTATIVES, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
 from torch import Tensor
@@ -20,7 +20,7 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", REPRESENTATIVES.values(), ids=REPRESENTATIVES)
 @torch.no_grad()
 def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
     model = case.build()

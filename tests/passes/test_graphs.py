@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from diffusers_models import CASES
+from diffusers_models import REPRESENTATIVES
 from twelve import captured
 
 GRAPHS = Path(__file__).parent.parent / "graphs"
@@ -15,7 +15,7 @@ UPDATE = bool(os.environ.get("OMNI_CACHE_UPDATE_GRAPHS"))
 """Set by scripts/update_graphs: write what the pass says instead of comparing it."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_the_text_of_a_graph_is_the_golden_one(name: str) -> None:
     trace = captured(name)
     changes: list[str] = []
@@ -38,7 +38,7 @@ def test_the_text_of_a_graph_is_the_golden_one(name: str) -> None:
 
 
 def test_every_golden_belongs_to_a_model() -> None:
-    expected = {f"{name}.{side}.txt" for name in CASES for side in ("before", "after")}
+    expected = {f"{name}.{side}.txt" for name in REPRESENTATIVES for side in ("before", "after")}
     assert {path.name for path in GRAPHS.iterdir()} == expected
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import omni_cache.passes
 import pytest
-from diffusers_models import CASES
+from diffusers_models import REPRESENTATIVES
 from omni_cache.passes.node import arithmetic, computation
 from omni_cache.passes.residual import leaves
 from torch import nn
@@ -18,20 +18,20 @@ MIXED = {"z_image": 0.5, "chroma": 0.8}
 approximator of the modulations."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_the_block_loop_is_the_models_own(name: str) -> None:
     lists = captured(name).guarded.analysis.loop.lists
-    assert tuple(each.path for each in lists) == CASES[name].block_lists
+    assert tuple(each.path for each in lists) == REPRESENTATIVES[name].block_lists
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_every_block_is_in_it(name: str) -> None:
     blocks = captured(name).guarded.analysis.loop.blocks
-    expected = [type(block).__name__ for block in CASES[name].blocks(model(name))]
+    expected = [type(block).__name__ for block in REPRESENTATIVES[name].blocks(model(name))]
     assert [block.class_name for block in blocks] == expected
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_every_output_is_a_residual_update_of_an_input(name: str) -> None:
     analysis = captured(name).guarded.analysis
     assert not any(pair.held for pair in analysis.pairs)
@@ -39,14 +39,14 @@ def test_every_output_is_a_residual_update_of_an_input(name: str) -> None:
         assert pair.additions >= len(analysis.loop.blocks)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_one_residual_is_cached_and_no_text_that_is_dropped(name: str) -> None:
     (pair,) = captured(name).guarded.analysis.pairs
     assert pair.partner is not None
     assert len(leaves(pair.partner)) == 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_nearly_all_arithmetic_is_in_the_region(name: str) -> None:
     analysis = captured(name).guarded.analysis
     total = sum(map(arithmetic, computation(analysis.graph)))
@@ -54,7 +54,7 @@ def test_nearly_all_arithmetic_is_in_the_region(name: str) -> None:
     assert share > MIXED.get(name, 0.9)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_the_signal_is_the_modulated_input(name: str) -> None:
     analysis = captured(name).guarded.analysis
     assert analysis.signal is not None
@@ -74,7 +74,7 @@ def test_blocks_of_sd3_have_three_structures() -> None:
 def test_the_pass_knows_no_model() -> None:
     """Neither a class of the twelve nor a list of theirs is named in it, prose included."""
     known: set[str] = set()
-    for name in CASES:
+    for name in REPRESENTATIVES:
         for path, module in model(name).named_modules():
             if type(module).__module__.startswith("diffusers"):
                 known.add(type(module).__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import made_up_models as made_up
 import pytest
 import torch
-from diffusers_models import CASES
+from diffusers_models import REPRESENTATIVES
 from made_up_models import Block, Model, control, inputs
 from omni_cache.passes import FINITE, GuardedGraph, Part, RegionError
 from omni_cache.passes.residual import Cat, Leaf, Permute, Reshape, Slice, View
@@ -44,7 +44,7 @@ def made_up_trace(kind: type[Model]) -> Trace:
 
 
 TRACES: dict[str, Callable[[], Trace]] = {
-    **{name: partial(captured, name) for name in CASES},
+    **{name: partial(captured, name) for name in REPRESENTATIVES},
     **{kind.__name__: partial(made_up_trace, kind) for kind in MADE_UP},
 }
 
