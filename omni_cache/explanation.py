@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -76,6 +77,15 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             "as a pipeline's transformer"
         )
     flags = CompileOptions.parse(kwargs.pop("cache_options", None))
+    explanation = examine(model, args, kwargs, flags)
+    print(explanation)
+    return explanation
+
+
+def examine(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flags: CompileOptions
+) -> Explanation:
+    """What :func:`explain` reports, without printing it."""
     module = getattr(model, "_orig_mod", model)
     parameters = tuple(inspect.signature(module.forward).parameters)
     reports: list[GraphReport] = []
@@ -108,9 +118,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
         for code in (forward.__code__, *traced):
             torch._dynamo.eval_frame.remove_from_cache(code)
-    explanation = Explanation(tuple(reports), tuple(breaks))
-    print(explanation)
-    return explanation
+    return Explanation(tuple(reports), tuple(breaks))
 
 
 def _break_text(error: Unsupported | UserError) -> str:

@@ -500,6 +500,10 @@ def sana(moment: Moment) -> dict[str, Any]:
     }
 
 
+NOT_DENOISING: dict[str, str] = {}
+"""Model classes that diffusers keeps among its transformers and that no denoising loop calls, with
+what they are."""
+
 # --- reading what they return ---------------------------------------------------------------------
 
 REPRESENTATIVES = {
