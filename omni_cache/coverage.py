@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from omni_cache.explain import GraphReport, examine
+from omni_cache.explanation import GraphReport, examine
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis
 from omni_cache.passes.node import arithmetic, computation, describe_value

@@ -11,7 +11,7 @@ from the one into the other and its blocks do a like share of the work.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,10 +20,10 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .node import (
-    CAST_OPS,
-    VIEW_OPS,
+    Dependencies,
     arithmetic,
     computation,
+    dependencies,
     describe_value,
     is_fused_attention,
     is_static_input,
@@ -32,9 +32,7 @@ from .node import (
     op_name,
 )
 from .region import NoBlockLoopError, RegionError, UnknownNameError, close_region
-from .residual import streams, trace_origins
-
-_JOINS = frozenset({"cat", "concat", "concatenate", "stack"})
+from .residual import trace_origins
 
 LIKE_SHARE = 1 / 8
 """A block of a neighbouring list does at least this share of a main block's arithmetic."""
@@ -125,12 +123,15 @@ def find_block_lists(graph: Graph) -> list[BlockList]:
     ]
 
 
-def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLoop:
+def find_block_loop(
+    graph: Graph, names: Sequence[str] | None = None, before: Dependencies | None = None
+) -> BlockLoop:
     """The transformer's block loop.
 
     Args:
         graph: a Dynamo graph.
         names: paths of the ``ModuleList``s to take, where the choice is the caller's.
+        before: the graph's dependencies, where the caller has them.
 
     Raises:
         NoBlockLoopError: no list holds attention.
@@ -156,13 +157,14 @@ def find_block_loop(graph: Graph, names: Sequence[str] | None = None) -> BlockLo
             first.nodes[0],
         )
     at = candidates.index(main)
+    before = dependencies(graph) if before is None else before
     chosen = [main]
     for earlier in reversed(candidates[:at]):
-        if not _continues(graph, earlier, chosen[0], main):
+        if not _continues(graph, before, earlier, chosen[0], main):
             break
         chosen.insert(0, earlier)
     for later in candidates[at + 1 :]:
-        if not _continues(graph, chosen[-1], later, main):
+        if not _continues(graph, before, chosen[-1], later, main):
             break
         chosen.append(later)
     return BlockLoop(tuple(chosen))
@@ -189,30 +191,36 @@ def structure_of(nodes: Sequence[Node]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _continues(graph: Graph, first: BlockList, second: BlockList, main: BlockList) -> bool:
-    """Whether all residual streams that enter ``second`` come out of ``first``, with like work."""
+def _continues(
+    graph: Graph, before: Dependencies, first: BlockList, second: BlockList, main: BlockList
+) -> bool:
+    """Whether all streams that run through ``second`` ran through ``first``, with like work."""
     for each in (first, second):
         share = each.arithmetic / len(each.blocks)
         if share < LIKE_SHARE * main.arithmetic / len(main.blocks):
             return False
-    produced = set(close_region(graph, first.nodes).body)
-    # Every block adds to its stream at least once; the last may leave out a stream nobody reads.
-    additions = max(1, len(second.blocks) - 1)
-    entering = streams(trace_origins(close_region(graph, second.nodes)), additions)
-    return bool(entering) and all(_sources(node, produced) <= produced for node in entering)
-
-
-def _sources(node: Node, stop: Collection[Node]) -> set[Node]:
-    """The nodes whose elements a tensor is put together from by views and concatenation alone."""
-    sources: set[Node] = set()
-    frontier = [node]
-    while frontier:
-        each = frontier.pop()
-        if each in stop or op_name(each) not in VIEW_OPS | CAST_OPS | _JOINS:
-            sources.add(each)
-        else:
-            frontier += each.all_input_nodes
-    return sources
+    # How many additions lie behind each region input where it enters and leaves the second list.
+    entering: dict[Node, int] = {}
+    leaving: dict[Node, int] = {}
+    inner = set(second.nodes)
+    both = close_region(graph, [*first.nodes, *second.nodes], before)
+    origins = trace_origins(both)
+    for node in second.nodes:
+        for given in node.all_input_nodes:
+            if given in origins and given not in inner:
+                for leaf, count in origins[given].counts.items():
+                    entering[leaf] = min(entering.get(leaf, count), count)
+        if node in origins:
+            for leaf, count in origins[node].counts.items():
+                leaving[leaf] = max(leaving.get(leaf, count), count)
+    made = {leaf: count - entering[leaf] for leaf, count in leaving.items() if leaf in entering}
+    # What joins a stream for one block is none that runs through the list; the last block may leave
+    # out one that nobody reads.
+    blocks, most = len(second.blocks), max(made.values(), default=0)
+    running = [
+        leaf for leaf, count in made.items() if count > 0 and count * blocks >= most * (blocks - 1)
+    ]
+    return bool(running) and all(entering[leaf] > 0 for leaf in running)
 
 
 def _named_lists(lists: Sequence[BlockList], names: Sequence[str]) -> list[BlockList]:

@@ -9,12 +9,12 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Graph, Node
@@ -116,12 +116,21 @@ def numel(value: torch.Tensor) -> int:
     return math.prod(map(size_hint, value.shape))
 
 
+UNKNOWN_SIZE = 128
+"""What a size that depends on data, and so has no example, counts for in an estimate of work."""
+
+
 def size_hint(size: int | torch.SymInt) -> int:
-    """A concrete size, or the example that a symbolic one was traced with (1 if there is none)."""
+    """A concrete size, or the example that a symbolic one was traced with.
+
+    In a size that depends on data, each unknown counts as `UNKNOWN_SIZE`.
+    """
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    return int(hint) if hint is not None else 1
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    expression = size.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, UNKNOWN_SIZE)))
 
 
 def nbytes(value: torch.Tensor) -> int:
@@ -342,6 +351,8 @@ def _written_arguments(target: Target) -> tuple[tuple[int, str], ...]:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name == "triton_kernel_wrapper_mutation":
         return ((0, "kwargs"),)
+    if name in ("and_", "or_", "not_"):  # Python's own names for operators that write nothing
+        return ()
     if target in _INPLACE_OPERATORS or re.fullmatch(r"[a-z]\w*[a-z0-9]_|__i[a-z]+__", name):
         return ((0, "input"),)
     return ()
@@ -378,17 +389,48 @@ def computation(graph: Graph) -> list[Node]:
     ]
 
 
-def dependencies(graph: Graph) -> dict[Node, list[Node]]:
+Dependencies: TypeAlias = Mapping[Node, Sequence[Node]]
+"""For every node the nodes that must run before it."""
+
+
+def dependencies(graph: Graph) -> Dependencies:
     """For every node the nodes that must run before it, data flow through in-place writes included.
 
     A reader of a tensor that was written in place depends on the write, and a write on the earlier
     readers, though no edge of the graph says so. Random draws keep their order, because each moves
-    the generator on.
+    the generator on. A span of vmap runs as a whole: after all that it reads, before all that reads
+    any of it.
     """
     before = _data_flow(graph)
     for earlier, later in pairwise([node for node in before if _draws(node)]):
         before[later] = [*before[later], earlier]
+    for span in vmap_spans(graph):
+        inner = set(span)
+        read = dict.fromkeys(each for node in span for each in before[node] if each not in inner)
+        before[span[0]] = list(read)
+        for earlier, later in pairwise(span):
+            before[later] = [*before[later], earlier]
+        for user in dict.fromkeys(user for node in span for user in node.users):
+            if user not in inner:
+                before[user] = [*before[user], span[-1]]
     return before
+
+
+def vmap_spans(graph: Graph) -> list[list[Node]]:
+    """The runs of nodes from where vmap is entered to where it is left, the outermost ones."""
+    spans: list[list[Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        name = op_name(node) if node.op == "call_function" else ""
+        if name == "_vmap_increment_nesting":
+            if depth == 0:
+                spans.append([])
+            depth += 1
+        if depth and node.op not in ("placeholder", "get_attr"):
+            spans[-1].append(node)
+        if name == "_vmap_decrement_nesting":
+            depth -= 1
+    return spans
 
 
 def _data_flow(graph: Graph) -> dict[Node, list[Node]]:

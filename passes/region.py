@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from .node import (
+    Dependencies,
     computation,
     dependencies,
     is_shape,
@@ -27,6 +28,7 @@ from .node import (
     op_name,
     source_line,
     tensor_of,
+    vmap_spans,
     written_nodes,
 )
 
@@ -81,25 +83,31 @@ class Region:
     outputs: tuple[Node, ...]
 
 
-def close_region(graph: Graph, seeds: Collection[Node]) -> Region:
+def close_region(
+    graph: Graph, seeds: Collection[Node], before: Dependencies | None = None
+) -> Region:
     """Close a set of nodes under convexity and sort every other node before or after it.
 
     Args:
         graph: a Dynamo graph.
         seeds: the nodes that the region must hold, usually those of the block loop.
+        before: the graph's dependencies, where the caller has them.
 
     Returns:
         The region with its prologue and epilogue.
     """
-    before = dependencies(graph)
+    before = dependencies(graph) if before is None else before
     # A size that is computed in a block from sizes alone is known without the block.
     inside = {node for node in seeds if not is_size(node)}
+    for span in vmap_spans(graph):
+        if not inside.isdisjoint(span):
+            inside.update(span)
     downstream: set[Node] = set()
     for node, earlier in before.items():
         if any(each in inside or each in downstream for each in earlier):
             downstream.add(node)
     upstream: set[Node] = set()
-    for node in reversed(before):
+    for node in reversed(graph.nodes):
         if node in inside or node in upstream:
             upstream.update(before[node])
     body = inside | (downstream & upstream)
@@ -144,6 +152,44 @@ def extend_body(graph: Graph, region: Region, nodes: Iterable[Node]) -> Region:
 def shrink_body(graph: Graph, region: Region, nodes: Iterable[Node]) -> Region:
     """The same region with some of its body's nodes moved into the prologue."""
     body = set(region.body).difference(nodes)
+    return partition(graph, body, body.union(region.epilogue))
+
+
+def with_ancestors(region: Region, nodes: Iterable[Node], before: Dependencies) -> tuple[Node, ...]:
+    """Nodes of a region with all of the region that must run before them, in graph order."""
+    body = set(region.body)
+    found: set[Node] = set()
+    frontier = list(nodes)
+    while frontier:
+        each = frontier.pop()
+        if each in body and each not in found:
+            found.add(each)
+            frontier += before[each]
+    # The pieces of a tuple go where the tuple goes.
+    pieces = {user for each in found if is_tuple(each) for user in each.users}
+    return tuple(each for each in region.body if each in found or each in pieces)
+
+
+def take_in(graph: Graph, region: Region, kept: Collection[Node], before: Dependencies) -> Region:
+    """The same region with all in its body that only the body reads, save the nodes ``kept``.
+
+    Conditioning of the blocks (projections of the text, control branches, rotary tables) is then
+    skipped with them.
+    """
+    after: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+    for node, earlier in before.items():
+        for each in earlier:
+            after[each].append(node)
+    body = set(region.body)
+    for node in reversed(region.prologue):
+        if node in kept or is_size(node) or is_shape(node) or written_nodes(node):
+            continue
+        if after[node] and body.issuperset(after[node]):
+            body.add(node)
+    # Only tensors cross a cut, so the pieces of a tuple stay with it.
+    body.difference_update(
+        node for node in region.prologue if (_tuple_producer(node) or node) not in body
+    )
     return partition(graph, body, body.union(region.epilogue))
 
 

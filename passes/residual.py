@@ -86,10 +86,23 @@ View: TypeAlias = Leaf | Slice | Cat | Reshape | Permute
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a stream comes from: a view of region inputs, and how many additions ago."""
+    """Where a stream comes from: a view of region inputs, and how many additions ago for each."""
 
     view: View
-    additions: int
+    counts: Mapping[Node, int]
+
+    @property
+    def additions(self) -> int:
+        """The additions since the region input that has come the longest way."""
+        return max(self.counts.values())
+
+    def seen_as(self, view: View) -> Origin:
+        """The same stream as a view of this one, which may leave some region inputs out."""
+        return Origin(view, {leaf: self.counts[leaf] for leaf in leaves(view)})
+
+    def updated(self) -> Origin:
+        """The stream after one more addition."""
+        return Origin(self.view, {leaf: count + 1 for leaf, count in self.counts.items()})
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ def trace_origins(region: Region) -> dict[Node, Origin]:
     for node in region.inputs:
         value = tensor_of(node)
         if value is not None and value.dtype.is_floating_point:
-            origins[node] = Origin(Leaf(node, tuple(value.shape)), 0)
+            origins[node] = Origin(Leaf(node, tuple(value.shape)), {node: 0})
     for node in region.body:
         origin = _origin(node, origins, flow)
         if origin is not None:
@@ -169,13 +182,19 @@ def _is_argument(node: Node) -> bool:
     return node.op == "placeholder" and not is_static_input(node)
 
 
-def streams(origins: Mapping[Node, Origin], additions: int) -> set[Node]:
-    """The region inputs that at least so many additions continue, i.e. that enter a stream."""
+def streams(origins: Mapping[Node, Origin], blocks: int) -> set[Node]:
+    """The region inputs that enter a stream which runs through so many blocks.
+
+    The last block may leave out a stream that nobody reads after it. What joins a stream for one
+    block alone, or is only added once, is no stream of its own.
+    """
+    longest: dict[Node, int] = {}
+    for origin in origins.values():
+        for leaf, count in origin.counts.items():
+            longest[leaf] = max(longest.get(leaf, 0), count)
+    most = max(longest.values(), default=0)
     return {
-        leaf
-        for origin in origins.values()
-        if origin.additions >= additions
-        for leaf in leaves(origin.view)
+        leaf for leaf, count in longest.items() if count and count * blocks >= most * (blocks - 1)
     }
 
 
@@ -195,6 +214,17 @@ def pair_outputs(graph: Graph, region: Region) -> tuple[Region, tuple[ResidualPa
         region = extend_body(graph, region, views)
         origins = trace_origins(region)
     return region, tuple(_pair(output, origins) for output in region.outputs)
+
+
+def unreached_outputs(region: Region, pairs: Sequence[ResidualPair]) -> list[Node]:
+    """The held outputs that no residual stream reaches: conditioning that a block computes."""
+    reached = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
+    if not reached:
+        return []
+    for node in region.body:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return [pair.output for pair in pairs if pair.held and pair.output not in reached]
 
 
 def _pair(output: Node, origins: Mapping[Node, Origin]) -> ResidualPair:
@@ -258,6 +288,8 @@ _IDENTITY = (
 _EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "tile"})
 _RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"})
 _PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
+_MIXES = frozenset({"linear"})
 _SUMS = frozenset({"add", "iadd", "add_", "radd"})
 _UPDATES_OF_THE_FIRST = frozenset(
     ("sub", "isub", "sub_", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "addmm", "baddbmm")
@@ -296,7 +328,7 @@ def _add(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | No
     oldest, updated = max(
         streams, key=lambda each: (each[0].additions, each[1], flow.varies(each[0].view))
     )
-    return Origin(oldest.view, oldest.additions + updated)
+    return oldest.updated() if updated else oldest
 
 
 def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
@@ -314,8 +346,13 @@ def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
         return _piece(node, source, origins)
     if source not in origins:
         return None
+    repeated = _repeated(origins[source].view)
+    if repeated is not None and (name in _NORMS or name in _MIXES):
+        # A long skip: a stream beside an earlier state of itself, mixed into one again.
+        mixed = same_shape(repeated.shape, value.shape)
+        return origins[source].seen_as(repeated) if mixed else origins[source]
     view = _view(node, name, origins[source].view, value)
-    return None if view is None else Origin(view, origins[source].additions)
+    return None if view is None else origins[source].seen_as(view)
 
 
 def _view(node: Node, name: str, view: View, value: torch.Tensor) -> View | None:
@@ -348,7 +385,22 @@ def _cat(node: Node, value: torch.Tensor, origins: Mapping[Node, Origin]) -> Ori
     if not parts or len(parts) != len(tensors) or not isinstance(dim, int):
         return None
     view = _join([part.view for part in parts], dim % value.dim(), tuple(value.shape))
-    return Origin(view, max(part.additions for part in parts))
+    counts: dict[Node, int] = {}
+    for part in parts:
+        for leaf, count in part.counts.items():
+            counts[leaf] = max(counts.get(leaf, 0), count)
+    return Origin(view, counts)
+
+
+def _repeated(view: View) -> View | None:
+    """What the channels of a view repeat: ``x`` of ``cat([x, x], dim=-1)``, else None."""
+    if not isinstance(view, Cat) or view.dim != len(view.shape) - 1:
+        return None
+    first = view.parts[0]
+    alike = isinstance(first, Leaf) and all(
+        isinstance(part, Leaf) and part.node is first.node for part in view.parts
+    )
+    return first if alike else None
 
 
 def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:
@@ -386,7 +438,7 @@ def _piece(node: Node, source: Node, origins: Mapping[Node, Origin]) -> Origin |
     index %= len(siblings)
     sizes = [each.shape[dim] for each in siblings]
     view = _slice(origin.view, dim, sum(sizes[:index]), sum(sizes[: index + 1]))
-    return Origin(view, origin.additions)
+    return origin.seen_as(view)
 
 
 def _slice(view: View, dim: int, start: Size, stop: Size) -> View:

@@ -18,11 +18,11 @@ from torch.fx import Graph, Node
 from .block_loop import BlockLoop
 from .node import (
     ELEMENTWISE_OPS,
+    Dependencies,
     argument_name,
     computation,
     dependencies,
     is_static_input,
-    is_tuple,
     module_path,
     numel,
     op_name,
@@ -30,11 +30,14 @@ from .node import (
     same_shape,
     tensor_of,
 )
-from .region import Region, RegionError, UnknownNameError
+from .region import Region, RegionError, UnknownNameError, close_region, with_ancestors
 from .residual import ResidualPair, leaves, streams, trace_origins
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
-"""Names under which denoising networks take the point in time, in order of preference."""
+"""Names under which denoising networks take the point in time, in order of preference.
+
+An argument of which one of them but ``t`` is a word (``vision_timesteps``) comes after these.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,13 @@ def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
                 named.setdefault(parameters[place], node)
             else:
                 named.setdefault(argument_name(node), node)
-    return next((named[name] for name in TIMESTEP_ARGUMENTS if name in named), None)
+    exact = next((named[name] for name in TIMESTEP_ARGUMENTS if name in named), None)
+    if exact is not None:
+        return exact
+    words = set(TIMESTEP_ARGUMENTS) - {"t"}
+    return next(
+        (node for name, node in named.items() if not words.isdisjoint(name.split("_"))), None
+    )
 
 
 def find_signal(
@@ -77,6 +86,7 @@ def find_signal(
     pairs: Sequence[ResidualPair],
     timestep: Node | None,
     which: str = "auto",
+    before: Dependencies | None = None,
 ) -> Signal:
     """Find the signal.
 
@@ -89,17 +99,21 @@ def find_signal(
         which: ``"auto"``, ``"timestep_embedding"`` or the path of a module, such as
             ``"blocks.0.norm1"``, whose largest output is then the signal. All of the region that
             the signal depends on moves to the prologue and runs on every step.
+        before: the graph's dependencies, where the caller has them.
 
     Raises:
         UnknownNameError: ``which`` is the path of no module that the graph runs.
         RegionError: there is no such tensor, or it depends on the whole block loop.
     """
+    before = dependencies(graph) if before is None else before
     hidden = _hidden_states(region, pairs)
     if which not in ("auto", "timestep_embedding"):
         node = _module_output(graph, region, which)
-        return Signal(node, "module output", _with_ancestors(graph, region, node))
+        return Signal(node, "module output", with_ancestors(region, [node], before))
     timed = _descendants(graph, [] if timestep is None else [timestep])
-    carried = streams(trace_origins(region), 1) | {hidden}
+    first = loop.lists[0]
+    alone = region if len(loop.lists) == 1 else close_region(graph, first.nodes, before)
+    carried = streams(trace_origins(alone), len(first.blocks)) | {hidden}
     conditioning = [node for node in region.inputs if node in timed and node not in carried]
     if which == "timestep_embedding":
         if timestep is None:
@@ -113,7 +127,7 @@ def find_signal(
     modulated = _modulated_input(loop, conditioning, hidden)
     if modulated is None:
         return Signal(hidden, "hidden states", ())
-    return Signal(modulated, "modulated input", _with_ancestors(graph, region, modulated))
+    return Signal(modulated, "modulated input", with_ancestors(region, [modulated], before))
 
 
 def _hidden_states(region: Region, pairs: Sequence[ResidualPair]) -> Node:
@@ -187,22 +201,6 @@ def _module_output(graph: Graph, region: Region, path: str) -> Node:
     if node in region.epilogue:
         raise RegionError(f"signal={path!r}: that module runs after the block loop")
     return node
-
-
-def _with_ancestors(graph: Graph, region: Region, node: Node) -> tuple[Node, ...]:
-    """A node of the region with all of the region that must run before it, in graph order."""
-    before = dependencies(graph)
-    body = set(region.body)
-    found: set[Node] = set()
-    frontier = [node]
-    while frontier:
-        each = frontier.pop()
-        if each in body and each not in found:
-            found.add(each)
-            frontier += before[each]
-    # The pieces of a tuple go where the tuple goes.
-    pieces = {user for each in found if is_tuple(each) for user in each.users}
-    return tuple(each for each in region.body if each in found or each in pieces)
 
 
 def _descendants(graph: Graph, sources: Iterable[Node]) -> set[Node]:

@@ -14,7 +14,7 @@ if there were none: no NaN can be reused, even by a gate that reads nothing back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from .block_loop import BlockLoop, find_block_loop
 from .node import (
     SCOPE_ENDS,
     Modes,
+    dependencies,
     is_shape,
     is_static_input,
     memory_root,
@@ -36,7 +37,15 @@ from .node import (
     tensor_of,
     written_nodes,
 )
-from .region import Region, RegionError, check_cuts, close_region, shrink_body
+from .region import (
+    Region,
+    RegionError,
+    check_cuts,
+    close_region,
+    shrink_body,
+    take_in,
+    with_ancestors,
+)
 from .residual import (
     Cat,
     Leaf,
@@ -46,6 +55,7 @@ from .residual import (
     View,
     leaves,
     pair_outputs,
+    unreached_outputs,
 )
 from .signal import Signal, find_signal, find_timestep
 
@@ -127,20 +137,37 @@ def analyse(
     Raises:
         RegionError: the graph has no region that can be skipped; the message says why.
     """
-    loop = find_block_loop(graph, region)
-    found, pairs = pair_outputs(graph, close_region(graph, loop.nodes))
+    before = dependencies(graph)
+    loop = find_block_loop(graph, region, before)
+    found, pairs = pair_outputs(graph, close_region(graph, loop.nodes, before))
+    unreached = unreached_outputs(found, pairs)
+    if unreached:
+        found, pairs = _without(graph, found, pairs, with_ancestors(found, unreached, before))
     timestep = find_timestep(graph, parameters)
     chosen = None
     if signal is not None and pairs:
-        chosen = find_signal(graph, loop, found, pairs, timestep, signal)
-        if chosen.moved:
-            found = shrink_body(graph, found, chosen.moved)
-            # What the prologue computes on every step needs no residual.
-            pairs = tuple(pair for pair in pairs if pair.output in set(found.outputs))
+        chosen = find_signal(graph, loop, found, pairs, timestep, signal, before)
+        found, pairs = _without(graph, found, pairs, chosen.moved)
     if not pairs:
         raise RegionError("nothing that only the block loop computes is used after it")
+    kept = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
+    if chosen is not None:
+        kept.add(chosen.node)
+    found = take_in(graph, found, kept, before)
     check_cuts(found)
     return Analysis(graph, loop, found, pairs, chosen, timestep)
+
+
+def _without(
+    graph: Graph, region: Region, pairs: tuple[ResidualPair, ...], nodes: Collection[Node]
+) -> tuple[Region, tuple[ResidualPair, ...]]:
+    """The region with some nodes of its body, and all that they need, in the prologue."""
+    if not nodes:
+        return region, pairs
+    region = shrink_body(graph, region, nodes)
+    # What the prologue computes on every step needs no residual.
+    outputs = set(region.outputs)
+    return region, tuple(pair for pair in pairs if pair.output in outputs)
 
 
 def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from diffusers_models import ModelCase, sample
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 Streams = dict[str, Tensor]
 _Replace = Callable[[bool, Streams, Streams], Streams]
+"""Chooses the output streams of a block from: is it the last, its input streams, its outputs."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,13 @@ class BlockLoopValues:
 
 
 @contextmanager
-def _replaced_outputs(model: nn.Module, case: ModelCase, replace: _Replace) -> Iterator[None]:
-    """Let `replace(is_last, inputs, outputs)` choose the output streams of every block."""
+def _replaced_outputs(
+    model: nn.Module, case: ModelCase, replace: _Replace, skip_added: bool
+) -> Iterator[None]:
+    """Let `replace` choose the output streams of every block.
+
+    With `skip_added`, what modules between the blocks add to the streams is zero.
+    """
     blocks = [
         (block, names)
         for list_name, names in case.streams.items()
@@ -70,6 +77,12 @@ def _replaced_outputs(model: nn.Module, case: ModelCase, replace: _Replace) -> I
         block.register_forward_hook(hook_for(names, block is blocks[-1][0]), with_kwargs=True)
         for block, names in blocks
     ]
+    if skip_added:
+        handles += [
+            module.register_forward_hook(lambda _, args, output: tree_map(torch.zeros_like, output))
+            for list_name in case.added
+            for module in model.get_submodule(list_name).children()
+        ]
     try:
         yield
     finally:
@@ -94,8 +107,8 @@ def block_loop_values(
             ends["entry"] = inputs
         return inputs
 
-    for replace in (record_exit, record_entry):
-        with _replaced_outputs(model, case, replace):
+    for replace, skip_added in ((record_exit, False), (record_entry, True)):
+        with _replaced_outputs(model, case, replace, skip_added):
             model(**inputs)
     return BlockLoopValues(entry=ends["entry"], exit=ends["exit"])
 
@@ -116,5 +129,5 @@ def forced_reuse(
             return inputs
         return {name: value + residual[name] for name, value in inputs.items()}
 
-    with _replaced_outputs(model, case, reuse):
+    with _replaced_outputs(model, case, reuse, skip_added=True):
         return sample(model(**inputs))

@@ -127,7 +127,7 @@ def test_lists_can_be_named(sketch: Sketch, x: Node) -> None:
 
 def test_a_name_that_is_no_list_is_refused_with_those_that_are(sketch: Sketch, x: Node) -> None:
     sketch.returns(blocks(sketch, "blocks", x, 2, attention))
-    with pytest.raises(RegionError, match=r"no ModuleList 'block' .* \['blocks'\]"):
+    with pytest.raises(RegionError, match=r"no 'block' runs .*\['blocks'\]"):
         find_block_loop(sketch.graph, ["block"])
 
 
@@ -248,9 +248,9 @@ def test_a_model_called_from_a_function_has_the_same_paths() -> None:
     assert [each.path for each in traced.guarded.analysis.loop.lists] == ["blocks"]
 
 
-def test_text_refined_in_blocks_of_its_own_stays_in_the_prologue() -> None:
+def test_text_refined_in_blocks_of_its_own_is_no_part_of_the_loop_and_skipped_with_it() -> None:
     traced = trace(made_up.RefinedText(), **inputs())
     analysis = traced.guarded.analysis
     assert [each.path for each in analysis.loop.lists] == ["blocks"]
     lists = {each.path: each for each in find_block_lists(analysis.graph)}
-    assert set(lists["refiner"].nodes) <= set(analysis.region.prologue)
+    assert set(lists["refiner"].nodes) <= set(analysis.region.body)

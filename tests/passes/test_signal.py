@@ -145,7 +145,10 @@ def test_of_several_outputs_it_is_the_largest() -> None:
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("blocks.0.norm3", r"signal='blocks.0.norm3': no module of that path"),
+        (
+            "blocks.0.norm3",
+            r"signal='blocks.0.norm3': no 'blocks.0.norm3' runs in the graph \(did you mean 'blocks.0.norm",
+        ),
         ("project", r"signal='project': that module runs after the block loop"),
         ("blocks.1", r"nothing that only the block loop computes"),
     ],
