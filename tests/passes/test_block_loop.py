@@ -106,6 +106,21 @@ def test_a_list_that_only_part_of_the_stream_runs_on_from_does_not(sketch: Sketc
     assert found(sketch, blocks(sketch, "single", joint, 4, attention)) == ["single"]
 
 
+def test_an_addition_to_the_stream_between_two_lists_keeps_them_together(
+    sketch: Sketch, x: Node
+) -> None:
+    control = sketch.input("control", 1, 4, WIDTH)
+    between = sketch(torch.add, control, blocks(sketch, "one", x, 2, attention))
+    assert found(sketch, blocks(sketch, "two", between, 3, attention)) == ["one", "two"]
+
+
+def test_a_stream_that_a_list_only_shifts_is_another(sketch: Sketch, x: Node) -> None:
+    one = blocks(sketch, "one", x, 2, attention)
+    shift = sketch(operator.getitem, one, (slice(None), slice(0, 1)))
+    between = sketch(torch.add, sketch.linear(x, WIDTH), shift)
+    assert found(sketch, blocks(sketch, "two", between, 3, attention)) == ["two"]
+
+
 def test_a_list_with_a_small_share_of_the_work_does_not(sketch: Sketch, x: Node) -> None:
     x = blocks(sketch, "light", x, 2, attention)
     assert found(sketch, blocks(sketch, "heavy", x, 2, attention, mlp, mlp, mlp)) == ["heavy"]
