@@ -269,13 +269,21 @@ def _views_down_to_leaves(
                 return []
             if op_name(user) not in _PIECES:
                 origin = _view_origin(user, origins)
-                if origin is None:
+                if origin is None or not _keeps_dtype(user, origin.view):
                     return []
                 origins[user] = origin
             views.append(user)
             if op_name(user) in _PIECES or not isinstance(origins[user].view, Leaf):
                 frontier.append(user)
     return views
+
+
+def _keeps_dtype(node: Node, view: View) -> bool:
+    """Whether a tensor still has the dtype of the region input that it is a view of."""
+    if not isinstance(view, Leaf):
+        return True
+    value, source = tensor_of(node), tensor_of(view.node)
+    return value is not None and source is not None and value.dtype == source.dtype
 
 
 # --- one node ------------------------------------------------------------------------------------

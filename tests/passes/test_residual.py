@@ -291,6 +291,16 @@ def test_the_cut_stays_where_a_view_leads_to_no_bare_input(sketch: Sketch, x: No
     assert found.output is last
 
 
+def test_the_cut_stays_where_a_cast_would_part_an_output_from_its_input(
+    sketch: Sketch, x: Node
+) -> None:
+    last = joint(sketch, x)
+    image = sliced(sketch, sketch("double", last), 4, None)
+    (found,) = pairs(sketch, x, last, sketch("exp", image))
+    assert found.output is last
+    assert expression(found.partner) == "cat(l_text_, neg; 1)"
+
+
 def test_the_cut_stays_where_an_addition_follows(sketch: Sketch, x: Node) -> None:
     last = joint(sketch, x)
     control = sketch.input("control", 2, 10, 8)
