@@ -111,6 +111,11 @@ def close_region(
         if node in inside or node in upstream:
             upstream.update(before[node])
     body = inside | (downstream & upstream)
+    # What only follows from the region and is never read would make an output of what it reads.
+    live = _live(graph)
+    for node, earlier in before.items():
+        if node in downstream and node not in live and downstream.intersection(earlier) <= body:
+            body.add(node)
     # Only tensors cross a cut: the pieces of a tuple stay with the node that made it.
     for node in computation(graph):
         producer = _tuple_producer(node)
@@ -216,6 +221,16 @@ def check_cuts(region: Region) -> None:
                 f"a {kind} crosses the edge of the block loop; only tensors can, and sizes into it",
                 node,
             )
+
+
+def _live(graph: Graph) -> set[Node]:
+    """The nodes that the graph's result, or a tensor that is written in place, is made of."""
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in live or node.op == "output" or written_nodes(node):
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return live
 
 
 def _tuple_producer(node: Node) -> Node | None:

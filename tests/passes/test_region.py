@@ -59,6 +59,37 @@ def test_an_output_that_nobody_reads_is_none(sketch: Sketch) -> None:
     assert region.outputs == (block,)
 
 
+def test_what_follows_the_region_and_is_read_by_nobody_makes_no_output(sketch: Sketch) -> None:
+    x = sketch.input("x", 4)
+    block, dropped = sketch("neg", x), sketch("exp", x)
+    cast = sketch("double", dropped)
+    unread = sketch("neg", cast)
+    after = sketch("exp", block)
+    region = close(sketch, [block, dropped], after)
+    assert region.outputs == (block,)
+    assert region.epilogue == (after,)
+    assert {cast, unread} <= set(region.body)
+
+
+def test_what_nobody_reads_stays_behind_what_it_follows_from(sketch: Sketch) -> None:
+    x = sketch.input("x", 4)
+    block = sketch("neg", x)
+    after = sketch("exp", block)
+    unread = sketch("neg", after)
+    region = close(sketch, [block], after)
+    assert region.epilogue == (after, unread)
+
+
+def test_a_write_after_the_region_stays_there_though_nobody_reads_its_result(
+    sketch: Sketch,
+) -> None:
+    x = sketch.input("x", 4)
+    block = sketch("neg", x)
+    write = sketch("add_", block, 1)
+    region = close(sketch, [block], block)
+    assert region.epilogue == (write,)
+
+
 def test_a_result_of_the_graph_is_an_output(sketch: Sketch) -> None:
     block = sketch("neg", sketch.input("x", 4))
     assert close(sketch, [block], block).outputs == (block,)
