@@ -10,7 +10,7 @@ Its nodes move to the prologue and the body receives the result: it is computed 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -31,7 +31,7 @@ from .node import (
     tensor_of,
 )
 from .region import Region, RegionError, UnknownNameError, close_region, with_ancestors
-from .residual import ResidualPair, leaves, streams, trace_origins
+from .residual import Origin, ResidualPair, leaves, streams, trace_origins
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 """Names under which denoising networks take the point in time, in order of preference.
@@ -111,9 +111,11 @@ def find_signal(
         node = _module_output(graph, region, which)
         return Signal(node, "module output", with_ancestors(region, [node], before))
     timed = _descendants(graph, [] if timestep is None else [timestep])
-    first = loop.lists[0]
-    alone = region if len(loop.lists) == 1 else close_region(graph, first.nodes, before)
-    carried = streams(trace_origins(alone), len(first.blocks)) | {hidden}
+    first, origins = loop.lists[0], trace_origins(region)
+    alone = origins
+    if len(loop.lists) > 1:
+        alone = trace_origins(close_region(graph, first.nodes, before))
+    carried = streams(alone, len(first.blocks)) | {hidden}
     conditioning = [node for node in region.inputs if node in timed and node not in carried]
     if which == "timestep_embedding":
         if timestep is None:
@@ -124,7 +126,7 @@ def find_signal(
         return Signal(
             _timestep_embedding(graph, conditioning, hidden, timestep), "timestep embedding", ()
         )
-    modulated = _modulated_input(loop, conditioning, hidden)
+    modulated = _modulated_input(loop, conditioning, hidden, origins)
     if modulated is None:
         return Signal(hidden, "hidden states", ())
     return Signal(modulated, "modulated input", with_ancestors(region, [modulated], before))
@@ -139,17 +141,27 @@ def _hidden_states(region: Region, pairs: Sequence[ResidualPair]) -> Node:
     return max(candidates, key=_numel)
 
 
-def _modulated_input(loop: BlockLoop, conditioning: Collection[Node], hidden: Node) -> Node | None:
+def _modulated_input(
+    loop: BlockLoop, conditioning: Collection[Node], hidden: Node, origins: Mapping[Node, Origin]
+) -> Node | None:
     """The first complete tensor of block 0 that hidden states and conditioning both reach."""
     block = loop.blocks[0].nodes
     inner = set(block)
     timed, streamed = set(conditioning), {hidden}
-    shape = _shape(hidden)
+    # A block may lay the hidden states out anew, or join another stream to them, before it works.
+    shapes = [_shape(hidden)]
     for node in block:
+        origin = origins.get(node)
+        if origin is not None and origin.additions == 0 and hidden in leaves(origin.view):
+            shapes.append(_shape(node))
         for reached in (timed, streamed):
             if not reached.isdisjoint(node.all_input_nodes):
                 reached.add(node)
-        if node in timed and node in streamed and same_shape(_shape(node), shape):
+        if (
+            node in timed
+            and node in streamed
+            and any(same_shape(_shape(node), shape) for shape in shapes)
+        ):
             complete = any(
                 user not in inner or op_name(user) not in ELEMENTWISE_OPS for user in node.users
             )

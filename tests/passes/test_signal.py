@@ -42,6 +42,27 @@ def test_it_is_the_modulated_input_of_the_first_block(kind: type[Model]) -> None
     assert torch.equal(value_of(traced, signal.node), received[0])
 
 
+class Rejoined(Model):
+    """Image and text are one within each block, and apart between them."""
+
+    class block(Block):  # noqa: N801
+        def forward(self, x: Tensor, time: Tensor, text: Tensor) -> Any:
+            joint = super().forward(torch.cat([text, x], dim=1), time)
+            return joint[:, text.shape[1] :], joint[:, : text.shape[1]]
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, text = block(x, time, text)
+        return x
+
+
+@pytest.mark.parametrize("kind", [made_up.ViewsAtTheSeams, Rejoined])
+def test_it_has_the_shape_that_the_block_gives_to_the_stream(kind: type[Model]) -> None:
+    signal = signal_of(trace(kind(), **inputs()))
+    assert signal.kind == "modulated input"
+    assert not any("attention" in node.name for node in signal.moved)
+
+
 def test_only_what_it_needs_moves_to_the_prologue() -> None:
     traced = trace(Model(), **inputs())
     moved = signal_of(traced).moved
@@ -147,7 +168,7 @@ def test_of_several_outputs_it_is_the_largest() -> None:
     [
         (
             "blocks.0.norm3",
-            r"signal='blocks.0.norm3': no 'blocks.0.norm3' runs in the graph \(did you mean 'blocks.0.norm",
+            r"signal='blocks.0.norm3': no 'blocks.0.norm3' runs in the graph",
         ),
         ("project", r"signal='project': that module runs after the block loop"),
         ("blocks.1", r"nothing that only the block loop computes"),
