@@ -26,8 +26,8 @@ from omni_cache.passes import (
     find_block_loop,
     is_static_input,
     split,
+    timestep_name,
 )
-from omni_cache.passes.signal import TIMESTEP_ARGUMENTS
 from omni_cache.runtime import CompiledParts, Executor
 from omni_cache.strategies import BoundStrategy
 
@@ -121,6 +121,7 @@ def _compile_guarded(
         copy_residuals=flags.inner_reuses_memory,
         kind=(flags, _digest(gm)),
         timestep=_timestep(analysis, frame),
+        is_piece=frame.is_resumed,
     )
 
 
@@ -256,11 +257,12 @@ class TracedFrame:
         parameters = tuple(inspect.signature(model.forward).parameters)
         positional = zip(parameters, given.get("args", ()), strict=False)
         given = {**dict(positional), **given.get("kwargs", {}), **given}
-        times = (given.get(name) for name in TIMESTEP_ARGUMENTS)
+        name = timestep_name(name for name, value in given.items() if value is not None)
+        time = given.get(name) if name is not None else None
         return cls(
             model_class=type(model).__name__,
             parameters=parameters,
             is_piece=is_piece,
             is_resumed=is_resumed,
-            timestep=next((float(each) for each in times if isinstance(each, float | int)), None),
+            timestep=float(time) if isinstance(time, float | int) else None,
         )

@@ -24,7 +24,7 @@ from .region import (
     close_region,
 )
 from .residual import ResidualPair, pair_outputs
-from .signal import Signal, find_signal, find_timestep
+from .signal import Signal, find_signal, find_timestep, timestep_name
 from .split import FINITE, Analysis, GuardedGraph, Part, analyse, split
 from .text import graph_text, guarded_text
 
@@ -54,4 +54,5 @@ __all__ = [
     "is_static_input",
     "pair_outputs",
     "split",
+    "timestep_name",
 ]

@@ -70,13 +70,18 @@ def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
                 named.setdefault(parameters[place], node)
             else:
                 named.setdefault(argument_name(node), node)
-    exact = next((named[name] for name in TIMESTEP_ARGUMENTS if name in named), None)
+    name = timestep_name(named)
+    return None if name is None else named[name]
+
+
+def timestep_name(names: Iterable[str]) -> str | None:
+    """Which of the names of a network's arguments is the timestep's; None if none is."""
+    names = list(names)
+    exact = next((name for name in TIMESTEP_ARGUMENTS if name in names), None)
     if exact is not None:
         return exact
     words = set(TIMESTEP_ARGUMENTS) - {"t"}
-    return next(
-        (node for name, node in named.items() if not words.isdisjoint(name.split("_"))), None
-    )
+    return next((name for name in names if not words.isdisjoint(name.split("_"))), None)
 
 
 def find_signal(

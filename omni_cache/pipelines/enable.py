@@ -8,6 +8,7 @@ attributes of the transformer, which ``disable`` takes away and which no copy of
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from torch import nn
 from omni_cache.backend import omni_cache_backend
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
 from omni_cache.runtime import (
+    Call,
     Generation,
     ModelState,
     Summary,
@@ -208,6 +210,7 @@ class _CachedCall:
         self.loops: list[_PipelineLoop] = []
         # By weak reference: a module that owned itself would be freed by the cycle collector only.
         self._module = weakref.ref(module)
+        self._parameters = tuple(inspect.signature(module.forward).parameters)
         self._compiled = torch.compile(
             _entry(type(module), self.flags),
             backend=omni_cache_backend,
@@ -232,7 +235,8 @@ class _CachedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for loop in self.loops:
             loop.listen()
-        with bind(self.state):
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        with bind(Call(self.state, arguments)):
             return self._compiled(self._module(), *args, **kwargs)
 
 

@@ -2,11 +2,12 @@
 
 from omni_cache.runtime.executor import CompiledParts, Executor
 from omni_cache.runtime.generation import Generation, ModelState, branch, generation
-from omni_cache.runtime.states import bind, expected_state, states_of_module
+from omni_cache.runtime.states import Call, bind, expected_state, states_of_module
 from omni_cache.runtime.summary import Summary, TrajectorySummary, summarise
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
 
 __all__ = [
+    "Call",
     "CompiledParts",
     "Executor",
     "Generation",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni_cache.passes import FINITE, GuardedGraph, Part
 from omni_cache.runtime.generation import ModelState
-from omni_cache.runtime.states import bound_state, state_of_parameter
+from omni_cache.runtime.states import bound_call, state_of_parameter
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
 from omni_cache.strategies import BoundStrategy, Decision, Gate, Step
 
@@ -50,6 +50,7 @@ class Executor:
         kind: equal for two executors exactly when the one may reuse what the other has cached.
         timestep: name of the input that tells the timestep, or its value where the graph was
             specialised on a number; None where nothing tells it.
+        is_piece: whether the graph is a piece behind a graph break, whose inputs tell nothing.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Executor:
         copy_residuals: bool,
         kind: object,
         timestep: str | float | None,
+        is_piece: bool = False,
     ) -> None:
+        self._is_piece = is_piece
         self._parts = parts
         self._strategy = strategy
         self._copy_residuals = copy_residuals
@@ -281,9 +284,9 @@ class Executor:
             )
 
     def _state(self, values: Sequence[Any]) -> ModelState:
-        bound = bound_state()
-        if bound is not None:
-            return bound
+        call = bound_call()
+        if call is not None:
+            return call.state
         return (
             self._own_state
             if self._identity is None
@@ -298,7 +301,11 @@ class Executor:
         return self._strategy if config is None else self._strategy.configured(config)
 
     def _timestep_of(self, values: Sequence[Any]) -> Any:
-        return self._constant_timestep if self._timestep is None else values[self._timestep]
+        if self._timestep is not None:
+            return values[self._timestep]
+        call = bound_call()
+        # A graph behind a break has no timestep of its own; the call that it is a piece of has.
+        return call.timestep if call is not None and self._is_piece else self._constant_timestep
 
     def _timestep_read(self, trajectory: Trajectory, values: Sequence[Any]) -> float | None:
         """The timestep of the call just placed, unless it lies on a device and nobody read it."""
@@ -306,6 +313,9 @@ class Executor:
         return trajectory.course.timestep if known is None else known
 
     def _conditioning(self, values: Sequence[Any]) -> list[Tensor]:
+        call = bound_call()
+        if call is not None and self._is_piece:
+            return call.inputs
         return [values[slot] for slot in self._dynamic if isinstance(values[slot], Tensor)]
 
     def _layout(self, values: Sequence[Any]) -> object:

@@ -8,32 +8,63 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from omni_cache.passes import timestep_name
 from omni_cache.runtime.generation import ModelState
 
-_bound: ContextVar[ModelState | None] = ContextVar("omni_cache_model_state", default=None)
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an enabled module, which may run several graphs.
+
+    Attributes:
+        state: the module's.
+        arguments: what its ``forward`` is called with, by name.
+    """
+
+    state: ModelState
+    arguments: Mapping[str, Any]
+
+    @property
+    def timestep(self) -> Any:
+        """The timestep: a tensor, a number, or None where no argument is one."""
+        name = timestep_name(self.arguments)
+        return None if name is None else self.arguments[name]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors other than the timestep."""
+        time = self.timestep
+        leaves = tree_leaves(list(self.arguments.values()))
+        return [each for each in leaves if isinstance(each, Tensor) and each is not time]
+
+
+_call: ContextVar[Call | None] = ContextVar("omni_cache_call", default=None)
 _by_parameter: dict[int, ModelState] = {}
 _lock = threading.Lock()
 
 
 @contextmanager
-def bind(state: ModelState) -> Iterator[None]:
-    """Say which instance the calls in this context are for."""
-    token = _bound.set(state)
+def bind(call: Call) -> Iterator[None]:
+    """Say which call of which instance the graphs in this context run for."""
+    token = _call.set(call)
     try:
         yield
     finally:
-        _bound.reset(token)
+        _call.reset(token)
 
 
-def bound_state() -> ModelState | None:
-    """The instance that the current context is bound to."""
-    return _bound.get()
+def bound_call() -> Call | None:
+    """The call that the current context is bound to."""
+    return _call.get()
 
 
 def state_of_parameter(parameter: Tensor) -> ModelState:

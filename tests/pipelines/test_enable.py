@@ -451,15 +451,28 @@ def test_a_graph_break_changes_no_prediction(where: str) -> None:
 
 
 @torch.no_grad()
-def test_blocks_after_a_graph_break_are_cached_in_contexts_alone() -> None:
-    """Of the arguments only what is still needed comes through, and who knows what became of it."""
+@pytest.mark.parametrize("explicit", [False, True])
+def test_blocks_after_a_graph_break_are_placed_by_the_arguments_of_the_call(explicit: bool) -> None:
     model = enabled(Broken("before"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            Loop(("cond", "uncond"), explicit=explicit).run(model)
+
+    assert computed(model) == [[True] + [False] * 7] * 2
+
+
+@torch.no_grad()
+def test_without_enable_blocks_after_a_graph_break_are_cached_in_contexts_alone() -> None:
+    """Of the arguments only what is still needed comes through, and who knows what became of it."""
+    model = Broken("before")
+    cached = compiled(model, **ALWAYS_REUSE)
     with pytest.warns(UserWarning, match="no timestep and no context") as seen:
-        Loop(("cond", "uncond")).run(model)
+        Loop(("cond", "uncond")).run(cached)
     assert len(seen) == 1
     assert omni_cache.summary(model).trajectories == ()
 
-    Loop(("cond", "uncond"), explicit=True).run(model)
+    Loop(("cond", "uncond"), explicit=True).run(cached)
     assert computed(model) == [[True] + [False] * 7] * 2
 
 
