@@ -82,7 +82,8 @@ class ToyTransformer(nn.Module):
         time = x.mean(1) if prompt is None else self.embed_prompt(prompt).mean(1)
         if timestep is not None:
             moment = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep)
-            time = time + self.embed_time(moment.float().reshape(-1, 1) / 500)
+            each = moment.float().mean(1) if moment.dim() == 2 else moment.float()  # per token
+            time = time + self.embed_time(each.reshape(-1, 1) / 500)
         for block in self.blocks:
             x = block(x, time, mask)
         noise = self.project(x)

@@ -187,6 +187,12 @@ class _PipelineLoop:
             if call is not None:
                 call.state.announce(coming)
 
+    def steps_made(self) -> int | None:
+        """How far the scheduler has come; None where it does not count."""
+        # It counts from its first step on, some from the first scaling of the latents.
+        counted: int | None = getattr(self._scheduler(), "step_index", None)
+        return counted or None
+
     def _scheduler(self) -> Any:
         return getattr(self.pipeline(), "scheduler", None)
 
@@ -235,6 +241,7 @@ class _CachedCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for loop in self.loops:
             loop.listen()
+        self.state.hear(tuple(loop.steps_made() for loop in self.loops))
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         with bind(Call(self.state, arguments)):
             return self._compiled(self._module(), *args, **kwargs)

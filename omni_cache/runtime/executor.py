@@ -148,6 +148,8 @@ class Executor:
                     output = next(each for each in result if isinstance(each, Tensor))
                     measured = trajectory.gate.observe(residuals, output)
         if trajectory is not None:
+            predictions = (each for each in result if isinstance(each, Tensor))
+            trajectory.conditioning.predicted = {each.shape for each in predictions}
             self._record(values, state, trajectory, decision, measured)
         return result
 

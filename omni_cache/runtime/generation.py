@@ -177,6 +177,7 @@ class Run:
         self._generation = weakref.ref(generation)
         self.trajectories: dict[str, Trajectory] = {}
         self.course = Course()
+        self.step_index = 0
         self.position = -1
         self.branches = 1
         self.begins_a_step = True
@@ -194,33 +195,46 @@ class Run:
         for each in self.trajectories.values():
             each.release()
 
-    def guess(self, inputs: Sequence[Tensor]) -> Trajectory | None:
+    def guess(
+        self, inputs: Sequence[Tensor], schedulers: tuple[int | None, ...]
+    ) -> Trajectory | None:
         """The likely trajectory of a call at an unknown timestep; None where there is none."""
         following = self.position + 1
-        if following >= self.branches:
+        if following >= self.branches or schedulers != self.course.schedulers:
             following = 0
             if not self.course.direction and self.trajectories:
                 first = self._first_branch(inputs)
                 return None if first is None else list(self.trajectories.values())[first]
         return self.trajectories.get(_branch_name(following))
 
-    def place(self, timestep: float, inputs: Sequence[Tensor]) -> Trajectory | None:
+    def place(
+        self, timestep: float, schedulers: tuple[int | None, ...], inputs: Sequence[Tensor]
+    ) -> Trajectory | None:
         """The trajectory of a call at a timestep, or None where it starts a new generation."""
-        step = self.course.compare(timestep)
-        if step is Progress.BACK:
+        progress = self.course.compare(timestep, schedulers)
+        if progress is Progress.BACK:
             return None
-        if step is Progress.SAME:
+        if progress is Progress.SAME:
             if self.position + 1 >= MAX_BRANCHES:
                 return None
             self.position += 1
         else:
-            if step is Progress.ONWARD and not self.course.direction:
-                self._review_first_step(inputs)
+            if progress is Progress.ONWARD:
+                if not self.course.direction:
+                    self._review_first_step(inputs)
+                self.step_index += 1
             self.branches, self.position = self.position + 1, 0
         self.branches = max(self.branches, self.position + 1)
-        self.course.advance(timestep)
+        self.course.advance(timestep, schedulers)
         found = self.trajectory(_branch_name(self.position))
-        return None if found.conditioning.contradicts(inputs) else found
+        if progress is Progress.START:
+            self.step_index = found.step_index
+        if found.conditioning.contradicts(inputs):
+            return None
+        if not found.conditioning.confirms(inputs):
+            found.release()
+        found.skip_to(self.step_index)
+        return found
 
     def _review_first_step(self, inputs: Sequence[Tensor]) -> None:
         """Forget those calls of step 0 that were the start of a loop that ended right there."""
@@ -268,6 +282,10 @@ class ModelState:
             explicit.adopt(current)
             explicit.restart(self)
 
+    def hear(self, schedulers: tuple[int | None, ...]) -> None:
+        """Learn, before a call, how many steps the schedulers of its pipelines have made."""
+        self._thread.schedulers = schedulers
+
     def forget(self) -> None:
         """Free everything and forget all generations, those of other threads included."""
         if self.latest is not None:
@@ -303,9 +321,7 @@ class ModelState:
         if named.step_index is not None:
             if named.step_index < found.step_index:
                 found = self._fresh().trajectory(named.name)
-            elif named.step_index > found.step_index:
-                found.release()  # steps were left out, so what it holds is older than it seems
-            found.step_index = named.step_index
+            found.skip_to(named.step_index)
         elif _generation.get() is None:
             if self._is_over(found) or found.conditioning.contradicts(inputs):
                 # More calls than were announced, or other words: a loop of which nobody has told.
@@ -320,7 +336,9 @@ class ModelState:
         if current is None:
             return None
         run = current.run(self)
-        return run.guess(inputs) if named is None else run.trajectories.get(named.name)
+        if named is None:
+            return run.guess(inputs, self._thread.schedulers)
+        return run.trajectories.get(named.name)
 
     def infer(self, timestep: float, inputs: Sequence[Tensor]) -> Trajectory:
         """The trajectory of a call from its timestep.
@@ -329,23 +347,25 @@ class ModelState:
             timestep: the timestep argument, its mean where it has several elements.
             inputs: the call's tensors other than weights and timestep.
         """
-        named = _branch.get()
+        named, schedulers = _branch.get(), self._thread.schedulers
         run = self._run()
         if named is not None:
             # A branch without a generation: its own timesteps tell where a generation starts.
             found = run.trajectory(named.name)
-            progress = found.course.compare(timestep)
+            progress = found.course.compare(timestep, schedulers)
             if progress in (Progress.SAME, Progress.BACK) or found.conditioning.contradicts(inputs):
                 found = self._fresh().trajectory(named.name)
-            found.course.advance(timestep)
+            elif not found.conditioning.confirms(inputs):
+                found.release()
+            found.course.advance(timestep, schedulers)
         else:
-            same_step = run.course.compare(timestep) is Progress.SAME
-            placed = run.place(timestep, inputs)
+            same_step = run.course.compare(timestep, schedulers) is Progress.SAME
+            placed = run.place(timestep, schedulers, inputs)
             if placed is None:
                 run = self._fresh()
                 # Which branch the step after this one begins with is anybody's guess then.
                 run.begins_a_step = not same_step
-                placed = run.place(timestep, inputs)
+                placed = run.place(timestep, schedulers, inputs)
                 assert placed is not None  # a fresh run takes any call
             found = placed
         found.conditioning.saw(inputs)
@@ -388,3 +408,4 @@ class _ThreadPlace(threading.local):
     def __init__(self) -> None:
         self.generation: Generation | None = None
         self.announced = False
+        self.schedulers: tuple[int | None, ...] = ()

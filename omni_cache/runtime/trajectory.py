@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from omni_cache.strategies import Gate
@@ -48,26 +49,31 @@ class Progress(Enum):
 
 
 class Course:
-    """How a timestep has moved. Whether it falls or rises is learned from its first change."""
+    """How a timestep has moved. Whether it falls or rises is learned from its first change.
+
+    A timestep that comes twice in a row is one step or two. Where a pipeline is heard, its
+    schedulers tell: they move between steps, and between steps alone.
+    """
 
     def __init__(self) -> None:
         self.timestep: float | None = None
         self.direction = 0
+        self.schedulers: tuple[int | None, ...] = ()
 
-    def compare(self, timestep: float) -> Progress:
+    def compare(self, timestep: float, schedulers: tuple[int | None, ...] = ()) -> Progress:
         """Where a timestep lies; changes nothing."""
         if self.timestep is None:
             return Progress.START
         if timestep == self.timestep:
-            return Progress.SAME
+            return Progress.SAME if schedulers == self.schedulers else Progress.ONWARD
         onward = self.direction in (0, self._direction(timestep))
         return Progress.ONWARD if onward else Progress.BACK
 
-    def advance(self, timestep: float) -> None:
+    def advance(self, timestep: float, schedulers: tuple[int | None, ...] = ()) -> None:
         """Move on to a timestep."""
         if self.timestep is not None and timestep != self.timestep:
             self.direction = self._direction(timestep)
-        self.timestep = timestep
+        self.timestep, self.schedulers = timestep, schedulers
 
     def _direction(self, timestep: float) -> int:
         return 1 if self.timestep is not None and timestep > self.timestep else -1
@@ -97,6 +103,12 @@ class Trajectory:
         self.memory_bytes = 0
         self.conditioning = Conditioning()
         self.course = Course()
+
+    def skip_to(self, step_index: int) -> None:
+        """Count on from a step; one that was left out made what is held older than it seems."""
+        if step_index > self.step_index:
+            self.release()
+        self.step_index = step_index
 
     def enter_layout(self, layout: object) -> bool:
         """Start afresh when the tensors of this call do not fit those of the call before.
@@ -132,18 +144,26 @@ class Conditioning:
     """Which input objects a trajectory is called with again and again (prompt embeddings, ids).
 
     Pipelines pass the same tensor objects on every step of one generation. That one of them is
-    gone tells a new generation where the timestep alone cannot.
+    gone tells another generation or another branch where the timestep alone cannot.
     """
 
     def __init__(self) -> None:
+        self.calls = 0
         self.last: tuple[weakref.ref[Tensor], ...] = ()
         self.stable: tuple[weakref.ref[Tensor], ...] = ()
+        self.shapes: list[torch.Size] = []
+        self.predicted: set[torch.Size] = set()
+        self.is_proven = False
 
     def saw(self, inputs: Sequence[Tensor]) -> None:
         """Remember a call's inputs; those of the last call that came again are stable."""
-        if self.last:
-            self.stable = self._among(self.stable or self.last, inputs)
+        if self.calls:
+            before = self.stable if self.is_proven else ()
+            self.stable = self._among(before or self.last, inputs)
+            self.is_proven = self.is_proven or not self._misses(inputs)
         self.last = tuple(weakref.ref(each) for each in inputs)
+        self.shapes = [each.shape for each in inputs]
+        self.calls += 1
 
     def shared(self, inputs: Sequence[Tensor]) -> int:
         """How many inputs of the last call are there again."""
@@ -152,6 +172,27 @@ class Conditioning:
     def contradicts(self, inputs: Sequence[Tensor]) -> bool:
         """Whether an input that had come every time is gone."""
         return len(self._among(self.stable, inputs)) < len(self.stable)
+
+    def confirms(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether a call goes on with the last one, as long as none has been seen to do so.
+
+        It must bring every input of the last call. A caller that makes some anew for every call is
+        believed from the third on, unless it keeps those that it made before.
+
+        Latents do not count. They have the shape of the prediction.
+        """
+        if self.calls == 0 or self.is_proven:
+            return True
+        awaited = sum(shape not in self.predicted for shape in self.shapes)
+        came = [each for ref in self._among(self.last, inputs) if (each := ref()) is not None]
+        return 0 < sum(each.shape not in self.predicted for each in came) == awaited
+
+    def _misses(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether an input of the last call is not among these although the caller keeps it."""
+        kept = [each for ref in self.last if (each := ref()) is not None]
+        present = {id(each) for each in inputs}
+        # Multistep schedulers keep latents.
+        return any(each.shape not in self.predicted and id(each) not in present for each in kept)
 
     @staticmethod
     def _among(

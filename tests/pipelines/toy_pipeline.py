@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ class ToyModel(ToyTransformer, CacheMixin):
 
 
 class ToyPipeline:
-    """Guides with two branches, which it names."""
+    """Guides with two branches, which it names unless told otherwise."""
 
-    def __init__(self, transformer: Any = None, scheduler: Any = None) -> None:
+    def __init__(
+        self, transformer: Any = None, scheduler: Any = None, names_branches: bool = True
+    ) -> None:
         self.transformer = ToyModel() if transformer is None else transformer
         self.scheduler = FlowMatchEulerDiscreteScheduler() if scheduler is None else scheduler
+        self.names_branches = names_branches
 
     @torch.no_grad()
     def __call__(
@@ -37,7 +41,8 @@ class ToyPipeline:
             for context, embedding in zip(("cond", "uncond"), words.values(), strict=True):
                 if calls == stop:
                     raise InterruptedError
-                with self.transformer.cache_context(context):
+                named = self.transformer.cache_context(context)
+                with named if self.names_branches else nullcontext():
                     noises.append(self.transformer(latents, timestep.expand(1), embedding))
                 calls += 1
             guided = noises[1] + 2 * (noises[0] - noises[1])

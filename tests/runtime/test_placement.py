@@ -74,10 +74,6 @@ class Calls:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_tensor_in_any_form_tells_step_and_generation(form: str) -> None:
     model = ToyTransformer()
-    if form == "one per token":
-        model.embed_time.forward = lambda moment: torch.nn.functional.linear(  # type: ignore[method-assign]
-            moment.reshape(2, TOKENS, 1).mean(1), model.embed_time.weight, model.embed_time.bias
-        )
     cached = compiled(model, **ALWAYS_REUSE)
     prompt, latents = gaussian("p", 2, 5, CHANNELS), gaussian("x", 2, TOKENS, CHANNELS)
 
