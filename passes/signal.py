@@ -111,12 +111,12 @@ def find_signal(
         RegionError: there is no such tensor, or it depends on the whole block loop.
     """
     before = dependencies(graph) if before is None else before
-    hidden = _hidden_states(region, pairs)
+    first, origins = loop.lists[0], trace_origins(region)
+    hidden = _hidden_states(region, pairs, origins)
     if which not in ("auto", "timestep_embedding"):
         node = _module_output(graph, region, which)
         return Signal(node, "module output", with_ancestors(region, [node], before))
     timed = _descendants(graph, [] if timestep is None else [timestep])
-    first, origins = loop.lists[0], trace_origins(region)
     alone = origins
     if len(loop.lists) > 1:
         alone = trace_origins(close_region(graph, first.nodes, before))
@@ -137,10 +137,17 @@ def find_signal(
     return Signal(modulated, "modulated input", with_ancestors(region, [modulated], before))
 
 
-def _hidden_states(region: Region, pairs: Sequence[ResidualPair]) -> Node:
-    """The largest stream that enters the region."""
-    entering = [leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)]
-    candidates = entering or [node for node in region.inputs if tensor_of(node) is not None]
+def _hidden_states(
+    region: Region, pairs: Sequence[ResidualPair], origins: Mapping[Node, Origin]
+) -> Node:
+    """The largest stream that enters the region, if possible one that comes out of it again."""
+    paired = [leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)]
+    added_to = streams(origins, 1)
+    candidates = (
+        paired
+        or [node for node in region.inputs if node in added_to]
+        or [node for node in region.inputs if tensor_of(node) is not None]
+    )
     if not candidates:
         raise RegionError("nothing but weights enters the block loop")
     return max(candidates, key=_numel)

@@ -63,6 +63,23 @@ def test_it_has_the_shape_that_the_block_gives_to_the_stream(kind: type[Model]) 
     assert not any("attention" in node.name for node in signal.moved)
 
 
+def test_what_conditions_the_blocks_is_not_taken_for_a_stream_without_a_residual() -> None:
+    class LargeTime(made_up.PostNorm):
+        """The time is larger than the stream, and nothing of the stream comes out unchanged."""
+
+        class block(Block):  # noqa: N801
+            def forward(self, x: Tensor, time: Tensor) -> Tensor:
+                return self.norm2(x + self.attn(x) * time[:, :IMAGE])
+
+        def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            return super().loop(x, time[:, None].repeat(1, 2 * IMAGE, 1), text)
+
+    signal = signal_of(trace(LargeTime(), **inputs()))
+    assert signal.kind == "modulated input"
+    value = signal.node.meta["example_value"]
+    assert value.shape[1:] == (IMAGE, WIDTH)
+
+
 def test_only_what_it_needs_moves_to_the_prologue() -> None:
     traced = trace(Model(), **inputs())
     moved = signal_of(traced).moved
