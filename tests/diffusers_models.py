@@ -2335,7 +2335,11 @@ def wan_animate_2(moment: Moment) -> dict[str, Any]:
     }
 
 
-NOT_DENOISING: dict[str, str] = {}
+NOT_DENOISING = {
+    "DreamLiteTransformer2DModel": "a building block of UNets",
+    "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder of audio codes",
+    "TransformerTemporalModel": "a building block of UNets",
+}
 """Model classes that diffusers keeps among its transformers and that no denoising loop calls, with
 what they are."""
 
@@ -2361,15 +2365,16 @@ REPRESENTATIVES = {
 """A dozen classes with every kind of stream, for tests that look more closely."""
 
 
-def sample(output: tuple[Any, ...]) -> Tensor:
+def sample(output: Any) -> Tensor:
     """All predictions in what a model returned, as one tensor.
 
-    Most classes return a tuple of one prediction. Some give one tensor per image, and some one per
-    modality or a cache besides; different shapes are flattened and put one behind the other.
+    Most classes return a tuple of one prediction, with the batch in front. Some give one tensor per
+    image, and some one per modality or a cache besides; different shapes are flattened and put one
+    behind the other.
     """
-    found = tree_leaves(output)
-    tensors = [each for each in found if isinstance(each, Tensor)]
-    if len(tensors) == 1:
+    tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+    is_one_per_image = isinstance(output, tuple) and isinstance(output[0], list)
+    if len(tensors) == 1 and not is_one_per_image:
         return tensors[0]
     if len({each.shape for each in tensors}) == 1:
         return torch.stack(tensors)

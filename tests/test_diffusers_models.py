@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers_models import CASES, NUM_STEPS, ModelCase, sample
+from diffusers_models import NUM_STEPS, REPRESENTATIVES, ModelCase, sample
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 
-@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(scope="module", params=list(REPRESENTATIVES.values()), ids=list(REPRESENTATIVES))
 def case(request: pytest.FixtureRequest) -> ModelCase:
     chosen: ModelCase = request.param
     return chosen

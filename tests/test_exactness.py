@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_models import CASES, ModelCase, sample
+from diffusers_models import CASES, REPRESENTATIVES, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def relative_change(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm())
 
 
-# --- every class, in one trace -------------------------------------------------------------------
+# --- a dozen classes, each in one trace ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Runs:
     always: dict[str, tuple[list[Tensor], tuple[StepRecord, ...]]]
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+@pytest.fixture(scope="module", params=REPRESENTATIVES.values(), ids=REPRESENTATIVES)
 def runs(request: pytest.FixtureRequest) -> Runs:
     case: ModelCase = request.param
     model = case.build()
