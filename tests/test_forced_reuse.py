@@ -45,7 +45,8 @@ def test_the_residual_is_that_of_the_last_computed_step() -> None:
     every_second = {**ALWAYS["magcache"], "max_skip_steps": 1}
     trace = OneTrace({"every second": cached(**every_second)})
     compiled = torch.compile(model, backend=trace, fullgraph=True)
-    outputs = [sample(compiled(**case.inputs(step))) for step in range(6)]
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        outputs = [sample(compiled(**case.inputs(step))) for step in range(6)]
     (trajectory,) = omni_cache.summary(model).trajectories
     assert [step.computed for step in trajectory.steps] == [True, False] * 3
     for step in (1, 3, 5):
@@ -68,7 +69,8 @@ def test_what_is_not_finite_is_never_reused() -> None:
             inputs = case.inputs(step)
             if step == broken_step:
                 inputs["hidden_states"] = inputs["hidden_states"] * torch.nan
-            output = sample(compiled(**inputs))
+            with omni_cache.branch("cond", step_index=step):
+                output = sample(compiled(**inputs))
             assert output.isfinite().all() == (step != broken_step)
             if step != broken_step:
                 expected = sample(model(**inputs))

@@ -220,8 +220,11 @@ class Executor:
             fork = gate.fork()
             decision = self._verdict(guess, fork, state, values, read)
         true = state.infer(read.fetch("timestep"), inputs)
-        if decision is not None and true is guess and true.gate is gate:
+        if decision is not None and fork is not None and true is guess and true.gate is gate:
             true.gate = fork
+            if not decision.compute and true.residuals is None:
+                fork.overrule()
+                decision = replace(decision, compute=True, reason="unexpected call")
             return true, decision
         may_reuse = self._signal is None
         decision = self._ask(true, state, values, _Read(), may_reuse)

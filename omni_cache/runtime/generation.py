@@ -232,7 +232,7 @@ class Run:
         if found.conditioning.contradicts(inputs):
             return None
         if not found.conditioning.confirms(inputs):
-            found.release()
+            found.drop_residuals()
         found.skip_to(self.step_index)
         return found
 
@@ -356,7 +356,7 @@ class ModelState:
             if progress in (Progress.SAME, Progress.BACK) or found.conditioning.contradicts(inputs):
                 found = self._fresh().trajectory(named.name)
             elif not found.conditioning.confirms(inputs):
-                found.release()
+                found.drop_residuals()
             found.course.advance(timestep, schedulers)
         else:
             same_step = run.course.compare(timestep, schedulers) is Progress.SAME

@@ -129,6 +129,10 @@ class Trajectory:
         """Take over the residuals of a computed step, by reference."""
         self.residuals, self.finite = residuals, finite
 
+    def drop_residuals(self) -> None:
+        """Have the next call computed; what the gate has measured stays."""
+        self.residuals = self.finite = None
+
     def measure_memory(self) -> None:
         """Raise ``memory_bytes`` to what the trajectory holds now."""
         held = sum(each.nbytes for each in self.residuals or ())

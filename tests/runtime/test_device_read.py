@@ -141,6 +141,20 @@ def test_a_branch_that_ends_early_costs_one_computed_step_at_most(
         assert reasons(model)[0][1:] == [*["below threshold"] * 2, "max_skip_steps"] * 2
 
 
+def test_a_second_step_with_new_inputs_computes_without_a_copy_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = ToyTransformer()
+    cached = compiled(model, **ALWAYS_REUSE)
+    with pretended_device(monkeypatch) as copies:
+        for step in range(4):
+            prompt, latents = gaussian("p", 1, 5, CHANNELS), gaussian(0, 1, TOKENS, CHANNELS)
+            cached(latents, torch.tensor([1000.0 - step]), prompt, None)
+
+    assert set(copies) == {1}
+    assert computed(model) == [[True, True, False, False]]
+
+
 @pytest.mark.parametrize("calls", range(1, 6))
 def test_abandoned_loop_is_not_reused(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(BRANCHES[2])
