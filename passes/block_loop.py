@@ -158,13 +158,20 @@ def find_block_loop(
         )
     at = candidates.index(main)
     before = dependencies(graph) if before is None else before
+    order = {node: place for place, node in enumerate(graph.nodes)}
+
+    def joins(one: BlockList, next_one: BlockList) -> bool:
+        # Lists that take turns lie in one region anyway.
+        take_turns = order[next_one.nodes[0]] < order[one.nodes[-1]]
+        return take_turns or _continues(graph, before, one, next_one, main)
+
     chosen = [main]
     for earlier in reversed(candidates[:at]):
-        if not _continues(graph, before, earlier, chosen[0], main):
+        if not joins(earlier, chosen[0]):
             break
         chosen.insert(0, earlier)
     for later in candidates[at + 1 :]:
-        if not _continues(graph, before, chosen[-1], later, main):
+        if not joins(chosen[-1], later):
             break
         chosen.append(later)
     return BlockLoop(tuple(chosen))

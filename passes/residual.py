@@ -296,6 +296,7 @@ _IDENTITY = (
 _EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "tile"})
 _RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"})
 _PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
+_PRODUCTS = frozenset({"mul", "imul", "mul_", "rmul"})
 _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
 _MIXES = frozenset({"linear"})
 _SUMS = frozenset({"add", "iadd", "add_", "radd"})
@@ -309,6 +310,8 @@ def _origin(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin |
     name = op_name(node)
     if name in _SUMS or name in _UPDATES_OF_THE_FIRST:
         return _add(node, origins, flow)
+    if name in _PRODUCTS:
+        return _masked(node, origins, flow)
     return _view_origin(node, origins)
 
 
@@ -337,6 +340,22 @@ def _add(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | No
         streams, key=lambda each: (each[0].additions, each[1], flow.varies(each[0].view))
     )
     return oldest.updated() if updated else oldest
+
+
+def _masked(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | None:
+    """A stream that is multiplied by a mask goes on: by a tensor of one element per token."""
+    value = tensor_of(node)
+    terms = [argument(node, 0, "input", "self"), argument(node, 1, "other")]
+    for term, factor in (terms, terms[::-1]):
+        if not isinstance(term, Node) or not isinstance(factor, Node) or term not in origins:
+            continue
+        origin, mask = origins[term], tensor_of(factor)
+        if value is None or mask is None or not same_shape(origin.view.shape, value.shape):
+            continue
+        one_per_token = mask.dim() == value.dim() and same_size(mask.shape[-1], 1)
+        if one_per_token and not flow.updates(term, origin.view, node):
+            return origin
+    return None
 
 
 def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
