@@ -29,6 +29,7 @@ from omni_cache.runtime import (
     bind,
     branch,
     expected_state,
+    in_generation,
     states_of_module,
     summarise,
 )
@@ -239,8 +240,11 @@ class _CachedCall:
     # For a compiled function that calls the module: it has nothing to trace here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for loop in self.loops:
-            loop.listen()
+        alive = [loop for loop in self.loops if loop.pipeline() is not None]
+        # In a generation, which of several pipelines calls is for the caller to say.
+        if len(alive) == 1 or not in_generation():
+            for loop in alive:
+                loop.listen()
         self.state.hear(tuple(loop.steps_made() for loop in self.loops))
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         with bind(Call(self.state, arguments)):

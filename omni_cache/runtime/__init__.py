@@ -1,7 +1,13 @@
 """The runtime: which generation a call belongs to, what is kept for it, and which part runs."""
 
 from omni_cache.runtime.executor import CompiledParts, Executor
-from omni_cache.runtime.generation import Generation, ModelState, branch, generation
+from omni_cache.runtime.generation import (
+    Generation,
+    ModelState,
+    branch,
+    generation,
+    in_generation,
+)
 from omni_cache.runtime.states import Call, bind, expected_state, states_of_module
 from omni_cache.runtime.summary import Summary, TrajectorySummary, summarise
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
@@ -20,6 +26,7 @@ __all__ = [
     "branch",
     "expected_state",
     "generation",
+    "in_generation",
     "states_of_module",
     "summarise",
 ]

@@ -67,6 +67,11 @@ def generation(num_inference_steps: int | None = None) -> Iterator[Generation]:
         current.release()
 
 
+def in_generation() -> bool:
+    """Whether a ``generation`` context is open."""
+    return _generation.get() is not None
+
+
 @contextmanager
 def branch(name: str, step_index: int | None = None) -> Iterator[None]:
     """Name the guidance branch that the model is called for: ``"cond"``, ``"uncond"``, ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from typing import Any
 
@@ -227,6 +228,45 @@ def test_two_pipelines_with_one_transformer_are_both_heard() -> None:
             first("an owl", 1, stop=5)
         assert torch.equal(second("a fox"), fresh("a fox"))
         assert torch.equal(first("a fox"), fresh("a fox"))
+
+
+def test_threads_with_pipelines_of_their_own_may_share_one_transformer() -> None:
+    """Each in its own generation; the one must not take the other's new timesteps for its own."""
+    turn = threading.Barrier(2, timeout=60)
+
+    def alone(prompt: str, seed: int) -> Tensor:
+        with omni_cache.generation(STEPS):
+            return enabled(ToyPipeline(), **TEACACHE)(prompt, seed)
+
+    first = enabled(ToyPipeline(), **TEACACHE)
+    second = enabled(ToyPipeline(first.transformer), **TEACACHE)
+    places = {first: ("a fox", 0), second: ("an owl", 1)}
+    expected = {pipe: alone(*place) for pipe, place in places.items()}
+    call = first.transformer._compiled_call_impl
+    found: dict[Any, Tensor] = {}
+
+    def generate(pipe: Any) -> None:
+        with omni_cache.generation(STEPS):
+            found[pipe] = pipe(*places[pipe])
+
+    original = type(call).__call__
+    steps = {"taken": 0}
+
+    def in_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        turn.wait()
+        steps["taken"] += 1
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(call), "__call__", in_turn)
+        threads = [threading.Thread(target=generate, args=(pipe,)) for pipe in places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert steps["taken"] == 2 * 2 * STEPS
+    assert all(torch.equal(found[pipe], expected[pipe]) for pipe in places)
 
 
 def test_a_pipeline_is_heard_after_its_model_was_enabled_anew() -> None:
