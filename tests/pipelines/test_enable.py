@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 import warnings
@@ -230,43 +231,44 @@ def test_two_pipelines_with_one_transformer_are_both_heard() -> None:
         assert torch.equal(first("a fox"), fresh("a fox"))
 
 
-def test_threads_with_pipelines_of_their_own_may_share_one_transformer() -> None:
+def test_threads_with_pipelines_of_their_own_may_share_one_transformer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each in its own generation; the one must not take the other's new timesteps for its own."""
-    turn = threading.Barrier(2, timeout=60)
+    places = (("a fox", 0), ("an owl", 1))
+    expected = [fresh(*place, **ALWAYS_REUSE) for place in places]
+    first = enabled(ToyPipeline(), **ALWAYS_REUSE)
+    second = enabled(ToyPipeline(first.transformer), **ALWAYS_REUSE)
+    found: dict[str, Tensor] = {}
 
-    def alone(prompt: str, seed: int) -> Tensor:
+    def generate(pipe: ToyPipeline, prompt: str, seed: int) -> None:
         with omni_cache.generation(STEPS):
-            return enabled(ToyPipeline(), **TEACACHE)(prompt, seed)
+            found[prompt] = pipe(prompt, seed)
 
-    first = enabled(ToyPipeline(), **TEACACHE)
-    second = enabled(ToyPipeline(first.transformer), **TEACACHE)
-    places = {first: ("a fox", 0), second: ("an owl", 1)}
-    expected = {pipe: alone(*place) for pipe, place in places.items()}
-    call = first.transformer._compiled_call_impl
-    found: dict[Any, Tensor] = {}
+    kind = type(first.transformer._compiled_call_impl)
+    original, calls = kind.__call__, itertools.count()
+    begun, passed = threading.Event(), threading.Event()
+    other = threading.Thread(target=generate, args=(second, *places[1]))
 
-    def generate(pipe: Any) -> None:
-        with omni_cache.generation(STEPS):
-            found[pipe] = pipe(*places[pipe])
-
-    original = type(call).__call__
-    steps = {"taken": 0}
-
-    def in_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
-        turn.wait()
-        steps["taken"] += 1
+    def in_order(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is other:
+            begun.set()  # its scheduler has new timesteps
+            passed.wait(timeout=60)
+        else:
+            call = next(calls)
+            if call == 5:
+                other.start()
+                begun.wait(timeout=60)
+            if call == 6:
+                passed.set()
+                other.join()
         return original(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(call), "__call__", in_turn)
-        threads = [threading.Thread(target=generate, args=(pipe,)) for pipe in places]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    monkeypatch.setattr(kind, "__call__", in_order)
+    generate(first, *places[0])
 
-    assert steps["taken"] == 2 * 2 * STEPS
-    assert all(torch.equal(found[pipe], expected[pipe]) for pipe in places)
+    for (prompt, _), each in zip(places, expected, strict=True):
+        assert torch.equal(found[prompt], each)
 
 
 def test_a_pipeline_is_heard_after_its_model_was_enabled_anew() -> None:
