@@ -39,13 +39,28 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(_own_compile_cache, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive", action="store_true", help="run what repeats a test for every model class"
+    )
+
+
+# These files look at the same captured models, which take long to capture.
+SHARING_CAPTURES = ("test_graphs.py", "test_models.py", "test_split.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("exhaustive") and not config.getoption("--exhaustive"):
+            item.add_marker(pytest.mark.skip(reason="only with --exhaustive"))
+        # A worker of pytest-xdist takes whole files, so that fixtures are made once.
+        name = "captures" if item.path.name in SHARING_CAPTURES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,19 @@ def relative_change(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm())
 
 
+CROSS_SECTION = ("flux", "sd3", "pixart")
+"""Joint, dual and single streams; compiling takes a minute each."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", REPRESENTATIVES.values(), ids=REPRESENTATIVES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if name in CROSS_SECTION else [pytest.mark.exhaustive])
+        for name, case in REPRESENTATIVES.items()
+    ],
+    ids=REPRESENTATIVES,
+)
 @torch.no_grad()
 def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
     model = case.build()
