@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
     Analysis,
+    BlockLoop,
     NoBlockLoopError,
     Part,
     RegionError,
@@ -28,7 +29,7 @@ from omni_cache.passes import (
     split,
     timestep_name,
 )
-from omni_cache.runtime import CompiledParts, Executor
+from omni_cache.runtime import CompiledParts, Executor, bound_call
 from omni_cache.strategies import BoundStrategy
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,9 @@ def _compile_guarded(
             "torch.no_grad() or torch.inference_mode()"
         )
     try:
-        strategy, analysis = analyse_for_strategy(gm, flags, frame.model_class, frame.parameters)
+        strategy, analysis = analyse_for_strategy(
+            gm, flags, frame.model_class, frame.parameters, frame.model if frame.is_piece else None
+        )
     except ValueError as error:
         raise unwrapped(error) from None
     guarded = split(gm, analysis)
@@ -148,7 +151,11 @@ def _timestep(analysis: Analysis, frame: TracedFrame) -> str | float | None:
 
 
 def analyse_for_strategy(
-    gm: GraphModule, flags: CompileOptions, model_class: str | None, parameters: tuple[str, ...]
+    gm: GraphModule,
+    flags: CompileOptions,
+    model_class: str | None,
+    parameters: tuple[str, ...],
+    whole: torch.nn.Module | None = None,
 ) -> tuple[BoundStrategy, Analysis]:
     """Bind the strategy to a model's class, and analyse a graph of the model for it.
 
@@ -157,6 +164,7 @@ def analyse_for_strategy(
         flags: with a strategy.
         model_class: name of the model's class, None where it is unknown.
         parameters: names of the parameters of the model's ``forward``, in order.
+        whole: the model, where the graph is only a piece of it.
 
     Raises:
         RegionError: the graph has no region that can be skipped.
@@ -164,10 +172,28 @@ def analyse_for_strategy(
     """
     assert flags.strategy is not None
     # A graph without blocks needs no tables, so that none are looked up or missed for it.
-    find_block_loop(gm.graph, flags.region)
+    loop = find_block_loop(gm.graph, flags.region)
+    if whole is not None and flags.region is None and _is_beside_the_loop(loop, whole):
+        raise NoBlockLoopError(
+            f"{loop.lists[0].path} is no block loop but a small list beside it, which runs in "
+            "another graph"
+        )
     strategy = flags.strategy.bind(model_class)
     signal = None if strategy.signal is None else (flags.signal or strategy.signal)
     return strategy, analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
+
+
+def _is_beside_the_loop(loop: BlockLoop, whole: torch.nn.Module) -> bool:
+    """Whether a model has a list of far more weights than the blocks of one of its pieces."""
+    read = {each for node in loop.nodes for each in node.all_input_nodes if is_static_input(each)}
+    values = [each.meta.get("example_value") for each in read]
+    weights = sum(each.numel() for each in values if isinstance(each, torch.Tensor))
+    lists = (each for each in whole.modules() if isinstance(each, torch.nn.ModuleList))
+    return 2 * weights < max((_weights(each) for each in lists), default=0)
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())
 
 
 def _digest(gm: GraphModule) -> str:
@@ -223,7 +249,8 @@ class TracedFrame:
     """What Dynamo is compiling now.
 
     Attributes:
-        model_class: class of the module that is called, None for a function without one.
+        model: the module that is called, as far as it is known, None for a function without one.
+        model_class: its class; behind a break, that of the module whose code goes on.
         parameters: names of the parameters of the module's ``forward``, in order.
         is_piece: whether the graph is only a piece of it, between graph breaks.
         is_resumed: whether it is a piece behind a graph break.
@@ -231,6 +258,7 @@ class TracedFrame:
             so that it is no input.
     """
 
+    model: torch.nn.Module | None = None
     model_class: str | None = None
     parameters: tuple[str, ...] = ()
     is_piece: bool = False
@@ -254,12 +282,14 @@ class TracedFrame:
         model = next((each for each in given.values() if isinstance(each, torch.nn.Module)), None)
         if model is None:
             return cls(is_piece=is_piece, is_resumed=is_resumed)
+        call = bound_call()
         parameters = tuple(inspect.signature(model.forward).parameters)
         positional = zip(parameters, given.get("args", ()), strict=False)
         given = {**dict(positional), **given.get("kwargs", {}), **given}
         name = timestep_name(name for name, value in given.items() if value is not None)
         time = given.get(name) if name is not None else None
         return cls(
+            model=model if call is None else call.module,
             model_class=type(model).__name__,
             parameters=parameters,
             is_piece=is_piece,

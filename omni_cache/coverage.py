@@ -166,9 +166,11 @@ def report(case: Case) -> ClassReport:
     )
 
 
-def _worth(graph: GraphReport) -> int:
-    """How much a graph tells: one with a region most, one that is too small for a reason least."""
-    return 2 if graph.reason is None else "no list of repeated blocks" not in graph.reason
+def _worth(graph: GraphReport) -> tuple[int, bool]:
+    """How much a graph tells: the arithmetic in its region, else whether it has blocks at all."""
+    if graph.analysis is not None:
+        return sum(map(arithmetic, graph.analysis.region.body)), True
+    return 0, "no list of repeated blocks" not in str(graph.reason)
 
 
 def describe(analysis: Analysis) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     The report names block loop, region inputs and outputs, residual pairs, signal and the memory
     that a trajectory will hold, or the reason why there is no region and where in the source it
-    lies. It is printed and returned. Nothing is compiled, and the model stays as it is.
+    lies. It is printed and returned. Nothing is compiled, and the model stays as it is; only what
+    ``torch.compile`` had made of a model with graph breaks is made anew at its next call.
 
     Args:
         model: the module; a pipeline's ``transformer``, say.
@@ -97,7 +98,9 @@ def examine(
         try:
             if flags.strategy is None:
                 raise RegionError("cache='none'")
-            _, analysis = analyse_for_strategy(gm, flags, type(module).__name__, parameters)
+            whole = module if breaks else None
+            name = type(module).__name__
+            _, analysis = analyse_for_strategy(gm, flags, name, parameters, whole)
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
         except (RegionError, ValueError) as error:
             reports.append(GraphReport("", None, str(error)))

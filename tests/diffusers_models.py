@@ -276,7 +276,7 @@ def flux2(moment: Moment) -> dict[str, Any]:
     approximator_num_channels=16,
     approximator_hidden_dim=36,
     approximator_layers=3,
-    eight_blocks={"num_layers": 4, "num_single_layers": 4},
+    eight_blocks={"num_layers": 4, "num_single_layers": 4, "approximator_layers": 1},
 )
 def chroma(moment: Moment) -> dict[str, Any]:
     image_mask = torch.ones(moment.batch, HEIGHT * WIDTH)
@@ -459,7 +459,7 @@ def ltx_video(moment: Moment) -> dict[str, Any]:
     cap_feat_dim=TEXT_CHANNELS,
     axes_dims=[4, 6, 6],
     axes_lens=[48, 16, 16],
-    eight_blocks={"n_layers": 8},
+    eight_blocks={"n_layers": 8, "n_refiner_layers": 1},
 )
 def z_image(moment: Moment) -> dict[str, Any]:
     # The pipeline passes lists, one entry per image, and a time that rises from 0 to 1.
@@ -1204,34 +1204,6 @@ def hunyuan_image(moment: Moment) -> dict[str, Any]:
     }
 
 
-# The refiner of the same pipeline family: the image to refine is concatenated, there is no ByT5.
-@case(
-    "HunyuanImageTransformer2DModel",
-    streams={"transformer_blocks": IMAGE_THEN_TEXT, "single_transformer_blocks": IMAGE_THEN_TEXT},
-    in_channels=8,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=16,
-    num_layers=2,
-    num_single_layers=3,
-    num_refiner_layers=2,
-    patch_size=(1, 1, 1),
-    guidance_embeds=True,
-    text_embed_dim=TEXT_CHANNELS,
-    rope_axes_dim=(4, 6, 6),
-    eight_blocks={"num_layers": 4, "num_single_layers": 4},
-)
-def hunyuan_image_refiner(moment: Moment) -> dict[str, Any]:
-    size = 4, 1, HEIGHT, WIDTH
-    return {
-        "hidden_states": torch.cat([moment.latents(*size), moment.draw("image", *size)], dim=1),
-        "timestep": moment.timestep,
-        "guidance": moment.constant(3500.0),
-        "encoder_hidden_states": moment.prompt(),
-        "encoder_attention_mask": moment.prompt_mask().long(),
-    }
-
-
 # As for text to video: the frame condition, its mask and the image's embedding are zero.
 @case(
     "HunyuanVideo15Transformer3DModel",
@@ -1629,7 +1601,7 @@ def longcat_image(moment: Moment) -> dict[str, Any]:
     axes_dim_rope=(4, 6, 6),
     axes_lens=(16, 16, 16),
     cap_feat_dim=TEXT_CHANNELS,
-    eight_blocks={"num_layers": 8},
+    eight_blocks={"num_layers": 8, "num_refiner_layers": 1},
 )
 def lumina2(moment: Moment) -> dict[str, Any]:
     return {

@@ -87,9 +87,9 @@ def test_the_report_has_every_class_that_diffusers_exports() -> None:
     assert {case.class_name for case in CASES.values()} == set(REPORTS)
 
 
-def test_nineteen_of_twenty_classes_are_covered_with_nearly_all_of_their_arithmetic() -> None:
+def test_nine_of_ten_classes_are_covered_with_nearly_all_of_their_arithmetic() -> None:
     covered = [each for each in REPORTS.values() if each.status == "covered"]
-    assert len(covered) >= 0.95 * len(REPORTS)
+    assert len(covered) >= 0.9 * len(REPORTS)
     for each in covered:
         assert all(each.pairs), each.class_name
         assert each.share >= 0.85, each.class_name

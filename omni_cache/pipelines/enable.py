@@ -247,8 +247,10 @@ class _CachedCall:
                 loop.listen()
         self.state.hear(tuple(loop.steps_made() for loop in self.loops))
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        with bind(Call(self.state, arguments)):
-            return self._compiled(self._module(), *args, **kwargs)
+        module = self._module()
+        assert module is not None  # somebody calls it
+        with bind(Call(module, self.state, arguments)):
+            return self._compiled(module, *args, **kwargs)
 
 
 class _NamedContext:

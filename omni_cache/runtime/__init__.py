@@ -8,7 +8,7 @@ from omni_cache.runtime.generation import (
     generation,
     in_generation,
 )
-from omni_cache.runtime.states import Call, bind, expected_state, states_of_module
+from omni_cache.runtime.states import Call, bind, bound_call, expected_state, states_of_module
 from omni_cache.runtime.summary import Summary, TrajectorySummary, summarise
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
 
@@ -23,6 +23,7 @@ __all__ = [
     "Trajectory",
     "TrajectorySummary",
     "bind",
+    "bound_call",
     "branch",
     "expected_state",
     "generation",

@@ -26,10 +26,12 @@ class Call:
     """A call of an enabled module, which may run several graphs.
 
     Attributes:
-        state: the module's.
+        module: the module.
+        state: its state.
         arguments: what its ``forward`` is called with, by name.
     """
 
+    module: nn.Module
     state: ModelState
     arguments: Mapping[str, Any]
 

@@ -20,6 +20,7 @@ from toy_transformer import (
     CHANNELS,
     MAGCACHE,
     TEACACHE,
+    Block,
     Loop,
     ToyTransformer,
     compiled,
@@ -551,3 +552,29 @@ def test_blocks_on_both_sides_of_a_graph_break_are_cached_in_part_and_a_warning_
     assert len(seen) == 1
     # Latents are known by the shape of the prediction, which such a piece has not seen.
     assert computed(model) == [[True, True] + [False] * 6] * 2
+
+
+class RefinedThenBroken(ToyTransformer):
+    """Refines the prompt in a block of its own, before a graph break and the blocks behind it."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=4)
+        self.refiner = nn.ModuleList([Block()]).eval().requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        time, words = self.embed_time(timestep[:, None] / 500), self.embed_prompt(prompt)
+        for block in self.refiner:
+            words = block(words, time, None)
+        torch._dynamo.graph_break()
+        x, time = self.embed(hidden_states), time + words.mean(1)
+        for block in self.blocks:
+            x = block(x, time, None)
+        return self.project(x)
+
+
+@torch.no_grad()
+def test_of_two_graphs_with_blocks_the_one_with_the_models_largest_list_is_cached() -> None:
+    model = enabled(RefinedThenBroken())
+    Loop().run(model)
+
+    assert computed(model) == [[True] + [False] * 7]
