@@ -65,7 +65,7 @@ class ClassReport:
         share: of the arithmetic (floating-point operations in contractions) inside the region.
         graphs: how many graphs Dynamo captures, 1 where there is no graph break.
         breaks: why it captures more than one, and where.
-        reason: why there is no region.
+        reason: why it is not covered.
     """
 
     class_name: str
@@ -158,11 +158,21 @@ def report(case: Case) -> ClassReport:
     best = max(found.graphs, key=_worth)
     if best.analysis is None:
         return ClassReport(case.class_name, "refused", reason=_relative(str(best.reason)), **graphs)
+    figures = describe(best.analysis)
+    reason = held_reason(figures["outputs"], figures["pairs"])
     return ClassReport(
-        case.class_name,
-        "held" if any(pair.held for pair in best.analysis.pairs) else "covered",
-        **describe(best.analysis),
-        **graphs,
+        case.class_name, "held" if reason else "covered", reason=reason, **figures, **graphs
+    )
+
+
+def held_reason(outputs: Sequence[str], pairs: Sequence[Sequence[str]]) -> str:
+    """Why a class with a region is not covered; empty where it is."""
+    held = [output for output, pair in zip(outputs, pairs, strict=True) if not pair]
+    if not held:
+        return ""
+    return (
+        f"no input of the region is known to have the shape of {', '.join(held)}, so that a reused "
+        "step takes over the last value and not the last residual"
     )
 
 
@@ -270,7 +280,12 @@ def as_markdown(reports: Sequence[ClassReport], not_denoising: Mapping[str, str]
         "|---|---|---:|---|---|---:|---:|---:|",
         *map(_row, found),
     ]
-    for status, heading in (("refused", "Without a region"), ("missing", "Without a case")):
+    headings = (
+        ("held", "With a region, and an output that has no partner"),
+        ("refused", "Without a region"),
+        ("missing", "Without a case"),
+    )
+    for status, heading in headings:
         some = [each for each in reports if each.status == status]
         if some:
             lines += ["", f"## {heading}", "", "| class | reason |", "|---|---|"]
