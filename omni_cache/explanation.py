@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from omni_cache.backend import analyse_for_strategy
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis, RegionError, guarded_text, split
+from omni_cache.pipelines import enabled_flags
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Args:
         model: the module; a pipeline's ``transformer``, say.
         args: example inputs of its ``forward``.
-        kwargs: likewise. ``cache_options`` is taken for a dict of compile-time flags.
+        kwargs: likewise. ``cache_options`` is taken for a dict of compile-time flags; without it,
+            those that the model is enabled with count, and the defaults for one that is not.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -77,7 +79,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             f"model={type(model).__name__} is not allowed; model must be a torch.nn.Module, such "
             "as a pipeline's transformer"
         )
-    flags = CompileOptions.parse(kwargs.pop("cache_options", None))
+    flags = CompileOptions.parse(kwargs.pop("cache_options", enabled_flags(model)))
     explanation = examine(model, args, kwargs, flags)
     print(explanation)
     return explanation

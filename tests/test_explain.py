@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -183,6 +184,16 @@ def test_sizes_are_those_of_the_inputs_whatever_was_explained_before() -> None:
         assert f"f32[1, {tokens}, 8]" in graph.text
         assert graph.analysis is not None
         assert graph.analysis.residual_bytes == tokens * 8 * 4
+
+
+def test_an_enabled_model_is_explained_with_its_own_flags() -> None:
+    model = Tiny()
+    omni_cache.enable(model, cache="magcache", mag_ratios=[1.0], inner="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (graph,) = explain(model, *inputs()).graphs
+    assert graph.analysis is not None
+    assert graph.analysis.signal is None  # TeaCache, the default, would have one
 
 
 def test_its_module_may_be_imported_first() -> None:

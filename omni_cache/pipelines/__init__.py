@@ -1,5 +1,12 @@
 """Caching for whole pipelines and bare modules: enable, disable, refresh, summary."""
 
-from omni_cache.pipelines.enable import disable, enable, is_enabled, refresh, summary
+from omni_cache.pipelines.enable import (
+    disable,
+    enable,
+    enabled_flags,
+    is_enabled,
+    refresh,
+    summary,
+)
 
-__all__ = ["disable", "enable", "is_enabled", "refresh", "summary"]
+__all__ = ["disable", "enable", "enabled_flags", "is_enabled", "refresh", "summary"]

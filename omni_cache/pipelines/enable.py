@@ -99,6 +99,15 @@ def is_enabled(target: Any) -> bool:
     return any(_cached_call(module) is not None for module in _models(target).values())
 
 
+def enabled_flags(module: nn.Module) -> dict[str, Any] | None:
+    """The flags that a module is enabled with; None where it is not."""
+    call = _cached_call(getattr(module, "_orig_mod", module))
+    if call is None:
+        return None
+    flags = {key: value for key, value in call.flags.items() if key in FLAGS}
+    return flags if call.state.config is None else {**flags, "cache": call.state.config}
+
+
 def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
     """Forget everything that is cached, and expect a new generation.
 

@@ -129,10 +129,11 @@ class Executor:
         decision: Decision,
     ) -> Any:
         measured: dict[str, float] = {}
-        if not decision.compute:
-            assert trajectory is not None
-            assert trajectory.residuals is not None
-            values += trajectory.residuals
+        residuals = None if trajectory is None or decision.compute else trajectory.residuals
+        if residuals is None and not decision.compute:  # another thread has just freed them
+            decision = replace(decision, compute=True, reason="no residual")
+        if residuals is not None:
+            values += residuals
             result = self._parts.reuse(*self._reuse_inputs(values))
         else:
             made = self._parts.body(*self._body_inputs(values))

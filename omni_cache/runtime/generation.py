@@ -133,6 +133,7 @@ class Generation:
             if run is None:
                 run = self._runs[state] = Run(self)
                 state.latest = run
+                state.runs.add(run)
                 recorder = _recorder.get()
                 if recorder is not None:
                     recorder.append(run)
@@ -277,6 +278,7 @@ class ModelState:
     def __init__(self) -> None:
         self.config: Strategy | None = None  # where it differs from what was compiled
         self.latest: Run | None = None
+        self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._thread = _ThreadPlace()
 
     def announce(self, current: Generation) -> None:
@@ -293,8 +295,8 @@ class ModelState:
 
     def forget(self) -> None:
         """Free everything and forget all generations, those of other threads included."""
-        if self.latest is not None:
-            self.latest.release()
+        for run in list(self.runs):
+            run.release()
         self.latest = None
         self._thread = _ThreadPlace()
         explicit = _generation.get()

@@ -439,6 +439,24 @@ def test_refresh_frees_all_and_starts_afresh() -> None:
     assert same(Loop().run(cached), alone(Loop(), **ALWAYS_REUSE))
 
 
+def test_refresh_reaches_the_generations_of_other_threads() -> None:
+    model = ToyTransformer()
+    cached = compiled(model, **ALWAYS_REUSE)
+    first, other = (gaussian(seed, 1, TOKENS, CHANNELS) for seed in (0, 1))
+    prompt = gaussian("cond", 1, 5, CHANNELS)
+    expected = model(other, None, prompt)
+
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        cached(first, None, prompt)
+        assert not torch.allclose(cached(other, None, prompt), expected, atol=1e-3)
+        with omni_cache.generation(), omni_cache.branch("cond"):
+            cached(first, None, prompt)  # so that the outer one is not the latest
+        thread = threading.Thread(target=omni_cache.refresh, args=(model,))
+        thread.start()
+        thread.join()
+        assert torch.equal(cached(other, None, prompt), expected)
+
+
 def test_refresh_within_a_generation_starts_it_over() -> None:
     model = ToyTransformer()
     cached = compiled(model, **ALWAYS_REUSE)
