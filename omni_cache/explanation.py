@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -130,6 +132,11 @@ def _break_text(error: Unsupported | UserError) -> str:
     """Why Dynamo could not go on, where in the user's code, and what it advises."""
     lines = [line.strip() for line in str(error).splitlines()]
     advice = [line.removeprefix("Hint: ") for line in lines if line.startswith("Hint: ")]
-    stack = getattr(error, "real_stack", None)
-    place = f", at {stack[-1].filename}:{stack[-1].lineno}" if stack else ""
-    return " ".join([f"{lines[0]}{place}.", *advice[:1]])
+    # Of a size that depends on data, Dynamo says what it needs between advice and internals.
+    reason = lines[0].removeprefix("Consider annotating your code using torch._check*(). ")
+    reason = re.sub(r"\s*\((?:unhinted|Size-like symbols):.*$", "", reason)
+    own = Path(torch.__file__).parent
+    stack = getattr(error, "real_stack", None) or ()
+    users = [each for each in stack if own not in Path(each.filename).parents] or stack
+    place = f", at {users[-1].filename}:{users[-1].lineno}" if users else ""
+    return " ".join([f"{reason.rstrip('.')}{place}.", *advice[:1]])
