@@ -283,6 +283,9 @@ class TracedFrame:
         if model is None:
             return cls(is_piece=is_piece, is_resumed=is_resumed)
         call = bound_call()
+        if call is not None and call.module is not model:
+            # A module of the model that was called, traced on its own behind a break.
+            is_piece = is_resumed = True
         parameters = tuple(inspect.signature(model.forward).parameters)
         positional = zip(parameters, given.get("args", ()), strict=False)
         given = {**dict(positional), **given.get("kwargs", {}), **given}

@@ -99,7 +99,8 @@ def test_a_transformer_of_ones_own_is_exact_and_then_reused_by_the_formula() -> 
         "inner": "eager",
     }
     compiled = torch.compile(loom, backend=omni_cache_backend, options=options, fullgraph=True)
-    first, second = compiled(**inputs(0)), compiled(**inputs(1))
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        first, second = compiled(**inputs(0)), compiled(**inputs(1))
 
     (trajectory,) = omni_cache.summary(loom).trajectories
     assert [step.computed for step in trajectory.steps] == [True, False]

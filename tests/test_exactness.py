@@ -48,7 +48,9 @@ def no_grad() -> Iterator[None]:
 
 
 def run(model: Callable[..., Any], case: ModelCase) -> list[Tensor]:
-    with torch.no_grad():  # also in a fixture of wider scope
+    # Gradients are off in fixtures of wider scope also. The place is named, because the cases make
+    # their inputs anew for every step.
+    with torch.no_grad(), omni_cache.generation(), omni_cache.branch("cond"):
         return [sample(model(**case.inputs(step))) for step in STEPS]
 
 
@@ -87,7 +89,6 @@ def runs(request: pytest.FixtureRequest) -> Runs:
         trace.chosen = name
         omni_cache.refresh(model)
         outputs = run(compiled, case)
-        # One trajectory: the timestep is found and followed in every class.
         (trajectory,) = omni_cache.summary(model).trajectories
         return outputs, trajectory.steps
 

@@ -41,7 +41,8 @@ def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
     )
     trace = OneTrace({"alternate": alternate, "plain": lookup_backend("inductor")})
     compiled = torch.compile(model, backend=trace, fullgraph=True)
-    outputs = [sample(compiled(**case.inputs(step))) for step in STEPS]
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        outputs = [sample(compiled(**case.inputs(step))) for step in STEPS]
     (trajectory,) = omni_cache.summary(model).trajectories
     assert [step.computed for step in trajectory.steps] == [True, False, True, False]
     trace.chosen = "plain"

@@ -363,9 +363,9 @@ def test_flags_reach_the_gate() -> None:
 
     def run(name: str) -> tuple[list[bool], list[float | None]]:
         trace.chosen = name
-        omni_cache.refresh(model)
-        for step in range(4):
-            compiled(**case.inputs(step))
+        with omni_cache.generation(), omni_cache.branch("cond"):
+            for step in range(4):
+                compiled(**case.inputs(step))
         (trajectory,) = omni_cache.summary(model).trajectories
         return (
             [step.computed for step in trajectory.steps],
