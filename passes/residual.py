@@ -423,11 +423,15 @@ def _repeated(view: View) -> View | None:
     """What the channels of a view repeat: ``x`` of ``cat([x, x], dim=-1)``, else None."""
     if not isinstance(view, Cat) or view.dim != len(view.shape) - 1:
         return None
-    first = view.parts[0]
-    alike = isinstance(first, Leaf) and all(
-        isinstance(part, Leaf) and part.node is first.node for part in view.parts
-    )
-    return first if alike else None
+    sources = {_before_casts(part.node) if isinstance(part, Leaf) else None for part in view.parts}
+    return view.parts[0] if len(sources) == 1 and None not in sources else None
+
+
+def _before_casts(node: Node) -> Node:
+    """The node that a tensor is a cast of; itself if it is none."""
+    while op_name(node) in CAST_OPS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:

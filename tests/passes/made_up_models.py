@@ -373,3 +373,97 @@ def inputs(batch: int = 2) -> dict[str, Tensor]:
 def control() -> list[Tensor]:
     """Residuals of a control network."""
     return [torch.full((2, IMAGE, WIDTH), 0.1 * number) for number in range(3)]
+
+
+class LongSkips(Model):
+    """U-shaped: later blocks mix in what earlier ones were given, beside the stream itself."""
+
+    def __init__(self, depth: int = 4) -> None:
+        super().__init__(depth)
+        self.skips = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH))
+            for _ in range(depth // 2)
+        )
+        self.eval().requires_grad_(False)
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        given: list[Tensor] = []
+        half = len(self.blocks) // 2
+        for place, block in enumerate(self.blocks):
+            if place < half:
+                given.append(x)
+            else:
+                x = self.skips[place - half](torch.cat([x, given.pop()], dim=-1))
+            x = block(x, time)
+        return x
+
+
+class TimeFromABlock(Model):
+    """The first block's modulation is used once more, behind the blocks."""
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        x = super().loop(x, time, text)
+        return x * self.blocks[0].modulation(time)[:, None, :WIDTH]
+
+
+class Masked(Model):
+    """Tokens that are padding are set to zero after every addition."""
+
+    class block(Block):  # noqa: N801
+        def forward(self, x: Tensor, time: Tensor, keep: Tensor) -> Tensor:
+            shift, scale, gate = self.modulation(time)[:, None].chunk(3, dim=-1)
+            x = (x + gate * self.attn(self.norm1(x) * (1 + scale) + shift)) * keep
+            return (x + self.mlp(self.norm2(x))) * keep
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor, keep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, time, keep)
+        return x
+
+
+class TakingTurns(Model):
+    """Two lists of blocks that take turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([Block() for _ in range(2)]).eval().requires_grad_(False)
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        for block, other in zip(self.blocks, self.others, strict=True):
+            x = other(block(x, time), time)
+        return x
+
+
+class VmappedMask(Model):
+    """Each block makes its mask with vmap, which enters and leaves a mode in the graph."""
+
+    class block(Block):  # noqa: N801
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            places = torch.arange(IMAGE)
+            mask = torch.vmap(lambda row: (places >= row - 2).to(x.dtype))(places)
+            return super().forward(x + mask.mean(), time)
+
+
+class InjectedPerBlock(DualStream):
+    """Half of the text's channels are given anew to every block, in both lists."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=3)
+        self.given = nn.ModuleList([nn.Linear(WIDTH, WIDTH // 2) for _ in range(6)])
+        self.singles = nn.ModuleList([Block() for _ in range(3)])
+        self.eval().requires_grad_(False)
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        length, words = text.shape[1], [each(text) for each in self.given]
+        for block in self.blocks:
+            x, text = block(x, torch.cat([text[..., : WIDTH // 2], words.pop()], dim=-1), time)
+        for block in self.singles:
+            text = torch.cat([text[..., : WIDTH // 2], words.pop()], dim=-1)
+            x = block(torch.cat([text, x], dim=1), time)
+            text, x = x[:, :length], x[:, length:]
+        return x
+
+
+def keep() -> Tensor:
+    """Which tokens are no padding, one for all channels."""
+    return torch.ones(2, IMAGE, 1).index_fill(1, torch.tensor([IMAGE - 1]), 0)

@@ -33,7 +33,7 @@ Ending = Literal["image", "both", "whole"]
 Layout = Literal["tokens", "sequence first", "channels first", "picture"]
 Modulation = Literal["per sample", "per token", "from a table", "none"]
 Norm = Literal["before", "before and after", "after the addition"]
-Skips = Literal["none", "added", "concatenated"]
+Skips = Literal["none", "added"]
 Attention = Literal["fused", "matmul", "einsum"]
 Rotary = Literal["none", "computed", "given"]
 Writes = Literal["never", "within", "after"]
@@ -171,7 +171,7 @@ def descriptions(draw: st.DrawFn) -> Description:
 
     norm, skips = choice(Norm), choice(Skips)
     # Two lists are one loop only if residual additions carry the streams through both.
-    residual = norm != "after the addition" and skips != "concatenated"
+    residual = norm != "after the addition"
     kinds = one_of([order for order in ORDERS if residual or len(order) == 1])
     depths = [one_of(DEPTHS) for _ in kinds]
     paths = draw(st.permutations(LIST_NAMES))
@@ -198,8 +198,7 @@ def descriptions(draw: st.DrawFn) -> Description:
         rotary=choice(Rotary),
         mask=draw(st.booleans()),
         control=draw(st.booleans()),
-        # A loop that carries on nothing but the text would run on from the text's refiner.
-        refiner=skips != "concatenated" and draw(st.booleans()),
+        refiner=draw(st.booleans()),
         writes=choice(Writes),
         time_in_a_list=draw(st.booleans()),
         latents=one_of(LATENTS),
@@ -370,9 +369,6 @@ class Transformer(nn.Module):
         for weight in blocks.parameters():
             weight.data *= 2  # so that blocks add about as much as they are given
         holder.add_module(name, blocks.to(described.block_dtype))
-        if described.skips == "concatenated":
-            skip = nn.Linear(2 * WIDTH, WIDTH, dtype=described.block_dtype)
-            holder.add_module(f"{name}_skip", skip)
 
     def forward(self, **given: Any) -> Tensor:
         streams, conditioning = self.enter(**given)
@@ -454,7 +450,7 @@ class Transformer(nn.Module):
             for place, block in enumerate(blocks):
                 main = "joint" if each.kind == "joint" else "image"
                 if skipped and place >= each.depth - each.depth // 2:
-                    streams[main] = self.skip(streams[main], skipped.pop(), main, each.path)
+                    streams[main] = streams[main] + skipped.pop()
                 elif self.described.skips != "none" and place < each.depth // 2:
                     skipped.append(streams[main])
                 streams = self.run(block, streams, conditioning)
@@ -488,13 +484,6 @@ class Transformer(nn.Module):
         return out_of_block(
             self.described, block(into_block(self.described, streams), conditioning)
         )
-
-    def skip(self, x: Tensor, skipped: Tensor, name: str, path: str) -> Tensor:
-        if self.described.skips == "added":
-            return x + skipped
-        inner = [into_block(self.described, {name: each})[name] for each in (x, skipped)]
-        mixed = operator.attrgetter(f"{path}_skip")(self)(torch.cat(inner, dim=-1))
-        return out_of_block(self.described, {name: mixed})[name]
 
     def controlled(self, x: Tensor, residual: Tensor, name: str) -> Tensor:
         """Adds the residual of a control network to the image, or to its part of a joint stream."""

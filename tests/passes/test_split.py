@@ -13,7 +13,9 @@ import torch
 from diffusers_models import REPRESENTATIVES
 from made_up_models import Block, Model, control, inputs
 from omni_cache.passes import FINITE, GuardedGraph, Part, RegionError
+from omni_cache.passes.node import module_path
 from omni_cache.passes.residual import Cat, Leaf, Permute, Reshape, Slice, View
+from omni_cache.passes.split import is_guard
 from torch import Tensor, nn
 from torch.fx import Node
 from tracing import Trace, run, trace
@@ -25,22 +27,31 @@ MADE_UP = (
     made_up.DualStream,
     made_up.InPlaceAfter,
     made_up.InPlaceWithin,
+    made_up.InjectedPerBlock,
     made_up.JointTail,
+    made_up.LongSkips,
+    made_up.Masked,
     made_up.PerTokenModulation,
     made_up.PiecesAcrossTheCut,
     made_up.PositionInFirstBlock,
     made_up.PostNormWrittenOver,
     made_up.SplitTail,
+    made_up.TakingTurns,
+    made_up.TimeFromABlock,
     made_up.TwoOutputs,
     made_up.ViewsAtTheSeams,
+    made_up.VmappedMask,
     made_up.WholeJointStream,
 )
 
 
 @cache
 def made_up_trace(kind: type[Model]) -> Trace:
-    extra = {"control": control()} if kind is made_up.Controlled else {}
-    return trace(kind(), **inputs(), **extra)
+    extra: dict[type[Model], dict[str, Any]] = {
+        made_up.Controlled: {"control": control()},
+        made_up.Masked: {"keep": made_up.keep()},
+    }
+    return trace(kind(), **inputs(), **extra.get(kind, {}))
 
 
 TRACES: dict[str, Callable[[], Trace]] = {
@@ -129,7 +140,11 @@ def test_the_signal_is_computed_before_the_body_and_not_again_in_it(traced: Trac
     moved = set(analysis.signal.moved)
     assert analysis.signal.node in moved
     assert moved <= set(analysis.region.prologue)
-    copied = {node.name for node in guarded.body.module.graph.nodes if node.op != "placeholder"}
+    copied = {
+        node.name
+        for node in guarded.body.module.graph.nodes
+        if node.op != "placeholder" and not is_guard(node)
+    }
     assert copied.isdisjoint(node.name for node in moved)
 
 
@@ -153,6 +168,27 @@ def test_no_part_takes_what_it_does_not_read(traced: Trace) -> None:
 def test_the_captured_graph_is_left_as_it_is(traced: Trace) -> None:
     assert "residual" not in str(traced.gm.graph)
     assert not any("omni" in key for node in traced.gm.graph.nodes for key in node.meta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lists"),
+    [
+        (made_up.InjectedPerBlock, ["blocks", "singles"]),
+        (made_up.LongSkips, ["blocks"]),
+        (made_up.Masked, ["blocks"]),
+        (made_up.TakingTurns, ["blocks", "others"]),
+        (made_up.TimeFromABlock, ["blocks"]),
+        (made_up.VmappedMask, ["blocks"]),
+    ],
+)
+def test_the_one_output_is_a_residual_update_of_the_hidden_states(
+    kind: type[Model], lists: list[str]
+) -> None:
+    analysis = made_up_trace(kind).guarded.analysis
+    assert [each.path for each in analysis.loop.lists] == lists
+    (pair,) = analysis.pairs
+    assert isinstance(pair.partner, Leaf)
+    assert module_path(pair.partner.node)[:1] == ("embed",)
 
 
 class Noisy(Model):
