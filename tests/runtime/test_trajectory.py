@@ -439,6 +439,15 @@ def test_refresh_frees_all_and_starts_afresh() -> None:
     assert same(Loop().run(cached), alone(Loop(), **ALWAYS_REUSE))
 
 
+def test_steps_told_before_the_first_call_of_a_compiled_model_count() -> None:
+    model = ToyTransformer()
+    cached = compiled(model, force_last_step=True, **ALWAYS_REUSE)
+    omni_cache.refresh(model, num_inference_steps=4)
+    Loop(steps=4).run(cached)
+
+    assert reasons(model)[0][-1] == "last step"
+
+
 def test_refresh_reaches_the_generations_of_other_threads() -> None:
     model = ToyTransformer()
     cached = compiled(model, **ALWAYS_REUSE)
