@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import Unsupported, UserError
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
 from omni_cache.backend import analyse_for_strategy
+from omni_cache.capture import UNCAPTURED, in_pieces
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis, RegionError, guarded_text, split
 from omni_cache.pipelines import enabled_flags
@@ -117,10 +117,11 @@ def examine(
         with torch.no_grad():
             try:
                 torch.compile(forward, backend=report, fullgraph=True, dynamic=False)()
-            except (Unsupported, UserError) as error:
+            except UNCAPTURED as error:
                 breaks.append(_break_text(error))
                 reports.clear()
-                torch.compile(forward, backend=report, dynamic=False)()
+                with in_pieces():
+                    torch.compile(forward, backend=report, dynamic=False)()
     finally:
         # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
         for code in (forward.__code__, *traced):
@@ -128,7 +129,7 @@ def examine(
     return Explanation(tuple(reports), tuple(breaks))
 
 
-def _break_text(error: Unsupported | UserError) -> str:
+def _break_text(error: Exception) -> str:
     """Why Dynamo could not go on, where in the user's code, and what it advises."""
     lines = [line.strip() for line in str(error).splitlines()]
     advice = [line.removeprefix("Hint: ") for line in lines if line.startswith("Hint: ")]

@@ -153,6 +153,13 @@ def is_known(fact: bool | torch.SymBool) -> bool:
     return bool(statically_known_true(fact))
 
 
+def is_unknown(size: int | torch.SymInt) -> bool:
+    """Whether a size is only known when the graph runs: a single number that depends on data."""
+    if isinstance(size, int) or size.node.hint is not None:
+        return False
+    return bool(size.node.expr.is_Symbol)
+
+
 def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two shapes are known to be equal, without adding a guard."""
     return len(one) == len(other) and all(map(same_size, one, other))

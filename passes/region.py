@@ -14,9 +14,11 @@ import difflib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from .node import (
+    VIEW_OPS,
     Dependencies,
     computation,
     dependencies,
@@ -196,6 +198,38 @@ def take_in(graph: Graph, region: Region, kept: Collection[Node], before: Depend
         node for node in region.prologue if (_tuple_producer(node) or node) not in body
     )
     return partition(graph, body, body.union(region.epilogue))
+
+
+def take_in_sizes(graph: Graph, region: Region) -> Region:
+    """The same region with what measures its results in its body, and cuts them by what it finds.
+
+    Sizes that depend on data are numbers that the graph reads off tensors and asserts things about.
+    No number of the body's may cross into the epilogue, but a tensor cut by it may.
+    """
+    epilogue = set(region.epilogue)
+    taken: set[Node] = set()
+    for node in region.epilogue:
+        if any(each in epilogue and each not in taken for each in node.all_input_nodes):
+            continue
+        measured = any(map(_is_of_data, (node, *node.all_input_nodes)))
+        if measured and (op_name(node) in VIEW_OPS or tensor_of(node) is None):
+            taken.add(node)
+    # A number that is read for something else stays, and so does all that reads it.
+    staying: set[Node] = set()
+    for node in reversed(region.epilogue):
+        if node in taken and tensor_of(node) is None and not taken.issuperset(node.users):
+            staying.add(node)
+    for node in region.epilogue:
+        if not staying.isdisjoint(node.all_input_nodes):
+            staying.add(node)
+    return extend_body(graph, region, taken - staying) if taken - staying else region
+
+
+def _is_of_data(node: Node) -> bool:
+    """Whether a node produces a number that depends on data."""
+    value = node.meta.get("example_value")
+    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+    return symbolic and value.node.hint is None
 
 
 def check_cuts(region: Region) -> None:

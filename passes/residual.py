@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from .node import (
     argument,
     is_known,
     is_static_input,
+    is_unknown,
     op_name,
     same_shape,
     same_size,
@@ -33,6 +35,38 @@ from .region import Region, extend_body
 
 Size: TypeAlias = int | torch.SymInt
 Shape: TypeAlias = tuple[Size, ...]
+
+
+class Sizes:
+    """What sizes that depend on data turn out to be, once the views they belong to are followed.
+
+    ``x[:, :-n]`` has a length of its own in the graph where ``n`` depends on data; as a view of
+    ``cat([a, b])`` it is the length of ``a``.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def learn(self, shape: Sequence[Size], true_shape: Sequence[Size]) -> None:
+        """Remember what the unknown sizes of a shape are."""
+        for size, true_size in zip(shape, true_shape, strict=True):
+            if is_unknown(size) and not same_size(size, true_size):
+                assert isinstance(size, torch.SymInt)
+                known = true_size if isinstance(true_size, int) else true_size.node.expr
+                self._known[size.node.expr] = known
+
+    def resolve(self, size: Size) -> Size:
+        """A size in terms of those that are known."""
+        if isinstance(size, int) or self._known.keys().isdisjoint(size.node.expr.free_symbols):
+            return size
+        known = size.node.expr.xreplace(self._known)
+        if isinstance(known, int):
+            return known
+        return _plain(size.node.shape_env.create_symintnode(known, hint=None))
+
+    def shape_of(self, value: torch.Tensor) -> Shape:
+        """A tensor's shape in terms of sizes that are known."""
+        return tuple(self.resolve(size) for size in value.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +167,24 @@ def leaves(view: View) -> list[Node]:
     return leaves(view.of)
 
 
-def trace_origins(region: Region) -> dict[Node, Origin]:
+class Origins(dict[Node, Origin]):
+    """The origin of each node that continues a residual stream."""
+
+    def __init__(self, origins: Mapping[Node, Origin] = MappingProxyType({})) -> None:
+        super().__init__(origins)
+        self.sizes = origins.sizes if isinstance(origins, Origins) else Sizes()
+
+    def add(self, node: Node, origin: Origin) -> None:
+        """Enter a node's origin, and learn from it what the node's unknown sizes are."""
+        self[node] = origin
+        value = tensor_of(node)
+        assert value is not None  # only tensors have an origin
+        self.sizes.learn(value.shape, origin.view.shape)
+
+
+def trace_origins(region: Region) -> Origins:
     """The origin of every node of the body that continues a residual stream. One linear sweep."""
-    origins: dict[Node, Origin] = {}
+    origins = Origins()
     flow = _Flow(region)
     for node in region.inputs:
         value = tensor_of(node)
@@ -144,7 +193,7 @@ def trace_origins(region: Region) -> dict[Node, Origin]:
     for node in region.body:
         origin = _origin(node, origins, flow)
         if origin is not None:
-            origins[node] = origin
+            origins.add(node, origin)
     return origins
 
 
@@ -227,13 +276,13 @@ def unreached_outputs(region: Region, pairs: Sequence[ResidualPair]) -> list[Nod
     return [pair.output for pair in pairs if pair.held and pair.output not in reached]
 
 
-def _pair(output: Node, origins: Mapping[Node, Origin]) -> ResidualPair:
+def _pair(output: Node, origins: Origins) -> ResidualPair:
     origin = origins.get(output)
     value = tensor_of(output)
     if origin is None or origin.additions == 0 or value is None:
         return ResidualPair(output, None, 0)
     inputs = (tensor_of(leaf) for leaf in leaves(origin.view))
-    fits = same_shape(origin.view.shape, value.shape) and all(
+    fits = same_shape(origin.view.shape, origins.sizes.shape_of(value)) and all(
         each is not None and each.dtype == value.dtype for each in inputs
     )
     if not fits or not (isinstance(origin.view, Leaf) or _is_concrete(origin.view)):
@@ -241,9 +290,9 @@ def _pair(output: Node, origins: Mapping[Node, Origin]) -> ResidualPair:
     return ResidualPair(output, origin.view, origin.additions)
 
 
-def _views_to_take(region: Region, origins: Mapping[Node, Origin]) -> list[Node]:
+def _views_to_take(region: Region, origins: Origins) -> list[Node]:
     """The views behind outputs that lead from a compound of region inputs to bare ones."""
-    known = dict(origins)
+    known = Origins(origins)
     epilogue = set(region.epilogue)
     taken: list[Node] = []
     for output in region.outputs:
@@ -254,7 +303,7 @@ def _views_to_take(region: Region, origins: Mapping[Node, Origin]) -> list[Node]
 
 
 def _views_down_to_leaves(
-    output: Node, origins: dict[Node, Origin], epilogue: Collection[Node]
+    output: Node, origins: Origins, epilogue: Collection[Node]
 ) -> list[Node]:
     """The views behind an output, when every path through them ends at a bare region input."""
     views: list[Node] = []
@@ -271,11 +320,16 @@ def _views_down_to_leaves(
                 origin = _view_origin(user, origins)
                 if origin is None or not _keeps_dtype(user, origin.view):
                     return []
-                origins[user] = origin
+                origins.add(user, origin)
             views.append(user)
             if op_name(user) in _PIECES or not isinstance(origins[user].view, Leaf):
                 frontier.append(user)
     return views
+
+
+def _same_shape(one: Node, other: Node) -> bool:
+    first, second = tensor_of(one), tensor_of(other)
+    return first is not None and second is not None and same_shape(first.shape, second.shape)
 
 
 def _keeps_dtype(node: Node, view: View) -> bool:
@@ -305,7 +359,7 @@ _UPDATES_OF_THE_FIRST = frozenset(
 )
 
 
-def _origin(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | None:
+def _origin(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     """The origin of one node from those of its inputs, or None where no stream continues in it."""
     name = op_name(node)
     if name in _SUMS or name in _UPDATES_OF_THE_FIRST:
@@ -315,7 +369,7 @@ def _origin(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin |
     return _view_origin(node, origins)
 
 
-def _add(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | None:
+def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     """The operand that has come the longest way is the stream, the others are updates of it.
 
     An operand that does not depend on the stream (a position embedding, the residual of a control
@@ -332,7 +386,7 @@ def _add(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | No
         for term in terms
         if isinstance(term, Node)
         and term in origins
-        and same_shape(origins[term].view.shape, value.shape)
+        and _same_shape(term, node)
     ]
     if not streams:
         return None
@@ -342,7 +396,7 @@ def _add(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | No
     return oldest.updated() if updated else oldest
 
 
-def _masked(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin | None:
+def _masked(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     """A stream that is multiplied by a mask goes on: by a tensor of one element per token."""
     value = tensor_of(node)
     terms = [argument(node, 0, "input", "self"), argument(node, 1, "other")]
@@ -350,7 +404,7 @@ def _masked(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin |
         if not isinstance(term, Node) or not isinstance(factor, Node) or term not in origins:
             continue
         origin, mask = origins[term], tensor_of(factor)
-        if value is None or mask is None or not same_shape(origin.view.shape, value.shape):
+        if value is None or mask is None or not _same_shape(term, node):
             continue
         one_per_token = mask.dim() == value.dim() and same_size(mask.shape[-1], 1)
         if one_per_token and not flow.updates(term, origin.view, node):
@@ -358,7 +412,7 @@ def _masked(node: Node, origins: Mapping[Node, Origin], flow: _Flow) -> Origin |
     return None
 
 
-def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
+def _view_origin(node: Node, origins: Origins) -> Origin | None:
     """The origin of a node that computes nothing: a view, a cast, a concatenation."""
     value = tensor_of(node)
     if value is None:
@@ -378,32 +432,35 @@ def _view_origin(node: Node, origins: Mapping[Node, Origin]) -> Origin | None:
         # A long skip: a stream beside an earlier state of itself, mixed into one again.
         mixed = same_shape(repeated.shape, value.shape)
         return origins[source].seen_as(repeated) if mixed else origins[source]
-    view = _view(node, name, origins[source].view, value)
+    view = _view(node, name, origins[source].view, origins.sizes)
     return None if view is None else origins[source].seen_as(view)
 
 
-def _view(node: Node, name: str, view: View, value: torch.Tensor) -> View | None:
+def _view(node: Node, name: str, view: View, sizes: Sizes) -> View | None:
     """What a node makes of a view; None where it is no view of it any more."""
+    value = tensor_of(node)
+    assert value is not None  # a view is a tensor
+    shape = sizes.shape_of(value)
     if name in _IDENTITY:
         return view
     if name in _EXPANSIONS:
-        return view if same_shape(view.shape, value.shape) else None
+        return view if same_shape(view.shape, shape) else None
     if name in _RESHAPES and not isinstance(argument(node, 1, "dtype"), torch.dtype):
-        return _reshape(view, tuple(value.shape))
+        return _reshape(view, shape)
     if name in _PERMUTES:
-        return _permute(view, _permutation(node, name, value.dim()))
+        return _permute(view, _permutation(node, name, len(shape)))
     if name == "getitem":
-        return _index(view, node.args[1], tuple(value.shape))
+        return _index(view, node.args[1], shape, sizes)
     if name == "narrow":
         dim = argument(node, 1, "dim")
-        start = _size(argument(node, 2, "start"))
-        length = _size(argument(node, 3, "length"))
+        start = _size(argument(node, 2, "start"), sizes)
+        length = _size(argument(node, 3, "length"), sizes)
         if isinstance(dim, int) and start is not None and length is not None:
-            return _slice(view, dim % value.dim(), start, start + length)
+            return _slice(view, dim % len(shape), start, start + length)
     return None
 
 
-def _cat(node: Node, value: torch.Tensor, origins: Mapping[Node, Origin]) -> Origin | None:
+def _cat(node: Node, value: torch.Tensor, origins: Origins) -> Origin | None:
     tensors = argument(node, 0, "tensors")
     if not isinstance(tensors, (list, tuple)):
         return None
@@ -411,7 +468,7 @@ def _cat(node: Node, value: torch.Tensor, origins: Mapping[Node, Origin]) -> Ori
     dim = argument(node, 1, "dim", "axis", default=0)
     if not parts or len(parts) != len(tensors) or not isinstance(dim, int):
         return None
-    view = _join([part.view for part in parts], dim % value.dim(), tuple(value.shape))
+    view = _join([part.view for part in parts], dim % value.dim())
     counts: dict[Node, int] = {}
     for part in parts:
         for leaf, count in part.counts.items():
@@ -434,7 +491,7 @@ def _before_casts(node: Node) -> Node:
     return node
 
 
-def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:
+def _join(parts: Sequence[View], dim: int) -> View:
     """Concatenate views; consecutive slices of one view that make it whole again are that view."""
     first = parts[0]
     if isinstance(first, Slice) and first.dim == dim:
@@ -451,10 +508,11 @@ def _join(parts: Sequence[View], dim: int, shape: Shape) -> View:
     flat: list[View] = []
     for part in parts:
         flat += part.parts if isinstance(part, Cat) and part.dim == dim else (part,)
-    return Cat(tuple(flat), dim, shape)
+    length = _plain(sum(part.shape[dim] for part in flat))
+    return Cat(tuple(flat), dim, (*first.shape[:dim], length, *first.shape[dim + 1 :]))
 
 
-def _piece(node: Node, source: Node, origins: Mapping[Node, Origin]) -> Origin | None:
+def _piece(node: Node, source: Node, origins: Origins) -> Origin | None:
     """One result of ``split`` or ``chunk``: a slice, placed by the sizes of its siblings."""
     whole = argument(source, 0, "input", "tensor", "self")
     siblings = source.meta.get("example_value")
@@ -467,13 +525,14 @@ def _piece(node: Node, source: Node, origins: Mapping[Node, Origin]) -> Origin |
         return None
     dim %= len(origin.view.shape)
     index %= len(siblings)
-    sizes = [each.shape[dim] for each in siblings]
-    view = _slice(origin.view, dim, sum(sizes[:index]), sum(sizes[: index + 1]))
+    lengths = [origins.sizes.resolve(each.shape[dim]) for each in siblings]
+    view = _slice(origin.view, dim, sum(lengths[:index]), sum(lengths[: index + 1]))
     return origin.seen_as(view)
 
 
 def _slice(view: View, dim: int, start: Size, stop: Size) -> View:
     """``view[start:stop]`` along ``dim``, resolved through concatenations and earlier slices."""
+    start, stop = _plain(start), _plain(stop)
     if same_size(start, 0) and same_size(stop, view.shape[dim]):
         return view
     if isinstance(view, Slice) and view.dim == dim:
@@ -485,11 +544,11 @@ def _slice(view: View, dim: int, start: Size, stop: Size) -> View:
             if is_known(start >= offset) and is_known(stop <= end):
                 return _slice(part, dim, start - offset, stop - offset)
             offset = end
-    shape = (*view.shape[:dim], stop - start, *view.shape[dim + 1 :])
+    shape = (*view.shape[:dim], _plain(stop - start), *view.shape[dim + 1 :])
     return Slice(view, dim, start, stop, shape)
 
 
-def _index(view: View, index: Any, shape: Shape) -> View | None:
+def _index(view: View, index: Any, shape: Shape, sizes: Sizes) -> View | None:
     """Basic indexing with slices: ``x[:, 8:]``, ``x[..., :4]``. Anything else ends the stream."""
     entries = list(index) if isinstance(index, tuple) else [index]
     dots = [place for place, entry in enumerate(entries) if entry is Ellipsis]
@@ -498,32 +557,47 @@ def _index(view: View, index: Any, shape: Shape) -> View | None:
     for place in dots:
         entries[place : place + 1] = [slice(None)] * (len(view.shape) - len(entries) + 1)
     for dim, entry in enumerate(entries):
-        bounds = _bounds(entry, view.shape[dim])
+        size = view.shape[dim]
+        bounds = _bounds(entry, size, sizes)
         if bounds is None:
             return None
         view = _slice(view, dim, *bounds)
-    # Where a symbolic bound lies beyond the end, the result is shorter than the bounds say.
-    return view if same_shape(view.shape, shape) else None
+        # Where a bound lies beyond the end, the result is shorter than the bounds say.
+        inside = is_known(bounds[0] <= bounds[1]) and is_known(bounds[1] <= size)
+        if not same_size(view.shape[dim], shape[dim]) and not (inside and is_unknown(shape[dim])):
+            return None
+    return view
 
 
-def _bounds(entry: slice, size: Size) -> tuple[Size, Size] | None:
+def _bounds(entry: slice, size: Size, sizes: Sizes) -> tuple[Size, Size] | None:
     """Start and stop of a slice of a dimension, or None where it has steps or unknown ends."""
-    start = 0 if entry.start is None else _size(entry.start)
-    stop = size if entry.stop is None else _size(entry.stop)
+    start = 0 if entry.start is None else _size(entry.start, sizes)
+    stop = size if entry.stop is None else _size(entry.stop, sizes)
     if entry.step not in (None, 1) or start is None or stop is None:
         return None
     if isinstance(start, int) and isinstance(stop, int) and isinstance(size, int):
         return slice(start, stop).indices(size)[:2]
     return (
-        start + size if is_known(start < 0) else start,
-        stop + size if is_known(stop < 0) else stop,
+        start + size if _is_from_the_end(start) else start,
+        stop + size if _is_from_the_end(stop) else stop,
     )
 
 
-def _size(value: Any) -> Size | None:
+def _is_from_the_end(bound: Size) -> bool:
+    """Whether a bound counts from the end. A ``-n`` of data is taken for one, as if never 0."""
+    return bound < 0 if isinstance(bound, int) else is_known(bound <= 0)
+
+
+def _size(value: Any, sizes: Sizes) -> Size | None:
     """A size that is written into a graph, as a number or as a node, or None if it is neither."""
     known = value.meta.get("example_value") if isinstance(value, Node) else value
-    return known if isinstance(known, (int, torch.SymInt)) else None
+    return sizes.resolve(known) if isinstance(known, (int, torch.SymInt)) else None
+
+
+def _plain(size: Size) -> Size:
+    """A size as a number, where it is one."""
+    constant = isinstance(size, torch.SymInt) and size.node.expr.is_number
+    return int(size.node.expr) if constant else size
 
 
 def _reshape(view: View, shape: Shape) -> View:
@@ -564,8 +638,15 @@ def _permute(view: View, dims: tuple[int, ...] | None) -> View | None:
 
 def _is_concrete(view: View) -> bool:
     """Whether a view can be written into a graph without symbolic sizes."""
-    if not all(isinstance(size, int) for size in view.shape):
-        return False
-    if isinstance(view, Leaf):
-        return True
-    return all(map(_is_concrete, view.parts if isinstance(view, Cat) else (view.of,)))
+    match view:
+        case Leaf():
+            return True
+        case Cat():
+            return all(map(_is_concrete, view.parts))
+        case Slice():
+            written: Shape = (view.start, view.stop)
+        case Reshape():
+            written = view.shape
+        case Permute():
+            written = ()
+    return all(isinstance(size, int) for size in written) and _is_concrete(view.of)

@@ -44,6 +44,7 @@ from .region import (
     close_region,
     shrink_body,
     take_in,
+    take_in_sizes,
     with_ancestors,
 )
 from .residual import (
@@ -139,7 +140,8 @@ def analyse(
     """
     before = dependencies(graph)
     loop = find_block_loop(graph, region, before)
-    found, pairs = pair_outputs(graph, close_region(graph, loop.nodes, before))
+    closed = take_in_sizes(graph, close_region(graph, loop.nodes, before))
+    found, pairs = pair_outputs(graph, closed)
     unreached = unreached_outputs(found, pairs)
     if unreached:
         found, pairs = _without(graph, found, pairs, with_ancestors(found, unreached, before))
@@ -202,7 +204,12 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
     for pair in pairs:
         value = body.values[pair.output]
         if pair.output in partners:
-            value = body.call(torch.sub, value, body.partner(partners[pair.output], made))
+            residual = body.call(torch.sub, value, body.partner(partners[pair.output], made))
+            if _depends_on_data(value):
+                # Another part would not know the sizes that it is laid out by; the partner's are.
+                laid_out = body.call(torch.clone, value, memory_format=torch.contiguous_format)
+                outputs[pair.output.name] = laid_out
+            value = residual
         residuals[_unused(f"{pair.output.name}_residual", taken)] = value
     finite = None
     for name, value in residuals.items():
@@ -212,6 +219,12 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
     assert finite is not None  # there is at least one pair
 
     epilogue = _Builder(gm, held_modes)
+    for pair in pairs:
+        made_anew = outputs[pair.output.name]
+        if made_anew is not body.values[pair.output]:
+            epilogue.values[pair.output] = epilogue.placeholder(
+                pair.output.name, _value(made_anew)
+            )
     epilogue.copy(region.epilogue)
 
     reuse = _Builder(gm, held_modes)
@@ -332,11 +345,11 @@ class _Builder:
         self._inputs[name] = new
         return new
 
-    def call(self, function: Callable[..., Any], *args: Any) -> Node:
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Node:
         """A new node that is no copy, with the value that it has for the traced inputs."""
-        new = self.graph.call_function(function, args)
+        new = self.graph.call_function(function, args, options)
         with torch.no_grad():
-            value = function(*map_arg(args, lambda node: node.meta["example_value"]))
+            value = function(*map_arg(args, lambda node: node.meta["example_value"]), **options)
         new.meta = {_GUARD: True, "example_value": value}
         return new
 
@@ -413,6 +426,12 @@ def _layout(value: Any) -> tuple[int | torch.SymInt, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
     return (*value.shape, *value.stride(), value.storage_offset())
+
+
+def _depends_on_data(node: Node) -> bool:
+    """Whether a tensor is laid out by sizes that are only known when the graph runs."""
+    sizes = _layout(node.meta["example_value"])
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
 
 
 def _value(node: Node) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from .node import (
     nbytes,
     op_name,
     parse_module_source,
+    same_size,
     tensor_of,
 )
 from .residual import Cat, Leaf, Permute, Reshape, ResidualPair, Slice, View
@@ -158,6 +159,8 @@ class _Names:
         results = _result(part.module.graph).args[0]
         assert isinstance(results, tuple)  # the split gives every named value a place
         for node, crossing in zip(results, part.outputs, strict=True):
+            if is_guard(node) and node.target is torch.clone:
+                node = node.args[0]  # the same, laid out anew
             if not is_guard(node):
                 self._crossing[crossing] = self.of(node)
 
@@ -417,7 +420,7 @@ def _expression(view: View, names: _Names) -> str:
     inner = _expression(view.of, names)
     if isinstance(view, Slice):
         start = view.start or ""
-        stop = "" if view.stop == view.of.shape[view.dim] else view.stop
+        stop = "" if same_size(view.stop, view.of.shape[view.dim]) else view.stop
         return f"{inner}[{':, ' * view.dim}{start}:{stop}]"
     if isinstance(view, Permute):
         return f"{inner}.permute({', '.join(map(str, view.dims))})"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
 import omni_cache
+from omni_cache.capture import CapturedFunction
 from omni_cache.coverage import ClassReport, load, lost, transformer_classes
 
 REPORT = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -50,9 +51,7 @@ def test_it_is_exact_and_reuses_what_the_eager_formula_says(case: ModelCase) -> 
             "always": cached(**IDENTITY, rel_l1_thresh=1e6),
         }
     )
-    # Captured whole where it can be, which Dynamo does with less of a model when it need not.
-    in_one_graph = REPORTS[case.class_name].graphs == 1
-    compiled = torch.compile(model, backend=trace, fullgraph=in_one_graph)
+    compiled = CapturedFunction(model, backend=trace)
 
     def loop(name: str) -> list[Tensor]:
         trace.chosen = name
@@ -85,9 +84,9 @@ def test_the_report_has_every_class_that_diffusers_exports() -> None:
     assert {case.class_name for case in CASES.values()} == set(REPORTS)
 
 
-def test_nine_of_ten_classes_are_covered_with_nearly_all_of_their_arithmetic() -> None:
+def test_nearly_all_classes_are_covered_with_nearly_all_of_their_arithmetic() -> None:
     covered = [each for each in REPORTS.values() if each.status == "covered"]
-    assert len(covered) >= 0.9 * len(REPORTS)
+    assert len(covered) >= 0.95 * len(REPORTS)
     for each in covered:
         assert all(each.pairs), each.class_name
         assert each.share >= 0.85, each.class_name

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from omni_cache.backend import omni_cache_backend
+from omni_cache.capture import CapturedFunction
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
 from omni_cache.runtime import (
     Call,
@@ -227,7 +228,7 @@ class _CachedCall:
         # By weak reference: a module that owned itself would be freed by the cycle collector only.
         self._module = weakref.ref(module)
         self._parameters = tuple(inspect.signature(module.forward).parameters)
-        self._compiled = torch.compile(
+        self._compiled = CapturedFunction(
             _entry(type(module), self.flags),
             backend=omni_cache_backend,
             options=options,

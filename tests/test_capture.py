@@ -1,0 +1,199 @@
+"""A model is captured whole where it can be, and in as few pieces as there must be elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+from torch.fx import GraphModule
+from toy_transformer import ALWAYS_REUSE, CHANNELS, TOKENS, WIDTH, Block, ToyTransformer, gaussian
+
+import omni_cache
+from omni_cache.capture import CapturedFunction
+
+
+class Counter:
+    """A Dynamo backend that runs graphs as they are, and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[GraphModule] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        return gm.forward
+
+
+def whole(x: Tensor, mask: Tensor) -> Tensor:
+    for _ in range(2):
+        x = x + x[mask].sum()
+    return x[: int(mask.sum())]
+
+
+def broken(x: Tensor, mask: Tensor) -> Tensor:
+    x = x * 2 if x.sum() > 0 else x * 3
+    for _ in range(2):
+        x = x + x[mask].sum()
+    return x
+
+
+X, MASK = gaussian("x", 6), torch.tensor([True, False, True, True, False, False])
+
+
+def test_a_function_over_sizes_that_depend_on_data_is_one_graph() -> None:
+    counter = Counter()
+    captured = CapturedFunction(whole, backend=counter)
+    assert torch.equal(captured(X, MASK), whole(X, MASK))
+    assert len(counter.graphs) == 1
+
+
+def test_behind_a_break_the_rest_is_one_graph() -> None:
+    counter = Counter()
+    captured = CapturedFunction(broken, backend=counter)
+    assert torch.equal(captured(X, MASK), broken(X, MASK))
+    assert len(counter.graphs) == 2
+
+
+def test_a_function_that_breaks_only_later_goes_on_in_pieces() -> None:
+    def sometimes(x: Tensor, mask: Tensor, breaks: bool) -> Tensor:
+        return broken(x, mask) if breaks else whole(x, mask)
+
+    counter = Counter()
+    captured = CapturedFunction(sometimes, backend=counter)
+    for breaks, graphs in ((False, 1), (True, 3), (True, 3)):
+        assert torch.equal(captured(X, MASK, breaks), sometimes(X, MASK, breaks))
+        assert len(counter.graphs) == graphs
+
+
+def test_fullgraph_raises_at_a_break() -> None:
+    captured = CapturedFunction(broken, fullgraph=True, backend=Counter())
+    with pytest.raises(Unsupported):
+        captured(X, MASK)
+
+
+def test_without_fullgraph_pieces_are_asked_for_from_the_start() -> None:
+    counter = Counter()
+    captured = CapturedFunction(whole, fullgraph=False, backend=counter)
+    assert torch.equal(captured(X, MASK), whole(X, MASK))
+    assert len(counter.graphs) > 1
+
+
+def test_too_many_compilations_are_no_error() -> None:
+    counter = Counter()
+    captured = CapturedFunction(lambda x: x.sin() + x.shape[0], backend=counter, dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in (2, 3, 4, 5):
+            x = gaussian("x", size)
+            torch.testing.assert_close(captured(x), x.sin() + size)
+    assert len(counter.graphs) == 2
+
+
+class Selecting(ToyTransformer):
+    """Reorders the prompt by its mask before the blocks, after a branch on data."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor) -> Any:
+        if torch.all(prompt == 0):
+            mask = torch.zeros_like(mask)
+        ordered = []
+        for words, valid in zip(prompt, mask, strict=True):
+            ordered.append(torch.cat([words[valid], words[~valid]]))
+        text = self.embed_prompt(torch.stack(ordered))
+        time = self.embed_time(timestep[:, None] / 500) + text.mean(1)
+        x = self.embed(hidden_states)
+        for block in self.blocks:
+            x = block(x, time, None)
+        return self.project(x)
+
+
+@torch.no_grad()
+def test_an_enabled_model_that_selects_by_a_mask_behind_a_break_is_cached() -> None:
+    model = Selecting()
+    prompt, mask = gaussian("prompt", 1, 6, CHANNELS), MASK[None]
+    latents = gaussian("latents", 1, TOKENS, CHANNELS)
+    omni_cache.enable(model, inner="eager", **ALWAYS_REUSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", omni_cache.UncachedWarning)
+        for timestep in (900.0, 600.0, 300.0):
+            model(latents, torch.tensor([timestep]), prompt, mask)
+    summary = omni_cache.summary(model)
+    assert (summary.computed_steps, summary.reused_steps) == (1, 2)
+
+
+def test_explain_captures_as_enable_does() -> None:
+    latents = gaussian("latents", 1, TOKENS, CHANNELS)
+    prompt = gaussian("prompt", 1, 6, CHANNELS)
+    found = omni_cache.explain(Selecting(), latents, torch.tensor([900.0]), prompt, MASK[None])
+    assert found.cached
+    assert len(found.graphs) == 2
+    assert [each.analysis is not None for each in found.graphs] == [False, True]
+
+
+# --- sizes that are only known when the graph runs -----------------------------------------------
+
+
+class MatmulBlock(Block):
+    """Attention in plain matrix products, which asks nothing about its sizes."""
+
+    def forward(self, x: Tensor, time: Tensor, mask: Tensor | None) -> Tensor:
+        scale, shift = self.modulation(time)[:, None].chunk(2, -1)
+        q, k, v = self.qkv(self.norm(x) * (1 + scale) + shift).split(WIDTH, -1)
+        return x + self.out((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+
+
+class Joint(nn.Module):
+    """Two streams in one sequence; the text's length, and where it is cut off, depend on data."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embed = nn.Linear(CHANNELS, WIDTH)
+            self.embed_time = nn.Linear(1, WIDTH)
+            self.blocks = nn.ModuleList(MatmulBlock() for _ in range(depth))
+            self.project = nn.Linear(WIDTH, CHANNELS)
+        self.eval().requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor) -> Any:
+        time = self.embed_time(timestep[:, None] / 500)
+        x = self.embed(hidden_states)
+        text = self.embed(prompt)[:, : int(mask.sum())]
+        for block in self.blocks:
+            length = text.shape[1]
+            joint = block(torch.cat([x, text], 1), time, None)
+            x, text = joint[:, :-length], joint[:, -length:]
+        return self.project(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_a_stream_cut_off_by_a_length_of_data_is_paired_and_exact(length: int) -> None:
+    model, prompt = Joint(), gaussian("prompt", 1, 6, CHANNELS)
+    mask = torch.arange(6) < length
+    inputs = [
+        (gaussian(step, 1, TOKENS, CHANNELS), torch.tensor([900.0 - 100 * step]), prompt, mask)
+        for step in range(3)
+    ]
+    expected = [model(*each) for each in inputs]
+
+    found = omni_cache.explain(model, *inputs[0])
+    (graph,) = found.graphs
+    assert graph.analysis is not None
+    (pair,) = graph.analysis.pairs
+    assert not pair.held
+    assert pair.additions == len(model.blocks)
+
+    omni_cache.enable(model, inner="eager", **{**ALWAYS_REUSE, "rel_l1_thresh": 0.0})
+    assert all(map(torch.equal, (model(*each) for each in inputs), expected))
+    omni_cache.enable(model, inner="eager", **ALWAYS_REUSE)
+    got = [model(*each) for each in inputs]
+    assert omni_cache.summary(model).reused_steps == 2
+    # What a reused step must be: this step's tokens, plus what the blocks added to the first ones.
+    embedded = [model.embed(each[0]) for each in inputs]
+    for step in (1, 2):
+        moved = (embedded[step] - embedded[0]) @ model.project.weight.T
+        torch.testing.assert_close(got[step], expected[0] + moved, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(got[step], expected[step], atol=1e-3)
