@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from omni_cache import calibration
     from omni_cache.backend import UncachedWarning, omni_cache_backend
     from omni_cache.explanation import Explanation, explain
+    from omni_cache.extraction import CacheContext, register_extractor
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime import branch, generation
     from omni_cache.strategies import MagCacheConfig, TeaCacheConfig
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
+    "CacheContext": "omni_cache.extraction",
     "Explanation": "omni_cache.explanation",
     "MagCacheConfig": "omni_cache.strategies",
     "TeaCacheConfig": "omni_cache.strategies",
@@ -26,10 +28,12 @@ _HOMES = {
     "generation": "omni_cache.runtime",
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
+    "register_extractor": "omni_cache.extraction",
     "summary": "omni_cache.pipelines",
 }
 
 __all__ = [
+    "CacheContext",
     "Explanation",
     "MagCacheConfig",
     "TeaCacheConfig",
@@ -42,6 +46,7 @@ __all__ = [
     "generation",
     "omni_cache_backend",
     "refresh",
+    "register_extractor",
     "summary",
 ]
 

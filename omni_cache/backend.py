@@ -29,7 +29,7 @@ from omni_cache.passes import (
     split,
     timestep_name,
 )
-from omni_cache.runtime import CompiledParts, Executor, bound_call
+from omni_cache.runtime import CompiledPart, Executor, GuardedParts, bound_call
 from omni_cache.strategies import BoundStrategy
 
 logger = logging.getLogger(__name__)
@@ -111,12 +111,13 @@ def _compile_guarded(
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
     return Executor(
-        guarded,
-        CompiledParts(
-            *(
-                _compile_named(part, examples, flags)
-                for part in (guarded.prologue, guarded.body, guarded.epilogue, guarded.reuse)
-            )
+        GuardedParts(
+            prologue=_compile_named(guarded.prologue, examples, flags),
+            body=_compile_named(guarded.body, examples, flags),
+            epilogue=_compile_named(guarded.epilogue, examples, flags),
+            reuse=_compile_named(guarded.reuse, examples, flags),
+            residuals=guarded.residuals,
+            signal=guarded.signal,
         ),
         strategy,
         inputs=list(examples),
@@ -124,7 +125,7 @@ def _compile_guarded(
         copy_residuals=flags.inner_reuses_memory,
         kind=(flags, _digest(gm)),
         timestep=_timestep(analysis, frame),
-        is_piece=frame.is_resumed,
+        placed_by_call=frame.is_resumed,
     )
 
 
@@ -202,15 +203,13 @@ def _digest(gm: GraphModule) -> str:
     return hashlib.sha256("\n".join(each.code for each in graphs).encode()).hexdigest()
 
 
-def _compile_named(
-    part: Part, examples: Mapping[str, Any], flags: CompileOptions
-) -> Callable[..., Any]:
+def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:
     """Compile a part with the whole graph's own inputs where it has them, fake values elsewhere."""
     inputs = [
         examples.get(name, traced)
         for name, traced in zip(part.inputs, part.example_inputs, strict=True)
     ]
-    return compile_part(part.module, inputs, flags)
+    return CompiledPart(compile_part(part.module, inputs, flags), part.inputs, part.outputs)
 
 
 def compile_part(

@@ -25,7 +25,10 @@ def in_pieces() -> AbstractContextManager[None]:
     Tensors whose size depends on data do not break it further. Where such a break lies in a loop,
     Dynamo captures nothing of the function around it, which is often the one with the blocks.
     """
-    return torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+    capturing: AbstractContextManager[None] = torch._dynamo.config.patch(
+        capture_dynamic_output_shape_ops=True
+    )
+    return capturing
 
 
 class CapturedFunction:
@@ -48,6 +51,7 @@ class CapturedFunction:
             self._pieces = torch.compile(function, **flags)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function; as one graph, or from now on in pieces."""
         if self._whole is not None:
             try:
                 return self._whole(*args, **kwargs)

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from omni_cache.explanation import GraphReport, examine
+from omni_cache.explanation import examine
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis
 from omni_cache.passes.node import arithmetic, computation, describe_value
@@ -153,12 +153,12 @@ def report(case: Case) -> ClassReport:
         found = examine(case.deep.build(), (), case.inputs(), flags)
     graphs: dict[str, Any] = {
         "graphs": len(found.graphs),
-        "breaks": [_relative(each) for each in found.breaks],
+        "breaks": [_relative(str(each)) for each in found.breaks[:1]],
     }
-    best = max(found.graphs, key=_worth)
-    if best.analysis is None:
-        return ClassReport(case.class_name, "refused", reason=_relative(str(best.reason)), **graphs)
-    figures = describe(best.analysis)
+    analyses = [each.analysis for each in found.graphs if each.analysis is not None]
+    if not analyses:
+        return ClassReport(case.class_name, "refused", reason=_relative(found.reason), **graphs)
+    figures = describe(max(analyses, key=lambda each: sum(map(arithmetic, each.region.body))))
     reason = held_reason(figures["outputs"], figures["pairs"])
     return ClassReport(
         case.class_name, "held" if reason else "covered", reason=reason, **figures, **graphs
@@ -174,13 +174,6 @@ def held_reason(outputs: Sequence[str], pairs: Sequence[Sequence[str]]) -> str:
         f"no input of the region is known to have the shape of {', '.join(held)}, so that a reused "
         "step takes over the last value and not the last residual"
     )
-
-
-def _worth(graph: GraphReport) -> tuple[int, bool]:
-    """How much a graph tells: the arithmetic in its region, else whether it has blocks at all."""
-    if graph.analysis is not None:
-        return sum(map(arithmetic, graph.analysis.region.body)), True
-    return 0, "no list of repeated blocks" not in str(graph.reason)
 
 
 def describe(analysis: Analysis) -> dict[str, Any]:

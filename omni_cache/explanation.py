@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import FrameSummary
 from types import CodeType
 from typing import Any
 
@@ -17,18 +18,48 @@ from torch.fx import GraphModule
 
 from omni_cache.backend import analyse_for_strategy
 from omni_cache.capture import UNCAPTURED, in_pieces
+from omni_cache.extraction import CacheContext, Extractor, extract, find_extractor
 from omni_cache.options import CompileOptions
-from omni_cache.passes import Analysis, RegionError, guarded_text, split
+from omni_cache.passes import Analysis, NoBlockLoopError, RegionError, guarded_text, split
+from omni_cache.passes.node import describe_value
 from omni_cache.pipelines import enabled_flags
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One captured graph: the text of its guarded form, or the reason why there is none."""
+    """One captured graph: the text of its guarded form, or the reason why there is none.
+
+    ``has_blocks`` says whether a part of the block loop is in it.
+    """
 
     text: str
     analysis: Analysis | None
     reason: str | None
+    has_blocks: bool = True
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo cannot go on. ``str()`` is one line.
+
+    Attributes:
+        reason: what it cannot follow.
+        place: ``file:line`` in the user's code, innermost.
+        source: that line.
+        reached_from: ``file:line`` in the model's own ``forward``, where that is another one.
+        advice: what Dynamo advises, or an empty string.
+        in_block: whether it lies in an element of a ModuleList, or in what that calls.
+    """
+
+    reason: str
+    place: str
+    source: str = ""
+    reached_from: str = ""
+    advice: str = ""
+    in_block: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reason}, at {self.place}. {self.advice}".strip()
 
 
 @dataclass(frozen=True)
@@ -36,35 +67,78 @@ class Explanation:
     """What ``explain`` found. ``str()`` is the report that it prints.
 
     Attributes:
-        graphs: one report for each graph that Dynamo captured, in order.
-        breaks: the first graph break, if Dynamo cannot capture the model as one graph: why, the
-            file and line, and what to change.
+        model_class: the model's class.
+        graphs: one report for each graph that Dynamo captured, in order; for a model with a
+            registered extractor one report of what that says.
+        breaks: the graph breaks, if Dynamo cannot capture the model as one graph; the first is the
+            one that it meets first.
     """
 
+    model_class: str
     graphs: tuple[GraphReport, ...]
-    breaks: tuple[str, ...]
+    breaks: tuple[GraphBreak, ...]
 
     @property
     def cached(self) -> bool:
         """Whether some graph has a region."""
         return any(each.reason is None for each in self.graphs)
 
+    @property
+    def reason(self) -> str:
+        """Why the model is not cached, in one sentence that says what to do; empty if it is."""
+        if self.cached:
+            return ""
+        with_blocks = [each for each in self.graphs if each.has_blocks]
+        if not self.breaks:
+            return str(self.graphs[0].reason) if self.graphs else "the model runs no graph at all"
+        if len(with_blocks) == 1 and "graph break" not in str(with_blocks[0].reason):
+            return str(with_blocks[0].reason)
+        among = next((each for each in self.breaks if each.in_block), None)
+        met = among or self.breaks[0]
+        effect = "cuts the block loop" if among else "comes before the block loop"
+        return (
+            f"a graph break at {met.place} {effect}, so that no graph holds it ({met.reason}); "
+            "change that line so that it takes no number and no decision from a tensor, or say "
+            "what the blocks are with omni_cache.register_extractor"
+        )
+
     def __str__(self) -> str:
-        lines = []
-        for number, graph in enumerate(self.graphs):
-            lines.append(f"graph {number + 1} of {len(self.graphs)}")
-            lines.append(graph.text if graph.reason is None else f"  not cached: {graph.reason}")
-        lines += [f"graph break: {each}" for each in self.breaks]
-        return "\n".join(lines)
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        count = len(self.graphs)
+        if not self.cached:
+            yield f"{self.model_class} runs uncached: {self.reason}."
+        elif count == 1:
+            yield f"{self.model_class} is cached: its block loop lies in one graph."
+        else:
+            numbers = [n for n, each in enumerate(self.graphs, 1) if each.reason is None]
+            listed = " and ".join(map(str, numbers))
+            yield f"{self.model_class} is cached: its block loop lies in graph {listed} of {count}."
+            yield "The other graphs run on every step."
+        for number, each in enumerate(self.graphs, 1):
+            heading = f"graph {number} of {count}: " if count > 1 else ""
+            if each.reason is None:
+                yield ""
+                yield from [heading.rstrip(": ")] if heading else []
+                yield each.text
+            elif each.has_blocks and each.reason != self.reason:
+                yield f"{heading}not cached: {each.reason}"
+        for met in self.breaks:
+            yield f"graph break: {met.reason}"
+            yield f"  at {met.place}: {met.source}" if met.source else f"  at {met.place}"
+            yield from [f"  reached from {met.reached_from}"] if met.reached_from else []
+            yield from [f"  Dynamo advises: {met.advice}"] if met.advice else []
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Trace a model with example inputs, and report what the pass finds.
 
-    The report names block loop, region inputs and outputs, residual pairs, signal and the memory
-    that a trajectory will hold, or the reason why there is no region and where in the source it
-    lies. It is printed and returned. Nothing is compiled, and the model stays as it is; only what
-    ``torch.compile`` had made of a model with graph breaks is made anew at its next call.
+    The report says first whether the model is cached, and if not, why and what to change. Then it
+    names block loop, region inputs and outputs, residual pairs, signal and the memory that a
+    trajectory will hold. It is printed and returned. Nothing is compiled, and the model stays as it
+    is; only what ``torch.compile`` had made of a model with graph breaks is made anew at its next
+    call. Of a model with a registered extractor it reports what that extracts.
 
     Args:
         model: the module; a pipeline's ``transformer``, say.
@@ -92,9 +166,16 @@ def examine(
 ) -> Explanation:
     """What :func:`explain` reports, without printing it."""
     module = getattr(model, "_orig_mod", model)
+    name = type(module).__name__
+    extractor = find_extractor(module)
+    if extractor is not None and flags.strategy is not None:
+        with torch.no_grad():
+            context = extract(extractor, module, *args, **kwargs)
+        return Explanation(name, (GraphReport(_context_text(extractor, context), None, None),), ())
     parameters = tuple(inspect.signature(module.forward).parameters)
+    blocks = _block_code(module)
     reports: list[GraphReport] = []
-    breaks: list[str] = []
+    breaks: list[GraphBreak] = []
     traced: set[CodeType] = set()
 
     def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
@@ -103,11 +184,15 @@ def examine(
             if flags.strategy is None:
                 raise RegionError("cache='none'")
             whole = module if breaks else None
-            name = type(module).__name__
             _, analysis = analyse_for_strategy(gm, flags, name, parameters, whole)
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
+        except NoBlockLoopError as error:
+            reports.append(GraphReport("", None, str(error), has_blocks=False))
         except (RegionError, ValueError) as error:
             reports.append(GraphReport("", None, str(error)))
+        ended = getattr(gm, "compile_subgraph_reason", None)
+        if ended is not None and ended.graph_break and ended.user_stack:
+            breaks.append(_graph_break(str(ended.reason), ended.user_stack, blocks))
         return gm.forward
 
     def forward() -> Any:
@@ -118,7 +203,8 @@ def examine(
             try:
                 torch.compile(forward, backend=report, fullgraph=True, dynamic=False)()
             except UNCAPTURED as error:
-                breaks.append(_break_text(error))
+                stack = getattr(error, "real_stack", None) or ()
+                breaks.append(_graph_break(str(error), stack, blocks))
                 reports.clear()
                 with in_pieces():
                     torch.compile(forward, backend=report, dynamic=False)()
@@ -126,18 +212,58 @@ def examine(
         # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
         for code in (forward.__code__, *traced):
             torch._dynamo.eval_frame.remove_from_cache(code)
-    return Explanation(tuple(reports), tuple(breaks))
+    by_place = {each.place: each for each in reversed(breaks)}
+    return Explanation(name, tuple(reports), tuple(reversed(by_place.values())))
 
 
-def _break_text(error: Exception) -> str:
+def _context_text(extractor: Extractor, context: CacheContext) -> str:
+    """What an extractor says of a call."""
+    named = f"{extractor.__module__}.{getattr(extractor, '__qualname__', extractor)}"
+    lines = [f"taken apart by the extractor {named}, in place of a graph"]
+    for field in ("hidden_states", "encoder_hidden_states", "modulated_input", "temb"):
+        value = getattr(context, field)
+        if value is not None:
+            lines.append(f"  {field}: {describe_value(value)}")
+    return "\n".join(lines)
+
+
+def _block_code(model: nn.Module) -> list[tuple[str, range]]:
+    """The files and lines of the ``forward`` of every element of a ModuleList."""
+    lists = (each for each in model.modules() if isinstance(each, nn.ModuleList))
+    found = []
+    for kind in dict.fromkeys(type(element) for each in lists for element in each):
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        if code is not None:
+            lines = [line for *_, line in code.co_lines() if line is not None]
+            found.append((code.co_filename, range(min(lines), max(lines) + 1)))
+    return found
+
+
+def _graph_break(
+    message: str, stack: Sequence[FrameSummary], blocks: Sequence[tuple[str, range]]
+) -> GraphBreak:
     """Why Dynamo could not go on, where in the user's code, and what it advises."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in message.splitlines()]
     advice = [line.removeprefix("Hint: ") for line in lines if line.startswith("Hint: ")]
     # Of a size that depends on data, Dynamo says what it needs between advice and internals.
     reason = lines[0].removeprefix("Consider annotating your code using torch._check*(). ")
-    reason = re.sub(r"\s*\((?:unhinted|Size-like symbols):.*$", "", reason)
-    own = Path(torch.__file__).parent
-    stack = getattr(error, "real_stack", None) or ()
-    users = [each for each in stack if own not in Path(each.filename).parents] or stack
-    place = f", at {users[-1].filename}:{users[-1].lineno}" if users else ""
-    return " ".join([f"{reason.rstrip('.')}{place}.", *advice[:1]])
+    reason = re.sub(r"\s*\((?:unhinted|Size-like symbols):.*$", "", reason).rstrip(".")
+    libraries = {Path(torch.__file__).parent, Path(__file__).parent}
+    frames = [each for each in stack if libraries.isdisjoint(Path(each.filename).parents)]
+    if not frames:
+        return GraphBreak(reason, "a place that Dynamo does not tell", advice="".join(advice[:1]))
+    inner = frames[-1]
+    outer = next((each for each in frames if each.name == "forward"), inner)
+    place, reached_from = (f"{each.filename}:{each.lineno}" for each in (inner, outer))
+    return GraphBreak(
+        reason,
+        place,
+        source=(inner.line or "").strip(),
+        reached_from="" if reached_from == place else reached_from,
+        advice="".join(advice[:1]),
+        in_block=any(
+            each.filename == file and each.lineno in lines
+            for each in frames
+            for file, lines in blocks
+        ),
+    )

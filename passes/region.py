@@ -228,8 +228,9 @@ def take_in_sizes(graph: Graph, region: Region) -> Region:
 def _is_of_data(node: Node) -> bool:
     """Whether a node produces a number that depends on data."""
     value = node.meta.get("example_value")
-    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
-    return symbolic and value.node.hint is None
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return False
+    return value.node.hint is None
 
 
 def check_cuts(region: Region) -> None:

@@ -172,7 +172,7 @@ class Origins(dict[Node, Origin]):
 
     def __init__(self, origins: Mapping[Node, Origin] = MappingProxyType({})) -> None:
         super().__init__(origins)
-        self.sizes = origins.sizes if isinstance(origins, Origins) else Sizes()
+        self.sizes: Sizes = origins.sizes if isinstance(origins, Origins) else Sizes()
 
     def add(self, node: Node, origin: Origin) -> None:
         """Enter a node's origin, and learn from it what the node's unknown sizes are."""
@@ -302,9 +302,7 @@ def _views_to_take(region: Region, origins: Origins) -> list[Node]:
     return taken
 
 
-def _views_down_to_leaves(
-    output: Node, origins: Origins, epilogue: Collection[Node]
-) -> list[Node]:
+def _views_down_to_leaves(output: Node, origins: Origins, epilogue: Collection[Node]) -> list[Node]:
     """The views behind an output, when every path through them ends at a bare region input."""
     views: list[Node] = []
     frontier = [output]
@@ -384,9 +382,7 @@ def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     streams = [
         (origins[term], flow.updates(term, origins[term].view, node))
         for term in terms
-        if isinstance(term, Node)
-        and term in origins
-        and _same_shape(term, node)
+        if isinstance(term, Node) and term in origins and _same_shape(term, node)
     ]
     if not streams:
         return None
@@ -596,8 +592,9 @@ def _size(value: Any, sizes: Sizes) -> Size | None:
 
 def _plain(size: Size) -> Size:
     """A size as a number, where it is one."""
-    constant = isinstance(size, torch.SymInt) and size.node.expr.is_number
-    return int(size.node.expr) if constant else size
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size
 
 
 def _reshape(view: View, shape: Shape) -> View:

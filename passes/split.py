@@ -222,9 +222,7 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
     for pair in pairs:
         made_anew = outputs[pair.output.name]
         if made_anew is not body.values[pair.output]:
-            epilogue.values[pair.output] = epilogue.placeholder(
-                pair.output.name, _value(made_anew)
-            )
+            epilogue.values[pair.output] = epilogue.placeholder(pair.output.name, _value(made_anew))
     epilogue.copy(region.epilogue)
 
     reuse = _Builder(gm, held_modes)

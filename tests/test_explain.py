@@ -138,18 +138,22 @@ def test_a_model_without_attention_is_told_what_was_found(
     assert graph.analysis is None
     assert "attention" in str(graph.reason)
     assert "layers" in str(graph.reason)  # the list that there is
-    assert f"not cached: {graph.reason}" in capsys.readouterr().out
+    assert f"Attentionless runs uncached: {graph.reason}" in capsys.readouterr().out
 
 
 def test_a_graph_break_names_its_file_and_line() -> None:
     found = explain(Breaking(), *inputs(), cache_options=OWN)
-    (reason,) = found.breaks
-    assert f"{__file__}:{break_line()}" in reason
-    assert "branch" in reason
-    assert reason in str(found)
+    (met,) = found.breaks
+    assert met.place == f"{__file__}:{break_line()}"
+    assert met.source.startswith("if x.sum() > 1e9")
+    assert "branch" in met.reason
+    assert not met.in_block
+    assert all(part in str(found) for part in (met.reason, met.place, met.source))
     # The pieces are explained one by one; the second has the blocks.
     assert [graph.reason is None for graph in found.graphs] == [False, True]
+    assert [graph.has_blocks for graph in found.graphs] == [False, True]
     assert found.cached
+    assert str(found).startswith("Breaking is cached: its block loop lies in graph 2 of 2.")
 
 
 def test_a_branch_on_a_number_read_from_a_tensor_names_its_line_too() -> None:
@@ -158,8 +162,46 @@ def test_a_branch_on_a_number_read_from_a_tensor_names_its_line_too() -> None:
             scale = 2 if float(x.sum()) > 1e9 else 1
             return super().forward(x * scale, timestep)
 
-    (reason,) = explain(ReadingBack(), *inputs(), cache_options=OWN).breaks
-    assert f"{__file__}:{inspect.getsourcelines(ReadingBack.forward)[1] + 1}" in reason
+    (met,) = explain(ReadingBack(), *inputs(), cache_options=OWN).breaks
+    assert met.place == f"{__file__}:{inspect.getsourcelines(ReadingBack.forward)[1] + 1}"
+
+
+class Judging(Block):
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        y = super().forward(x, time)
+        return y if y.sum() < 1e9 else x  # nor this
+
+
+def test_a_break_that_cuts_the_loop_is_the_reason_with_its_line_and_what_to_do() -> None:
+    class Cut(Breaking):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Judging() for _ in range(3))
+
+    found = explain(Cut(), *inputs(), cache_options=OWN)
+    assert not found.cached
+    # The break before the loop comes first, and is not to blame.
+    assert [each.in_block for each in found.breaks] == [False, True]
+    lines, first = inspect.getsourcelines(Judging.forward)
+    assert f"{__file__}:{first + len(lines) - 1} cuts the block loop" in found.reason
+    assert "change that line" in found.reason
+    assert "register_extractor" in found.reason
+    assert str(found).startswith(f"Cut runs uncached: {found.reason}")
+
+
+def test_a_model_with_an_extractor_is_explained_by_it() -> None:
+    def extract(module: Any, x: Tensor, timestep: Tensor) -> omni_cache.CacheContext:
+        return omni_cache.CacheContext(x, x, None, timestep, lambda: (x,), lambda y: y)
+
+    omni_cache.register_extractor(Tiny, extract)
+    try:
+        found = explain(Tiny(), *inputs())
+        assert found.cached
+        assert f"{extract.__module__}.{extract.__qualname__}" in str(found)
+        assert "hidden_states: f32[1, 6, 8]" in str(found)
+        assert explain(Tiny(), *inputs(), cache_options={"cache": "none"}).reason == "cache='none'"
+    finally:
+        omni_cache.register_extractor(Tiny, None)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch import nn
 
 from omni_cache.backend import omni_cache_backend
 from omni_cache.capture import CapturedFunction
+from omni_cache.extraction import ExtractedModel, find_extractor
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
 from omni_cache.runtime import (
     Call,
@@ -63,7 +64,8 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
 
     Raises:
         TypeError: ``target`` is no module and has no transformer.
-        ValueError: a flag is unknown or has a value that is not allowed.
+        ValueError: a flag is unknown or has a value that is not allowed, or asks of a model with a
+            registered extractor what only a graph has.
     """
     compile_flags: dict[str, Any] = {key: flags.pop(key) for key in COMPILE_FLAGS if key in flags}
     strategy = CompileOptions.parse({"cache": cache, **flags}, beside=COMPILE_FLAGS).strategy
@@ -228,12 +230,7 @@ class _CachedCall:
         # By weak reference: a module that owned itself would be freed by the cycle collector only.
         self._module = weakref.ref(module)
         self._parameters = tuple(inspect.signature(module.forward).parameters)
-        self._compiled = CapturedFunction(
-            _entry(type(module), self.flags),
-            backend=omni_cache_backend,
-            options=options,
-            **compile_flags,
-        )
+        self._run = _runner(module, options, compile_flags)
 
     def follow(self, loop: _PipelineLoop) -> None:
         """Listen to a pipeline's loop, in place of what was heard from the pipeline before."""
@@ -260,7 +257,7 @@ class _CachedCall:
         module = self._module()
         assert module is not None  # somebody calls it
         with bind(Call(module, self.state, arguments)):
-            return self._compiled(module, *args, **kwargs)
+            return self._run(module, *args, **kwargs)
 
 
 class _NamedContext:
@@ -322,6 +319,19 @@ def _disable_module(module: nn.Module) -> None:
             attributes["_compiled_call_impl"] = call.before
     if isinstance(attributes.get("cache_context"), _NamedContext):
         del attributes["cache_context"]
+
+
+def _runner(
+    module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
+) -> Callable[..., Any]:
+    """What calls a module under a guard, given the module and its arguments."""
+    extractor = find_extractor(module)
+    if extractor is not None and options["cache"] != NO_CACHE:
+        flags = CompileOptions.parse(options)
+        name = type(module).__name__
+        return ExtractedModel(extractor, name, flags, compile_flags.get("dynamic"))
+    entry = _entry(type(module), {**options, **compile_flags})
+    return CapturedFunction(entry, backend=omni_cache_backend, options=options, **compile_flags)
 
 
 def _entry(module_class: type[nn.Module], flags: dict[str, Any]) -> Callable[..., Any]:

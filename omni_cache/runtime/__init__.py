@@ -1,6 +1,6 @@
 """The runtime: which generation a call belongs to, what is kept for it, and which part runs."""
 
-from omni_cache.runtime.executor import CompiledParts, Executor
+from omni_cache.runtime.executor import CompiledPart, Executor, GuardedParts
 from omni_cache.runtime.generation import (
     Generation,
     ModelState,
@@ -14,9 +14,10 @@ from omni_cache.runtime.trajectory import StepRecord, Trajectory
 
 __all__ = [
     "Call",
-    "CompiledParts",
+    "CompiledPart",
     "Executor",
     "Generation",
+    "GuardedParts",
     "ModelState",
     "StepRecord",
     "Summary",

@@ -1,4 +1,4 @@
-"""The dispatch executor: runs a guarded graph, and lets the host decide which compiled part runs.
+"""The dispatch executor: runs a guarded model, and lets the host decide which compiled part runs.
 
     prologue -> place the call -> gate -> compute: body -> epilogue      keeps the residuals
                                        -> reuse:   partners + residuals -> epilogue
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni_cache.passes import FINITE, GuardedGraph, Part
+from omni_cache.passes import FINITE
 from omni_cache.runtime.generation import ModelState
 from omni_cache.runtime.states import bound_call, state_of_parameter
 from omni_cache.runtime.trajectory import StepRecord, Trajectory
@@ -28,61 +28,80 @@ PartFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class CompiledParts:
-    """The four parts of a guarded graph as callables over flat positional inputs."""
+class CompiledPart:
+    """A part of a guarded model as a callable over positional inputs; values go by their names."""
 
-    prologue: PartFunction
-    body: PartFunction
-    epilogue: PartFunction
-    reuse: PartFunction
+    run: PartFunction
+    inputs: Sequence[str]
+    outputs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class GuardedParts:
+    """A guarded model, compiled.
+
+    Attributes:
+        prologue: what comes before the block loop.
+        body: the block loop; it also makes the residuals, and `FINITE` says if they all were.
+        epilogue: what comes after it.
+        reuse: the epilogue on the residuals instead of the body's outputs.
+        residuals: names of those outputs of the body that a computed step leaves to reused ones.
+        signal: name of the prologue's output that the gate compares, None where it needs none.
+    """
+
+    prologue: CompiledPart
+    body: CompiledPart
+    epilogue: CompiledPart
+    reuse: CompiledPart
+    residuals: Sequence[str]
+    signal: str | None
 
 
 class Executor:
-    """A compiled guarded graph. It holds no state of any call, so threads and models may share it.
+    """A guarded model, compiled. It holds no state of any call, so threads and models may share it.
 
     Args:
-        graph: the split graph.
-        parts: its parts, compiled.
+        parts: the parts, compiled.
         strategy: makes a gate for each trajectory.
-        inputs: names of the whole graph's inputs, in order.
+        inputs: names of the whole model's inputs, in order.
         static: which of them are parameters or buffers.
         copy_residuals: whether the body's outputs are overwritten by its next call.
         kind: equal for two executors exactly when the one may reuse what the other has cached.
         timestep: name of the input that tells the timestep, or its value where the graph was
             specialised on a number; None where nothing tells it.
-        is_piece: whether the graph is a piece behind a graph break, whose inputs tell nothing.
+        placed_by_call: whether the inputs tell nothing of the place in the loop, as behind a graph
+            break, so that the arguments of the call that it runs for have to.
     """
 
     def __init__(
         self,
-        graph: GuardedGraph,
-        parts: CompiledParts,
+        parts: GuardedParts,
         strategy: BoundStrategy,
         inputs: Sequence[str],
         static: Sequence[bool],
         copy_residuals: bool,
         kind: object,
         timestep: str | float | None,
-        is_piece: bool = False,
+        placed_by_call: bool = False,
     ) -> None:
-        self._is_piece = is_piece
+        self._placed_by_call = placed_by_call
         self._parts = parts
         self._strategy = strategy
         self._copy_residuals = copy_residuals
         self._kind = kind
-        # Values of a call lie in one flat list: the graph's inputs, then the prologue's outputs,
+        # Values of a call lie in one flat list: the model's inputs, then the prologue's outputs,
         # then the body's or, on a reused step, the residuals.
-        slots = {name: slot for slot, name in enumerate([*inputs, *graph.prologue.outputs])}
-        after_body = {**slots, **_numbered(graph.body.outputs, len(slots))}
-        after_reuse = {**slots, **_numbered(graph.residuals, len(slots))}
-        self._prologue_inputs = _picker(graph.prologue, slots)
-        self._body_inputs = _picker(graph.body, slots)
-        self._epilogue_inputs = _picker(graph.epilogue, after_body)
-        self._reuse_inputs = _picker(graph.reuse, after_reuse)
-        outputs = graph.body.outputs
-        self._residuals = [outputs.index(name) for name in graph.residuals]
-        self._finite = outputs.index(FINITE)
-        self._signal = None if graph.signal is None else slots[graph.signal]
+        body = parts.body
+        slots = {name: slot for slot, name in enumerate([*inputs, *parts.prologue.outputs])}
+        after_body = {**slots, **_numbered(body.outputs, len(slots))}
+        after_reuse = {**slots, **_numbered(parts.residuals, len(slots))}
+        self._prologue_inputs = _picker(parts.prologue, slots)
+        self._body_inputs = _picker(body, slots)
+        self._epilogue_inputs = _picker(parts.epilogue, after_body)
+        self._reuse_inputs = _picker(parts.reuse, after_reuse)
+        self._residuals = [body.outputs.index(name) for name in parts.residuals]
+        self._finite = body.outputs.index(FINITE)
+        self._signal = None if parts.signal is None else slots[parts.signal]
         self._timestep = slots[timestep] if isinstance(timestep, str) else None
         self._constant_timestep = None if isinstance(timestep, str) else timestep
         self._dynamic = [
@@ -91,14 +110,12 @@ class Executor:
             if not is_static and slot != self._timestep
         ]
         body_weights = [
-            slot
-            for name in graph.body.inputs
-            if (slot := slots[name]) < len(static) and static[slot]
+            slot for name in body.inputs if (slot := slots[name]) < len(static) and static[slot]
         ]
         # The last one, because a signal may have moved the first ones out of the body.
         self._identity = max(body_weights, default=None)
         # What the body reads decides the shape of what it returns, held values included.
-        read = (*graph.body.inputs, *graph.reuse.inputs)
+        read = (*body.inputs, *parts.reuse.inputs)
         shaped = {slots[name] for name in read if name in slots}
         if self._signal is not None:
             shaped.add(self._signal)
@@ -108,9 +125,9 @@ class Executor:
         self._has_warned = False
 
     def __call__(self, *args: Any) -> Any:
-        """Run one forward on the graph's flat inputs; returns its flat outputs."""
+        """Run one forward on the model's flat inputs; returns its flat outputs."""
         values = list(args)
-        values += self._parts.prologue(*self._prologue_inputs(values))
+        values += self._parts.prologue.run(*self._prologue_inputs(values))
         state = self._state(values)
         trajectory, decision = self._decide(state, values)
         try:
@@ -134,11 +151,11 @@ class Executor:
             decision = replace(decision, compute=True, reason="no residual")
         if residuals is not None:
             values += residuals
-            result = self._parts.reuse(*self._reuse_inputs(values))
+            result = self._parts.reuse.run(*self._reuse_inputs(values))
         else:
-            made = self._parts.body(*self._body_inputs(values))
+            made = self._parts.body.run(*self._body_inputs(values))
             values += made
-            result = self._parts.epilogue(*self._epilogue_inputs(values))
+            result = self._parts.epilogue.run(*self._epilogue_inputs(values))
             if trajectory is not None:
                 residuals = tuple(made[slot] for slot in self._residuals)
                 finite = made[self._finite]
@@ -311,7 +328,9 @@ class Executor:
             return values[self._timestep]
         call = bound_call()
         # A graph behind a break has no timestep of its own; the call that it is a piece of has.
-        return call.timestep if call is not None and self._is_piece else self._constant_timestep
+        return (
+            call.timestep if call is not None and self._placed_by_call else self._constant_timestep
+        )
 
     def _timestep_read(self, trajectory: Trajectory, values: Sequence[Any]) -> float | None:
         """The timestep of the call just placed, unless it lies on a device and nobody read it."""
@@ -320,7 +339,7 @@ class Executor:
 
     def _conditioning(self, values: Sequence[Any]) -> list[Tensor]:
         call = bound_call()
-        if call is not None and self._is_piece:
+        if call is not None and self._placed_by_call:
             return call.inputs
         return [values[slot] for slot in self._dynamic if isinstance(values[slot], Tensor)]
 
@@ -367,7 +386,9 @@ def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
     return {name: first + offset for offset, name in enumerate(names)}
 
 
-def _picker(part: Part, slots: dict[str, int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+def _picker(
+    part: CompiledPart, slots: dict[str, int]
+) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes a part's inputs out of the list of values."""
     wanted = [slots[name] for name in part.inputs]
     if len(wanted) > 1:

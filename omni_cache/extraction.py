@@ -1,0 +1,306 @@
+"""The second front end, for models whose block loop no graph holds: an extractor says what it is.
+
+    arguments -> extractor -> CacheContext -> gate -> compute: run_transformer_blocks -> postprocess
+                                                   -> reuse:   states + residuals     -> postprocess
+
+It feeds the executor, gates and trajectories that graphs feed. The interface is that of vLLM-Omni's
+TeaCache (``vllm_omni.diffusion.cache.teacache``), so that an extractor written for it serves here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from omni_cache.backend import UncachedWarning
+from omni_cache.options import CompileOptions
+from omni_cache.passes import FINITE
+from omni_cache.runtime import CompiledPart, Executor, GuardedParts
+
+
+@dataclass
+class CacheContext:
+    """A model's call, taken apart around its blocks.
+
+    Attributes:
+        modulated_input: the signal, what the first block's attention reads: (B, ...).
+        hidden_states: what enters the blocks: (B, S, D).
+        encoder_hidden_states: the second stream that enters them, None where there is one stream.
+        temb: the timestep embedding; None where the blocks take none.
+        run_transformer_blocks: runs them on what enters, and returns the streams that leave them
+            as a tuple ``(hidden_states,)`` or ``(hidden_states, encoder_hidden_states)``, in the
+            shapes in which they entered. It must not write into what enters.
+        postprocess: from the first stream that leaves the blocks to what the model returns.
+        extra_states: what else an extractor wants to carry; nothing here reads it.
+    """
+
+    modulated_input: Tensor
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor | None
+    temb: Tensor | None
+    run_transformer_blocks: Callable[[], tuple[Tensor, ...]]
+    postprocess: Callable[[Tensor], Any]
+    extra_states: dict[str, Any] | None = None
+
+    def validate(self) -> None:
+        """Check the fields.
+
+        Raises:
+            TypeError: a field is not of its type.
+            ValueError: batch sizes or devices disagree, or the hidden states are no floating-point
+                tensor with a batch and a last dimension.
+            RuntimeError: a callable does not take the arguments that it will be called with.
+        """
+        for name, kind, optional in (
+            ("modulated_input", Tensor, False),
+            ("hidden_states", Tensor, False),
+            ("encoder_hidden_states", Tensor, True),
+            ("temb", Tensor, True),
+            ("extra_states", dict, True),
+        ):
+            given = getattr(self, name)
+            if not isinstance(given, kind) and not (optional and given is None):
+                allowed = f"a {kind.__name__}{' or None' if optional else ''}"
+                raise TypeError(_refusal(name, type(given).__name__, allowed))
+        for name, arguments in (("run_transformer_blocks", ()), ("postprocess", (None,))):
+            given = getattr(self, name)
+            if not callable(given):
+                raise TypeError(_refusal(name, type(given).__name__, "callable"))
+            if not _takes(given, arguments):
+                count = "no argument" if not arguments else "one argument, the hidden states"
+                signature = inspect.signature(given)
+                raise RuntimeError(_refusal(name, str(signature), f"callable with {count}"))
+        states = self.hidden_states
+        if states.dim() < 2 or not states.is_floating_point():
+            given = f"{states.dtype} of shape {tuple(states.shape)}"
+            raise ValueError(
+                _refusal("hidden_states", given, "a floating-point tensor of shape (B, ..., D)")
+            )
+        for name in ("modulated_input", "encoder_hidden_states", "temb"):
+            given = getattr(self, name)
+            if given is not None and given.device != states.device:
+                allowed = f"on the device of hidden_states, {states.device}"
+                raise ValueError(_refusal(name, f"on {given.device}", allowed))
+        batch = self.modulated_input.shape[:1]
+        if batch != states.shape[:1]:
+            given = f"of shape {tuple(self.modulated_input.shape)}"
+            allowed = f"of the batch size of hidden_states, {states.shape[0]}"
+            raise ValueError(_refusal("modulated_input", given, allowed))
+
+
+Extractor = Callable[..., CacheContext]
+
+_extractors: dict[str, Extractor] = {}
+
+
+def register_extractor(model_class: str | type[nn.Module], extractor: Extractor | None) -> None:
+    """Say how calls of a model class are taken apart, for models whose blocks no graph holds.
+
+    It counts for models that are enabled from then on, in place of what a graph would tell.
+
+    Args:
+        model_class: the class, or its name; subclasses of it are meant too.
+        extractor: called as ``extractor(module, *args, **kwargs)`` with the arguments of the
+            module's ``forward``; None takes back what was registered.
+
+    Raises:
+        TypeError: ``model_class`` is no class and no name, or ``extractor`` is not callable.
+    """
+    name = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
+    if name is None:
+        raise TypeError(_refusal("model_class", repr(model_class), "a class or its name"))
+    if extractor is None:
+        _extractors.pop(name, None)
+    elif callable(extractor):
+        _extractors[name] = extractor
+    else:
+        raise TypeError(_refusal("extractor", repr(extractor), "callable or None"))
+
+
+def find_extractor(module: nn.Module) -> Extractor | None:
+    """The extractor that is registered for a module's class or the nearest of its bases."""
+    names = (each.__name__ for each in type(module).__mro__)
+    return next((_extractors[name] for name in names if name in _extractors), None)
+
+
+def extract(extractor: Extractor, module: nn.Module, *args: Any, **kwargs: Any) -> CacheContext:
+    """A call's context, checked.
+
+    Raises:
+        TypeError: the extractor returns something else, or see :meth:`CacheContext.validate`.
+        ValueError: see there.
+        RuntimeError: see there.
+    """
+    context = extractor(module, *args, **kwargs)
+    # By name, so that vLLM-Omni's own class serves.
+    if CacheContext.__name__ not in (each.__name__ for each in type(context).__mro__):
+        raise TypeError(
+            f"the extractor of {type(module).__name__} returned a {type(context).__name__}; it "
+            "must return an omni_cache.CacheContext"
+        )
+    context.validate()
+    return context
+
+
+class ExtractedModel:
+    """Calls of a model as its extractor takes them apart, under a guard.
+
+    Args:
+        extractor: of the model's class.
+        model_class: its name.
+        flags: with a strategy.
+        dynamic: of ``torch.compile``, for the blocks.
+
+    Raises:
+        ValueError: a flag asks for what only a graph has.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        model_class: str,
+        flags: CompileOptions,
+        dynamic: bool | None = None,
+    ) -> None:
+        assert flags.strategy is not None  # without a cache there is nothing to take apart
+        if flags.region is not None:
+            raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
+        self._extractor = extractor
+        self._strategy = flags.strategy.bind(model_class)
+        signal = None if self._strategy.signal is None else flags.signal or self._strategy.signal
+        if signal not in (*_SIGNALS, None):
+            raise ValueError(_refusal("signal", repr(signal), _ONLY_GRAPHS))
+        self._signal = None if signal is None else _SIGNALS[signal]
+        self._flags = flags
+        self._run_blocks = _compiled(_run_blocks, flags, dynamic)
+        # One for models of one stream, one for those of two.
+        self._executors = [self._executor(_STREAMS[:count]) for count in (1, 2)]
+        self._has_warned = False
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Call a module of the class; returns what its ``forward`` would."""
+        if torch.is_grad_enabled():
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{type(module).__name__} runs uncached: gradients are enabled, and a reused "
+                    "residual has none; call the model under torch.no_grad()",
+                    UncachedWarning,
+                    stacklevel=2,
+                )
+            return module.forward(*args, **kwargs)
+        context = extract(self._extractor, module, *args, **kwargs)
+        executor = self._executors[context.encoder_hidden_states is not None]
+        return executor(context)[-1]
+
+    def _executor(self, streams: Sequence[str]) -> Executor:
+        made = [f"{stream}_made" for stream in streams]
+        residuals = [f"{stream}_residual" for stream in streams]
+        inputs = [*streams, *([] if self._signal is None else [self._signal])]
+        inputs = list(dict.fromkeys(inputs))
+
+        def prologue(context: CacheContext) -> list[Any]:
+            return [getattr(context, name) for name in inputs]
+
+        def body(context: CacheContext, *entered: Tensor) -> list[Tensor]:
+            left = _checked(self._run_blocks(context.run_transformer_blocks), entered)
+            changes = [new - old for new, old in zip(left, entered, strict=True)]
+            finite = torch.stack([each.isfinite().all() for each in changes]).all()
+            return [*left, *(each.nan_to_num(0.0, 0.0, 0.0) for each in changes), finite]
+
+        def epilogue(context: CacheContext, *left: Tensor) -> list[Any]:
+            # An extractor may have postprocess read the streams off the context.
+            for name, state in zip(streams, left, strict=True):
+                setattr(context, name, state)
+            result = context.postprocess(left[0])
+            return [*tree_leaves(result), result]
+
+        def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
+            entered, changes = values[: len(streams)], values[len(streams) :]
+            return epilogue(context, *(a + b for a, b in zip(entered, changes, strict=True)))
+
+        return Executor(
+            GuardedParts(
+                CompiledPart(prologue, ["context"], inputs),
+                CompiledPart(body, ["context", *streams], [*made, *residuals, FINITE]),
+                CompiledPart(epilogue, ["context", *made]),
+                CompiledPart(reuse, ["context", *streams, *residuals]),
+                residuals,
+                self._signal,
+            ),
+            self._strategy,
+            inputs=["context"],
+            static=[False],
+            copy_residuals=False,  # they are made outside of what is compiled
+            kind=(self._flags, self._extractor),
+            timestep=None,
+            placed_by_call=True,
+        )
+
+
+_STREAMS = ("hidden_states", "encoder_hidden_states")
+_SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb"}
+_ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
+
+
+def _run_blocks(blocks: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return blocks()
+
+
+def _compiled(
+    function: Callable[..., Any], flags: CompileOptions, dynamic: bool | None
+) -> Callable[..., Any]:
+    """A function compiled with the inner compiler, in pieces where it breaks."""
+    if flags.inner == "eager":
+        return function
+    options = dict(flags.inner_options or {})
+    if flags.inner == "inductor":
+        from torch._inductor import list_mode_options
+
+        options = {**list_mode_options(flags.mode or "default"), **options}
+    compiled: Callable[..., Any] = torch.compile(
+        function, backend=flags.inner, options=options or None, dynamic=dynamic
+    )
+    return compiled
+
+
+def _checked(left: Any, entered: Sequence[Tensor]) -> list[Tensor]:
+    """What leaves the blocks: a stream that they do not return stays as it entered."""
+    name = "run_transformer_blocks"
+    if not isinstance(left, tuple) or not 0 < len(left) <= len(entered):
+        given = f"{len(left)} values" if isinstance(left, tuple) else type(left).__name__
+        allowed = f"a function that returns a tuple of {len(entered)} or fewer tensors"
+        raise TypeError(_refusal(name, f"returning {given}", allowed))
+    states = [*left, *entered[len(left) :]]
+    for stream, new, old in zip(_STREAMS, states, entered, strict=False):
+        if new.shape != old.shape:
+            raise ValueError(
+                _refusal(
+                    name,
+                    f"returning {stream} of shape {tuple(new.shape)}",
+                    f"a function that returns it in the shape that it had, {tuple(old.shape)}",
+                )
+            )
+    return states
+
+
+def _takes(function: Callable[..., Any], arguments: Sequence[Any]) -> bool:
+    """Whether a function can be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a built-in that does not tell
+        return True
+    return True
+
+
+def _refusal(name: str, given: str, allowed: str) -> str:
+    return f"{name}={given} is not allowed; {name} must be {allowed}"
