@@ -22,6 +22,7 @@ from .region import (
     UnknownNameError,
     check_cuts,
     close_region,
+    overwritten_inputs,
 )
 from .residual import ResidualPair, pair_outputs
 from .signal import Signal, find_signal, find_timestep, timestep_name
@@ -52,6 +53,7 @@ __all__ = [
     "graph_text",
     "guarded_text",
     "is_static_input",
+    "overwritten_inputs",
     "pair_outputs",
     "split",
     "timestep_name",

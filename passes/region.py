@@ -236,18 +236,9 @@ def _is_of_data(node: Node) -> bool:
 def check_cuts(region: Region) -> None:
     """Raise RegionError where cutting the graph at the region would change what it computes.
 
-    Refused are in-place writes of the body into memory from outside it (skipping the body would
-    lose them), and values that cross a cut and are no tensors. Sizes may enter the body; one that
-    the body computes and the epilogue reads would be unknown on a reused step.
+    Refused are values that cross a cut and are no tensors. Sizes may enter the body; one that the
+    body computes and the epilogue reads would be unknown on a reused step.
     """
-    body = set(region.body)
-    for node in region.body:
-        if any(memory_root(each) not in body for each in written_nodes(node)):
-            raise RegionError(
-                "a block writes in place into a tensor from outside the block loop, which a reused "
-                "step would lose; write the result into a new tensor instead",
-                node,
-            )
     sizes = {node for node in region.inputs if is_size(node) or is_shape(node)}
     for node in (*region.inputs, *region.outputs):
         if tensor_of(node) is None and node not in sizes:
@@ -256,6 +247,37 @@ def check_cuts(region: Region) -> None:
                 f"a {kind} crosses the edge of the block loop; only tensors can, and sizes into it",
                 node,
             )
+
+
+def overwritten_inputs(region: Region) -> tuple[Node, ...]:
+    """The region inputs that the body writes into, so that it needs copies of its own.
+
+    Raises:
+        RegionError: a copy would not do, because somebody else sees the write: the caller, a
+            buffer, another region input in the same memory, or what comes after the body.
+            Skipping the body would lose it.
+    """
+    body, epilogue = set(region.body), set(region.epilogue)
+    found: dict[Node, Node] = {}
+    for node in region.body:
+        for root in map(memory_root, written_nodes(node)):
+            if root in body or root in found:
+                continue
+            shared = [each for each in (root, *region.prologue) if memory_root(each) is root]
+            entering = [each for each in region.inputs if each in shared]
+            read_after = any(
+                user in epilogue or user.op == "output" for each in shared for user in each.users
+            )
+            if root.op != "placeholder" and len(entering) == 1 and not read_after:
+                found[root] = entering[0]
+                continue
+            raise RegionError(
+                "a block writes in place into a tensor from outside the block loop that is read "
+                "elsewhere, which a reused step would lose; write the result into a new tensor "
+                "instead",
+                node,
+            )
+    return tuple(found.values())
 
 
 def _live(graph: Graph) -> set[Node]:

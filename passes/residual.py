@@ -281,10 +281,8 @@ def _pair(output: Node, origins: Origins) -> ResidualPair:
     value = tensor_of(output)
     if origin is None or origin.additions == 0 or value is None:
         return ResidualPair(output, None, 0)
-    inputs = (tensor_of(leaf) for leaf in leaves(origin.view))
-    fits = same_shape(origin.view.shape, origins.sizes.shape_of(value)) and all(
-        each is not None and each.dtype == value.dtype for each in inputs
-    )
+    fits = same_shape(origin.view.shape, origins.sizes.shape_of(value))
+    fits = fits and _has_dtype(origin.view, value.dtype)
     if not fits or not (isinstance(origin.view, Leaf) or _is_concrete(origin.view)):
         return ResidualPair(output, None, 0)
     return ResidualPair(output, origin.view, origin.additions)
@@ -330,12 +328,16 @@ def _same_shape(one: Node, other: Node) -> bool:
     return first is not None and second is not None and same_shape(first.shape, second.shape)
 
 
+def _has_dtype(view: View, dtype: torch.dtype) -> bool:
+    """Whether all region inputs that a view is made of have a dtype."""
+    values = (tensor_of(leaf) for leaf in leaves(view))
+    return all(each is not None and each.dtype == dtype for each in values)
+
+
 def _keeps_dtype(node: Node, view: View) -> bool:
     """Whether a tensor still has the dtype of the region input that it is a view of."""
-    if not isinstance(view, Leaf):
-        return True
-    value, source = tensor_of(node), tensor_of(view.node)
-    return value is not None and source is not None and value.dtype == source.dtype
+    value = tensor_of(node)
+    return not isinstance(view, Leaf) or (value is not None and _has_dtype(view, value.dtype))
 
 
 # --- one node ------------------------------------------------------------------------------------
@@ -370,6 +372,7 @@ def _origin(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
 def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     """The operand that has come the longest way is the stream, the others are updates of it.
 
+    One that began in another dtype is none to be paired with, so it comes after those that did not.
     An operand that does not depend on the stream (a position embedding, the residual of a control
     network, a shift) joins it without counting as an addition.
     """
@@ -387,7 +390,13 @@ def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     if not streams:
         return None
     oldest, updated = max(
-        streams, key=lambda each: (each[0].additions, each[1], flow.varies(each[0].view))
+        streams,
+        key=lambda each: (
+            _has_dtype(each[0].view, value.dtype),
+            each[0].additions,
+            each[1],
+            flow.varies(each[0].view),
+        ),
     )
     return oldest.updated() if updated else oldest
 

@@ -42,6 +42,7 @@ from .region import (
     RegionError,
     check_cuts,
     close_region,
+    overwritten_inputs,
     shrink_body,
     take_in,
     take_in_sizes,
@@ -83,7 +84,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the pass found in a graph, before anything is rewritten."""
+    """What the pass found in a graph, before anything is rewritten.
+
+    ``overwritten`` are the region inputs that the body writes into.
+    """
 
     graph: Graph
     loop: BlockLoop
@@ -91,6 +95,7 @@ class Analysis:
     pairs: tuple[ResidualPair, ...]
     signal: Signal | None
     timestep: Node | None
+    overwritten: tuple[Node, ...]
 
     @property
     def residual_bytes(self) -> int:
@@ -157,7 +162,8 @@ def analyse(
         kept.add(chosen.node)
     found = take_in(graph, found, kept, before)
     check_cuts(found)
-    return Analysis(graph, loop, found, pairs, chosen, timestep)
+    overwritten = overwritten_inputs(found)
+    return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten)
 
 
 def _without(
@@ -198,6 +204,8 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
             made[partner.name] = prologue.compose(partner.view)
 
     body = _Builder(gm, held_modes)
+    for node in analysis.overwritten:
+        body.values[node] = body.call(torch.clone, body.read(node))
     body.copy(region.body)
     outputs = {pair.output.name: body.values[pair.output] for pair in pairs}
     residuals: dict[str, Node] = {}
@@ -329,7 +337,8 @@ class _Builder:
     def partner(self, partner: _Partner, made: Mapping[str, Node]) -> Node:
         """The new graph's node for the partner of an output, which the prologue makes or passes."""
         if isinstance(partner.view, Leaf):
-            return self.read(partner.view.node)
+            # As it enters, though the body may write into a copy of it.
+            return self._inputs.get(partner.view.node.name) or self.read(partner.view.node)
         if partner.name not in self._inputs:
             self.placeholder(partner.name, _value(made[partner.name]))
         return self._inputs[partner.name]

@@ -125,7 +125,9 @@ class _Names:
         self._crossing: dict[str, str] = {}
 
     def of(self, node: Node) -> str:
-        """The name of a node of the graph that is being written."""
+        """The name of a node of the graph that is being written; a copy has that of its source."""
+        if _is_copy(node):
+            return self.of(node.all_input_nodes[0])
         if node not in self._nodes:
             self._nodes[node] = self._fresh(re.sub(r"(_\d+)+$", "", node.name))
         return self._nodes[node]
@@ -159,9 +161,7 @@ class _Names:
         results = _result(part.module.graph).args[0]
         assert isinstance(results, tuple)  # the split gives every named value a place
         for node, crossing in zip(results, part.outputs, strict=True):
-            if is_guard(node) and node.target is torch.clone:
-                node = node.args[0]  # the same, laid out anew
-            if not is_guard(node):
+            if not is_guard(node) or _is_copy(node):
                 self._crossing[crossing] = self.of(node)
 
     def _fresh(self, wanted: str) -> str:
@@ -426,6 +426,11 @@ def _expression(view: View, names: _Names) -> str:
         return f"{inner}.permute({', '.join(map(str, view.dims))})"
     assert isinstance(view, Reshape)
     return f"{inner}.reshape({', '.join(map(str, view.shape))})"
+
+
+def _is_copy(node: Node) -> bool:
+    """Whether a node only lays a value out anew, or copies one that is written into."""
+    return is_guard(node) and node.target is torch.clone
 
 
 def _partners(guarded: GuardedGraph) -> dict[Node, str]:

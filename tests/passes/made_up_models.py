@@ -280,6 +280,13 @@ class InPlaceAcrossTheCut(Model):
             return x
 
 
+class InPlaceSeenOutside(InPlaceAcrossTheCut):
+    """What they write into is read again behind them."""
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        return super().loop(x, time, text).sin() + x
+
+
 class InPlaceWithin(Model):
     """Writes in place, in many ways, into tensors that the blocks made."""
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from omni_cache.passes import Region, RegionError, check_cuts, close_region
+from omni_cache.passes import (
+    Region,
+    RegionError,
+    check_cuts,
+    close_region,
+    overwritten_inputs,
+)
 from sketch import Sketch
 from torch.fx import Node
 
@@ -142,7 +148,7 @@ def test_a_write_that_must_follow_the_region_does(sketch: Sketch) -> None:
     after = sketch(torch.add, block, x)
     region = close(sketch, [block], after)
     assert region.epilogue == (write, after)
-    check_cuts(region)
+    assert overwritten_inputs(region) == ()
 
 
 def test_a_write_within_the_region_is_fine(sketch: Sketch) -> None:
@@ -150,23 +156,49 @@ def test_a_write_within_the_region_is_fine(sketch: Sketch) -> None:
     block = sketch("exp", x)
     write = sketch("add_", sketch("view", block, 2, 2), 1)
     last = sketch("neg", block)
-    check_cuts(close(sketch, [block, write, last], last))
+    assert overwritten_inputs(close(sketch, [block, write, last], last)) == ()
 
 
-@pytest.mark.parametrize("through", ["view", "to", "dropout"])
-def test_a_write_into_what_came_in_is_refused_with_its_node(sketch: Sketch, through: str) -> None:
+ALIASES: dict[str, Callable[[Sketch, Node], Node]] = {
+    "view": lambda sketch, x: sketch("view", x, 2, 2),
+    "to": lambda sketch, x: sketch("to", x, torch.float32),
+    "dropout": lambda sketch, x: sketch(F.dropout, x, 0.5, False),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
+def test_what_came_in_and_is_written_into_is_found(
+    sketch: Sketch, alias: Callable[[Sketch, Node], Node]
+) -> None:
     x = sketch("neg", sketch.input("x", 4))
-    alias = {
-        "view": lambda: sketch("view", x, 2, 2),
-        "to": lambda: sketch("to", x, torch.float32),
-        "dropout": lambda: sketch(F.dropout, x, 0.5, False),
-    }[through]()
-    write = sketch("add_", alias, 1)
+    inside = alias(sketch, x)
+    last = sketch("exp", write := sketch("add_", inside, 1))
+    assert overwritten_inputs(close(sketch, [inside, write, last], last)) == (x,)
+
+
+@pytest.mark.parametrize(
+    "seen", ["by the caller", "behind the region", "in the result", "through another input"]
+)
+def test_a_write_that_is_seen_outside_is_refused_with_its_node(sketch: Sketch, seen: str) -> None:
+    x = sketch.input("x", 4)
+    if seen != "by the caller":
+        x = sketch("neg", x)
+    other = sketch("view", x, 2, 2)
+    write = sketch("add_", sketch("view", x, 4, 1), 1)
     write.meta["stack_trace"] = '  File "model.py", line 7, in forward\n    x += 1\n'
     last = sketch("exp", write)
-    region = close(sketch, [alias, write, last], last)
+    body = [write.args[0], write, last]
+    results = [last]
+    if seen == "behind the region":
+        results.append(sketch("neg", x))
+    elif seen == "in the result":
+        results.append(x)
+    elif seen == "through another input":
+        body.append(sketch("sin", other))
+        results.append(body[-1])
+    region = close(sketch, body, *results)
     with pytest.raises(RegionError, match=r"writes in place .*node 'add_', model.py:7") as caught:
-        check_cuts(region)
+        overwritten_inputs(region)
     assert caught.value.node is write
 
 

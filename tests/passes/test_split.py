@@ -13,7 +13,7 @@ import torch
 from diffusers_models import REPRESENTATIVES
 from made_up_models import Block, Model, control, inputs
 from omni_cache.passes import FINITE, GuardedGraph, Part, RegionError
-from omni_cache.passes.node import module_path
+from omni_cache.passes.node import memory_root, module_path
 from omni_cache.passes.residual import Cat, Leaf, Permute, Reshape, Slice, View
 from omni_cache.passes.split import is_guard
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ MADE_UP = (
     made_up.CastsBetweenBlocks,
     made_up.Controlled,
     made_up.DualStream,
+    made_up.InPlaceAcrossTheCut,
     made_up.InPlaceAfter,
     made_up.InPlaceWithin,
     made_up.InjectedPerBlock,
@@ -392,9 +393,24 @@ def test_a_partner_is_composed_of_inputs_of_symbolic_size() -> None:
 # --- in place ------------------------------------------------------------------------------------
 
 
-def test_a_write_into_a_tensor_from_outside_the_loop_is_refused_with_its_line() -> None:
+def test_a_stream_that_blocks_write_into_is_copied_where_it_enters() -> None:
+    traced = trace(made_up.InPlaceAcrossTheCut(), **inputs())
+    analysis = traced.guarded.analysis
+    (pair,) = analysis.pairs
+    assert isinstance(pair.partner, Leaf)
+    # The signal takes the first write along into the prologue.
+    (copied,) = analysis.overwritten
+    assert memory_root(copied) is pair.partner.node
+    # The residual is what the blocks added to what entered them, before they wrote into it.
+    (name,) = traced.guarded.residuals
+    values = traced.values()
+    assert values[name].abs().max() > 0.1
+    torch.testing.assert_close(traced.reused(values)[0], traced.whole()[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_write_that_is_seen_outside_the_loop_is_refused_with_its_line() -> None:
     with pytest.raises(RegionError, match=r"writes in place") as caught:
-        trace(made_up.InPlaceAcrossTheCut(), **inputs())
+        trace(made_up.InPlaceSeenOutside(), **inputs())
     assert isinstance(caught.value.node, Node)
     assert f"node {caught.value.node.name!r}" in str(caught.value)
     source = Path(made_up.__file__)
