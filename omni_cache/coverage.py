@@ -265,10 +265,9 @@ def as_markdown(reports: Sequence[ClassReport], not_denoising: Mapping[str, str]
         finding(reports),
         "",
         "Each class was built with eight blocks at a tiny size, captured by Dynamo and given to "
-        "the pass, which knows none of them. One graph means that `fullgraph=True` captures it; "
-        "without that, Dynamo breaks the graph where the size of a result depends on data, as in "
-        "masked attention. `omni-cache coverage` makes this file and the JSON beside it, which "
-        "names every region input.",
+        "the pass, which knows none of them. Dynamo is asked for one graph first, and for pieces "
+        "where there is none, as `omni_cache.enable` does. `omni-cache coverage` makes this file "
+        "and the JSON beside it, which names every region input.",
         "",
         "| class | block loop | region inputs | outputs, each with its partner | signal | nodes: "
         "prologue, body, epilogue | arithmetic in the region | graphs |",

@@ -372,7 +372,9 @@ def _origin(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
 def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     """The operand that has come the longest way is the stream, the others are updates of it.
 
-    One that began in another dtype is none to be paired with, so it comes after those that did not.
+    Before all comes one that began in the sum's dtype, so that it can be paired with, and that the
+    others depend on: blocks may add what they made of a cast of it, casts and all.
+
     An operand that does not depend on the stream (a position embedding, the residual of a control
     network, a shift) joins it without counting as an addition.
     """
@@ -392,7 +394,7 @@ def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     oldest, updated = max(
         streams,
         key=lambda each: (
-            _has_dtype(each[0].view, value.dtype),
+            each[1] and _has_dtype(each[0].view, value.dtype),
             each[0].additions,
             each[1],
             flow.varies(each[0].view),
@@ -432,7 +434,7 @@ def _view_origin(node: Node, origins: Origins) -> Origin | None:
         return _piece(node, source, origins)
     if source not in origins:
         return None
-    repeated = _repeated(origins[source].view)
+    repeated = _repeated(origins[source].view, origins.sizes)
     if repeated is not None and (name in _NORMS or name in _MIXES):
         # A long skip: a stream beside an earlier state of itself, mixed into one again.
         mixed = same_shape(repeated.shape, value.shape)
@@ -481,19 +483,52 @@ def _cat(node: Node, value: torch.Tensor, origins: Origins) -> Origin | None:
     return Origin(view, counts)
 
 
-def _repeated(view: View) -> View | None:
+def _repeated(view: View, sizes: Sizes) -> View | None:
     """What the channels of a view repeat: ``x`` of ``cat([x, x], dim=-1)``, else None."""
     if not isinstance(view, Cat) or view.dim != len(view.shape) - 1:
         return None
-    sources = {_before_casts(part.node) if isinstance(part, Leaf) else None for part in view.parts}
-    return view.parts[0] if len(sources) == 1 and None not in sources else None
+    first, *others = (_at_its_source(part, sizes) for part in view.parts)
+    return view.parts[0] if all(_same_view(first, other) for other in others) else None
 
 
-def _before_casts(node: Node) -> Node:
-    """The node that a tensor is a cast of; itself if it is none."""
-    while op_name(node) in CAST_OPS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
+def _at_its_source(view: View, sizes: Sizes) -> View:
+    """A view with those region inputs that are views themselves traced back before the region."""
+    match view:
+        case Leaf():
+            source = argument(view.node, 0, "input", "self")
+            value = tensor_of(source) if isinstance(source, Node) else None
+            if value is None:
+                return view
+            before = _at_its_source(Leaf(source, sizes.shape_of(value)), sizes)
+            return _view(view.node, op_name(view.node), before, sizes) or view
+        case Cat():
+            return _join([_at_its_source(part, sizes) for part in view.parts], view.dim)
+        case Slice():
+            return _slice(_at_its_source(view.of, sizes), view.dim, view.start, view.stop)
+        case Permute():
+            return _permute(_at_its_source(view.of, sizes), view.dims) or view
+        case Reshape():
+            return _reshape(_at_its_source(view.of, sizes), view.shape)
+
+
+def _same_view(one: View, other: View) -> bool:
+    """Whether two views are of the same elements."""
+    if not same_shape(one.shape, other.shape):
+        return False
+    match one, other:
+        case Leaf(), Leaf():
+            return one.node is other.node
+        case Cat(), Cat():
+            matching = one.dim == other.dim and len(one.parts) == len(other.parts)
+            return matching and all(map(_same_view, one.parts, other.parts))
+        case Slice(), Slice():
+            placed = one.dim == other.dim and same_size(one.start, other.start)
+            return placed and _same_view(one.of, other.of)
+        case Permute(), Permute():
+            return one.dims == other.dims and _same_view(one.of, other.of)
+        case Reshape(), Reshape():
+            return _same_view(one.of, other.of)
+    return False
 
 
 def _join(parts: Sequence[View], dim: int) -> View:

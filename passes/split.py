@@ -201,7 +201,7 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
     made = {node.name: prologue.values[node] for node in region.prologue if node in kept}
     for partner in partners.values():
         if partner.composed:
-            made[partner.name] = prologue.compose(partner.view)
+            made[partner.name] = prologue.laid_out(prologue.compose(partner.view))
 
     body = _Builder(gm, held_modes)
     for node in analysis.overwritten:
@@ -213,10 +213,8 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
         value = body.values[pair.output]
         if pair.output in partners:
             residual = body.call(torch.sub, value, body.partner(partners[pair.output], made))
-            if _depends_on_data(value):
-                # Another part would not know the sizes that it is laid out by; the partner's are.
-                laid_out = body.call(torch.clone, value, memory_format=torch.contiguous_format)
-                outputs[pair.output.name] = laid_out
+            # After the subtraction the output is known to have the partner's shape.
+            outputs[pair.output.name] = body.laid_out(value)
             value = residual
         residuals[_unused(f"{pair.output.name}_residual", taken)] = value
     finite = None
@@ -373,6 +371,12 @@ class _Builder:
             return self.call(torch.permute, inner, view.dims)
         return self.call(torch.reshape, inner, view.shape)
 
+    def laid_out(self, node: Node) -> Node:
+        """A tensor that other parts may be given: laid out by no size that depends on data."""
+        if not any(map(_is_of_data, _layout(node.meta["example_value"]))):
+            return node
+        return self.call(torch.clone, node, memory_format=torch.contiguous_format)
+
     def finish(self, outputs: Mapping[str, Node]) -> Part:
         """Close the graph with named outputs."""
         self.graph.output(tuple(outputs.values()))
@@ -435,10 +439,9 @@ def _layout(value: Any) -> tuple[int | torch.SymInt, ...]:
     return (*value.shape, *value.stride(), value.storage_offset())
 
 
-def _depends_on_data(node: Node) -> bool:
-    """Whether a tensor is laid out by sizes that are only known when the graph runs."""
-    sizes = _layout(node.meta["example_value"])
-    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
+def _is_of_data(size: int | torch.SymInt) -> bool:
+    """Whether a size is only known when the graph runs."""
+    return isinstance(size, torch.SymInt) and size.node.hint is None
 
 
 def _value(node: Node) -> dict[str, Any]:

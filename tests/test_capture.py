@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from omni_cache.passes import Analysis, Part, split
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.fx import GraphModule
@@ -168,6 +169,19 @@ class Joint(nn.Module):
         return self.project(x)
 
 
+def parts_of(analysis: Analysis) -> list[Part]:
+    guarded = split(GraphModule(nn.Module(), analysis.graph), analysis)
+    return [guarded.prologue, guarded.body, guarded.epilogue, guarded.reuse]
+
+
+def symbols_of(values: list[object]) -> set[Any]:
+    """The symbolic sizes that tensors are laid out by."""
+    tensors = [each for each in values if isinstance(each, Tensor)]
+    sizes = [size for each in tensors for size in (*each.shape, *each.stride())]
+    symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]
+    return {symbol for size in symbolic for symbol in size.node.expr.free_symbols}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_a_stream_cut_off_by_a_length_of_data_is_paired_and_exact(length: int) -> None:
@@ -185,6 +199,12 @@ def test_a_stream_cut_off_by_a_length_of_data_is_paired_and_exact(length: int) -
     (pair,) = graph.analysis.pairs
     assert not pair.held
     assert pair.additions == len(model.blocks)
+
+    # No part is given a tensor that is laid out by a number that it is not given.
+    for part in parts_of(graph.analysis):
+        given = [each for each in part.example_inputs if isinstance(each, torch.SymInt)]
+        known = {symbol for each in given for symbol in each.node.expr.free_symbols}
+        assert symbols_of(part.example_inputs) <= known
 
     omni_cache.enable(model, inner="eager", **{**ALWAYS_REUSE, "rel_l1_thresh": 0.0})
     assert all(map(torch.equal, (model(*each) for each in inputs), expected))

@@ -33,7 +33,7 @@ Ending = Literal["image", "both", "whole"]
 Layout = Literal["tokens", "sequence first", "channels first", "picture"]
 Modulation = Literal["per sample", "per token", "from a table", "none"]
 Norm = Literal["before", "before and after", "after the addition"]
-Skips = Literal["none", "added"]
+Skips = Literal["none", "added", "concatenated"]
 Attention = Literal["fused", "matmul", "einsum"]
 Rotary = Literal["none", "computed", "given"]
 Writes = Literal["never", "within", "after"]
@@ -369,6 +369,9 @@ class Transformer(nn.Module):
         for weight in blocks.parameters():
             weight.data *= 2  # so that blocks add about as much as they are given
         holder.add_module(name, blocks.to(described.block_dtype))
+        if described.skips == "concatenated":
+            skip = nn.Linear(2 * WIDTH, WIDTH, dtype=described.block_dtype)
+            holder.add_module(f"{name}_skip", skip)
 
     def forward(self, **given: Any) -> Tensor:
         streams, conditioning = self.enter(**given)
@@ -450,7 +453,7 @@ class Transformer(nn.Module):
             for place, block in enumerate(blocks):
                 main = "joint" if each.kind == "joint" else "image"
                 if skipped and place >= each.depth - each.depth // 2:
-                    streams[main] = streams[main] + skipped.pop()
+                    streams[main] = self.skip(streams[main], skipped.pop(), main, each.path)
                 elif self.described.skips != "none" and place < each.depth // 2:
                     skipped.append(streams[main])
                 streams = self.run(block, streams, conditioning)
@@ -484,6 +487,13 @@ class Transformer(nn.Module):
         return out_of_block(
             self.described, block(into_block(self.described, streams), conditioning)
         )
+
+    def skip(self, x: Tensor, skipped: Tensor, name: str, path: str) -> Tensor:
+        if self.described.skips == "added":
+            return x + skipped
+        inner = [into_block(self.described, {name: each})[name] for each in (x, skipped)]
+        mixed = operator.attrgetter(f"{path}_skip")(self)(torch.cat(inner, dim=-1))
+        return out_of_block(self.described, {name: mixed})[name]
 
     def controlled(self, x: Tensor, residual: Tensor, name: str) -> Tensor:
         """Adds the residual of a control network to the image, or to its part of a joint stream."""
