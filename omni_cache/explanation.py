@@ -116,8 +116,8 @@ class Explanation:
             listed = " and ".join(map(str, numbers))
             yield f"{self.model_class} is cached: its block loop lies in graph {listed} of {count}."
             yield "The other graphs run on every step. Behind a break no input tells the timestep:"
-            yield "enable takes it from the call; with torch.compile alone, name the place of a call"
-            yield "with omni_cache.generation and omni_cache.branch."
+            yield "enable takes it from the call; with torch.compile alone, name the place of a"
+            yield "call with omni_cache.generation and omni_cache.branch."
         for number, each in enumerate(self.graphs, 1):
             heading = f"graph {number} of {count}: " if count > 1 else ""
             if each.reason is None:

@@ -12,6 +12,7 @@ good pair makes ``r`` change slowly.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -143,8 +144,8 @@ class Origin:
 class ResidualPair:
     """A region output with what it is a residual update of.
 
-    ``partner`` is a view of region inputs with the output's shape and dtype, so that
-    ``r = output - partner``; None where there is no such view, and the output is held as a value.
+    ``partner`` is a view of region inputs with the output's shape, so that ``r = output - partner``
+    in the output's dtype; None where there is no such view, and the output is held as a value.
     ``additions`` counts the residual additions between the two.
     """
 
@@ -157,6 +158,14 @@ class ResidualPair:
         """Whether the output itself, not a residual, is what a reused step takes over."""
         return self.partner is None
 
+    @property
+    def cast(self) -> torch.dtype | None:
+        """The output's dtype, where the partner is of another one and must be cast to it."""
+        value = tensor_of(self.output)
+        if self.partner is None or value is None or value.dtype == dtype_of(self.partner):
+            return None
+        return value.dtype
+
 
 def leaves(view: View) -> list[Node]:
     """The region inputs that a view is made of, in order."""
@@ -165,6 +174,13 @@ def leaves(view: View) -> list[Node]:
     if isinstance(view, Cat):
         return [node for part in view.parts for node in leaves(part)]
     return leaves(view.of)
+
+
+def dtype_of(view: View) -> torch.dtype:
+    """The dtype of a view of tensors that may be of several."""
+    values = map(tensor_of, leaves(view))
+    dtypes = (value.dtype for value in values if value is not None)
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 class Origins(dict[Node, Origin]):
@@ -282,7 +298,6 @@ def _pair(output: Node, origins: Origins) -> ResidualPair:
     if origin is None or origin.additions == 0 or value is None:
         return ResidualPair(output, None, 0)
     fits = same_shape(origin.view.shape, origins.sizes.shape_of(value))
-    fits = fits and _has_dtype(origin.view, value.dtype)
     if not fits or not (isinstance(origin.view, Leaf) or _is_concrete(origin.view)):
         return ResidualPair(output, None, 0)
     return ResidualPair(output, origin.view, origin.additions)
@@ -328,16 +343,10 @@ def _same_shape(one: Node, other: Node) -> bool:
     return first is not None and second is not None and same_shape(first.shape, second.shape)
 
 
-def _has_dtype(view: View, dtype: torch.dtype) -> bool:
-    """Whether all region inputs that a view is made of have a dtype."""
-    values = (tensor_of(leaf) for leaf in leaves(view))
-    return all(each is not None and each.dtype == dtype for each in values)
-
-
 def _keeps_dtype(node: Node, view: View) -> bool:
     """Whether a tensor still has the dtype of the region input that it is a view of."""
     value = tensor_of(node)
-    return not isinstance(view, Leaf) or (value is not None and _has_dtype(view, value.dtype))
+    return not isinstance(view, Leaf) or (value is not None and value.dtype == dtype_of(view))
 
 
 # --- one node ------------------------------------------------------------------------------------
@@ -372,9 +381,6 @@ def _origin(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
 def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     """The operand that has come the longest way is the stream, the others are updates of it.
 
-    Before all comes one that began in the sum's dtype, so that it can be paired with, and that the
-    others depend on: blocks may add what they made of a cast of it, casts and all.
-
     An operand that does not depend on the stream (a position embedding, the residual of a control
     network, a shift) joins it without counting as an addition.
     """
@@ -392,13 +398,7 @@ def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
     if not streams:
         return None
     oldest, updated = max(
-        streams,
-        key=lambda each: (
-            each[1] and _has_dtype(each[0].view, value.dtype),
-            each[0].additions,
-            each[1],
-            flow.varies(each[0].view),
-        ),
+        streams, key=lambda each: (each[0].additions, each[1], flow.varies(each[0].view))
     )
     return oldest.updated() if updated else oldest
 

@@ -282,6 +282,7 @@ class _Partner:
     def __init__(self, pair: ResidualPair, taken: set[str]) -> None:
         assert pair.partner is not None
         self.view = pair.partner
+        self.cast = pair.cast
         self.composed = not isinstance(pair.partner, Leaf)
         self.name = _unused(f"{pair.output.name}_partner", taken) if self.composed else ""
 
@@ -336,10 +337,14 @@ class _Builder:
         """The new graph's node for the partner of an output, which the prologue makes or passes."""
         if isinstance(partner.view, Leaf):
             # As it enters, though the body may write into a copy of it.
-            return self._inputs.get(partner.view.node.name) or self.read(partner.view.node)
-        if partner.name not in self._inputs:
-            self.placeholder(partner.name, _value(made[partner.name]))
-        return self._inputs[partner.name]
+            node = self._inputs.get(partner.view.node.name) or self.read(partner.view.node)
+        else:
+            if partner.name not in self._inputs:
+                self.placeholder(partner.name, _value(made[partner.name]))
+            node = self._inputs[partner.name]
+        if partner.cast is None:
+            return node
+        return self.call(torch.ops.aten.to.dtype, node, partner.cast)
 
     def placeholder(self, name: str, meta: Mapping[str, Any]) -> Node:
         """A new input, after those that there are."""

@@ -90,7 +90,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     names.leave(guarded.body)
     for residual, pair in pairs.items():
         kept = names.name(residual, "value" if pair.held else "residual")
-        update = "" if pair.held else f" - {names.named(partners[pair.output])}"
+        update = "" if pair.held else f" - {_partner(pair, partners, names)}"
         page.write(f"{kept} = {names.named(pair.output.name)}{update}", _pair_comment(pair))
     finite = names.name(FINITE, "finite")
     listed = ", ".join(f"isfinite({names.named(residual)})" for residual in pairs)
@@ -101,7 +101,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     page.indent += 1
     page.part("reuse, with the epilogue", guarded.reuse, names, work)
     for residual, pair in pairs.items():
-        partner = "" if pair.held else f"{names.named(partners[pair.output])} + "
+        partner = "" if pair.held else f"{_partner(pair, partners, names)} + "
         page.write(f"{names.named(pair.output.name)} = {partner}{names.named(residual)}")
     page.indent -= 1
 
@@ -431,6 +431,12 @@ def _expression(view: View, names: _Names) -> str:
 def _is_copy(node: Node) -> bool:
     """Whether a node only lays a value out anew, or copies one that is written into."""
     return is_guard(node) and node.target is torch.clone
+
+
+def _partner(pair: ResidualPair, partners: Mapping[Node, str], names: _Names) -> str:
+    """The partner of an output as what is added to it, or subtracted from it."""
+    cast = "" if pair.cast is None else f".to({_format(pair.cast, names.of)})"
+    return names.named(partners[pair.output]) + cast
 
 
 def _partners(guarded: GuardedGraph) -> dict[Node, str]:

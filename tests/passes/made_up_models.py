@@ -190,6 +190,23 @@ class CastsBetweenBlocks(Model):
         return x.to(torch.float32)
 
 
+class WideningBlock(Block):
+    """Adds in float64 to a stream that may be narrower."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        narrow = x.float()
+        return x + (super().forward(narrow, time) - narrow).double()
+
+
+class WidenedByBlocks(Model):
+    """The stream enters in float32 and leaves in float64."""
+
+    block = WideningBlock
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        return super().loop(x, time, text).float()
+
+
 class RefinedText(DualStream):
     """The text runs through blocks of its own before the block loop."""
 

@@ -122,6 +122,14 @@ def test_the_operand_that_has_come_the_longer_way_is_the_stream(sketch: Sketch, 
     assert (expression(found.partner), found.additions) == ("neg", 1)
 
 
+def test_what_is_added_behind_every_block_is_not_the_stream(sketch: Sketch, x: Node) -> None:
+    """The second time, the stream depends on it."""
+    control = sketch.input("control", *SHAPE)
+    once = sketch(torch.add, added(sketch, x), control)
+    found = pair(sketch, x, sketch(torch.add, added(sketch, once), control))
+    assert (expression(found.partner), found.additions) == ("neg", 2)
+
+
 def test_what_does_not_depend_on_the_stream_is_no_update_of_it(sketch: Sketch, x: Node) -> None:
     """A per-token shift has the stream's shape, and the modulated norm is added to it."""
     shift = sketch.input("shift", *SHAPE)
@@ -155,15 +163,17 @@ def test_what_the_region_only_reads_is_held(sketch: Sketch, x: Node) -> None:
     assert pair(sketch, x, sketch(torch.gt, x, 0)).held
 
 
-def test_a_partner_has_the_dtype_of_its_output(sketch: Sketch) -> None:
+def test_a_partner_is_cast_to_the_dtype_of_its_output(sketch: Sketch) -> None:
     x = sketch("neg", sketch.input("x", *SHAPE, dtype=torch.bfloat16))
-    assert pair(sketch, x, added(sketch, sketch("float", x))).held
+    found = pair(sketch, x, added(sketch, sketch("float", x)))
+    assert (expression(found.partner), found.cast) == ("neg", torch.float32)
 
 
 def test_casts_between_additions_keep_the_stream(sketch: Sketch) -> None:
     x = sketch("neg", sketch.input("x", *SHAPE, dtype=torch.bfloat16))
     last = sketch("to", added(sketch, sketch("float", x)), torch.bfloat16)
-    assert expression(pair(sketch, x, last).partner) == "neg"
+    found = pair(sketch, x, last)
+    assert (expression(found.partner), found.cast) == ("neg", None)
 
 
 # --- views ---------------------------------------------------------------------------------------

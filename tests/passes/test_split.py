@@ -23,6 +23,7 @@ from twelve import captured
 
 MADE_UP = (
     made_up.CastsBetweenBlocks,
+    made_up.WidenedByBlocks,
     made_up.Controlled,
     made_up.DualStream,
     made_up.InPlaceAcrossTheCut,

@@ -130,6 +130,12 @@ def test_a_residual_names_its_partner() -> None:
     assert lines(after, "residual = ", "# f32[2, 6, 8], 384 bytes; 4 residual additions")
 
 
+def test_a_partner_of_another_dtype_is_cast() -> None:
+    after = trace(made_up.WidenedByBlocks(), **inputs()).after
+    assert re.search(r"residual = x_\d - \w+\.to\(float64\)", after)
+    assert re.search(r"x_\d = \w+\.to\(float64\) \+ residual", after)
+
+
 def test_a_composed_partner_is_written_out_in_the_prologue() -> None:
     after = trace(made_up.WholeJointStream(), **inputs()).after
     assert lines(after.split("if gate")[0], "partner = cat([linear_1, linear], dim=1)")
