@@ -211,7 +211,7 @@ class ExtractedModel:
 
         def body(context: CacheContext, *entered: Tensor) -> list[Tensor]:
             left = _checked(self._run_blocks(context.run_transformer_blocks), entered)
-            changes = [new - old for new, old in zip(left, entered, strict=True)]
+            changes = [new - old.to(new.dtype) for new, old in zip(left, entered, strict=True)]
             finite = torch.stack([each.isfinite().all() for each in changes]).all()
             return [*left, *(each.nan_to_num(0.0, 0.0, 0.0) for each in changes), finite]
 
@@ -224,7 +224,8 @@ class ExtractedModel:
 
         def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
             entered, changes = values[: len(streams)], values[len(streams) :]
-            return epilogue(context, *(a + b for a, b in zip(entered, changes, strict=True)))
+            pairs = zip(entered, changes, strict=True)
+            return epilogue(context, *(old.to(change.dtype) + change for old, change in pairs))
 
         return Executor(
             GuardedParts(

@@ -261,6 +261,24 @@ def test_both_streams_are_carried_on(registered: Any) -> None:
     assert omni_cache.summary(model).memory_bytes >= first.nbytes + prompt.nbytes
 
 
+def test_what_leaves_in_another_dtype_is_reused_in_that(registered: Any) -> None:
+    def narrowed(module: Any, hidden_states: Tensor, *others: Tensor) -> CacheContext:
+        context = extract_dual(module, hidden_states, *others)
+        run = context.run_transformer_blocks
+        context.run_transformer_blocks = lambda: tuple(each.bfloat16() for each in run())
+        context.postprocess = lambda x: x
+        return context
+
+    registered(Dual, narrowed)
+    model = enabled(Dual(), **ALWAYS_REUSE)
+    prompt = gaussian("p", 1, 5, CHANNELS)
+    for step in (3, 2, 1):
+        left = model(gaussian(step, 1, TOKENS, CHANNELS), torch.tensor([1.0 * step]), prompt)
+        assert left.dtype == torch.bfloat16
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.computed for step in trajectory.steps] == [True, False, False]
+
+
 def test_a_stream_that_the_blocks_do_not_return_stays_as_it_entered(registered: Any) -> None:
     def one(module: Any, *args: Tensor) -> CacheContext:
         context = extract_dual(module, *args)
