@@ -207,6 +207,22 @@ class WidenedByBlocks(Model):
         return super().loop(x, time, text).float()
 
 
+class NarrowingBlock(Block):
+    """Works in float32, and returns it, on a stream that may be wider."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return super().forward(x.float(), time)
+
+
+class NarrowedByBlocks(Model):
+    """The stream enters in float64 and leaves in float32."""
+
+    block = NarrowingBlock
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        return super().loop(x.double(), time, text)
+
+
 class RefinedText(DualStream):
     """The text runs through blocks of its own before the block loop."""
 

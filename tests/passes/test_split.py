@@ -24,6 +24,7 @@ from twelve import captured
 MADE_UP = (
     made_up.CastsBetweenBlocks,
     made_up.WidenedByBlocks,
+    made_up.NarrowedByBlocks,
     made_up.Controlled,
     made_up.DualStream,
     made_up.InPlaceAcrossTheCut,
@@ -99,8 +100,9 @@ def test_reuse_equals_the_epilogue_of_partner_plus_residual(traced: Trace) -> No
     # An epilogue may write in place into what it reads.
     reused = traced.reused({name: torch.clone(value) for name, value in values.items()})
     for name, pair in zip(traced.guarded.residuals, traced.guarded.analysis.pairs, strict=True):
-        partner = evaluate(pair.partner, values) if pair.partner is not None else 0
-        values[pair.output.name] = partner + values[name]
+        value = values[name]
+        partner = 0 if pair.partner is None else evaluate(pair.partner, values).to(value.dtype)
+        values[pair.output.name] = partner + value
     expected = run(traced.guarded.epilogue, values)
     for got, wanted in zip(reused, expected, strict=True):
         assert torch.equal(got, wanted)
@@ -110,8 +112,10 @@ def test_reuse_equals_the_epilogue_of_partner_plus_residual(traced: Trace) -> No
 def test_a_residual_is_what_the_body_adds_to_its_partner(traced: Trace) -> None:
     values = traced.values()
     for name, pair in zip(traced.guarded.residuals, traced.guarded.analysis.pairs, strict=True):
-        partner = evaluate(pair.partner, values) if pair.partner is not None else 0
-        assert torch.equal(values[name], values[pair.output.name] - partner)
+        value = values[pair.output.name]
+        partner = 0 if pair.partner is None else evaluate(pair.partner, values).to(value.dtype)
+        assert torch.equal(values[name], value - partner)
+        assert values[name].dtype == value.dtype
 
 
 def test_reuse_leaves_the_residuals_as_they_are(traced: Trace) -> None:
