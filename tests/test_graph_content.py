@@ -674,6 +674,13 @@ def test_writes_in_place_are_never_lost(kind: type[WritingIntoItsOwn]) -> None:
         assert refused == []
         assert [computed for computed, _ in steps(model)] == [True, False, False]
         assert torch.equal(got[0], plain[0])
+        # The prediction is linear in the streams, and the residual is that of the first step.
+        entry = [model.embed(each[0]) for each in inputs]
+        for index in (1, 2):
+            moved = entry[index] - entry[0]
+            moved = moved + F.linear(moved, model.join.weight)
+            reused = plain[0] + F.linear(moved, model.project.weight)
+            torch.testing.assert_close(got[index], reused, rtol=1e-4, atol=1e-5)
     else:
         (warning,) = refused
         assert "writes in place" in str(warning.message)
