@@ -364,7 +364,10 @@ _NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
 _MIXES = frozenset({"linear"})
 _SUMS = frozenset({"add", "iadd", "add_", "radd"})
 _UPDATES_OF_THE_FIRST = frozenset(
-    ("sub", "isub", "sub_", "addcmul", "addcmul_", "addcdiv", "addcdiv_", "addmm", "baddbmm")
+    {
+        *("sub", "isub", "sub_", "lerp", "lerp_"),
+        *("addcmul", "addcmul_", "addcdiv", "addcdiv_", "addmm", "baddbmm"),
+    }
 )
 
 

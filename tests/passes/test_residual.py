@@ -79,6 +79,7 @@ ADDITIONS: dict[str, Callable[[Sketch, Node, Node], Node]] = {
     "x.sub(f)": lambda s, x, f: s("sub", x, f),
     "torch.addcmul(x, f, f)": lambda s, x, f: s(torch.addcmul, x, f, f),
     "torch.addcmul(x, f, g)": lambda s, x, f: s(torch.addcmul, x, s("exp", f), f),
+    "torch.lerp(x, f, 0.5)": lambda s, x, f: s(torch.lerp, x, f, 0.5),
     "torch.baddbmm(x, f, w)": lambda s, x, f: s(torch.baddbmm, x, f, s.weight(2, 8, 8)),
 }
 
@@ -101,6 +102,7 @@ def test_an_addition_in_place_continues_a_stream_within_the_region(sketch: Sketc
 NO_ADDITIONS: dict[str, Callable[[Sketch, Node, Node], Node]] = {
     "f - x": lambda s, x, f: s(operator.sub, f, x),
     "torch.add(f, x, alpha=2)": lambda s, x, f: s(torch.add, f, x, alpha=2),
+    "torch.lerp(f, x, 0.5)": lambda s, x, f: s(torch.lerp, f, x, 0.5),
     "torch.addcmul(f, x, x)": lambda s, x, f: s(torch.addcmul, f, x, x),
     "norm(x + f)": lambda s, x, f: s(F.layer_norm, s(operator.add, x, f), (8,)),
     "x * f": lambda s, x, f: s(operator.mul, x, f),
