@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from omni_cache.backend import UncachedWarning, omni_cache_backend
     from omni_cache.explanation import Explanation, explain
     from omni_cache.extraction import CacheContext, register_extractor
+    from omni_cache.passes import RegionError
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime import branch, generation
     from omni_cache.strategies import MagCacheConfig, TeaCacheConfig
@@ -18,6 +19,7 @@ _HOMES = {
     "CacheContext": "omni_cache.extraction",
     "Explanation": "omni_cache.explanation",
     "MagCacheConfig": "omni_cache.strategies",
+    "RegionError": "omni_cache.passes",
     "TeaCacheConfig": "omni_cache.strategies",
     "UncachedWarning": "omni_cache.backend",
     "branch": "omni_cache.runtime",
@@ -36,6 +38,7 @@ __all__ = [
     "CacheContext",
     "Explanation",
     "MagCacheConfig",
+    "RegionError",
     "TeaCacheConfig",
     "UncachedWarning",
     "branch",

@@ -29,10 +29,16 @@ from omni_cache.passes import (
     split,
     timestep_name,
 )
-from omni_cache.runtime import CompiledPart, Executor, GuardedParts, bound_call
+from omni_cache.runtime import Call, CompiledPart, Executor, GuardedParts, bound_call
 from omni_cache.strategies import BoundStrategy
 
 logger = logging.getLogger(__name__)
+
+
+NO_GRADIENTS = (
+    "gradients are enabled, and a reused residual has none; call the model under torch.no_grad() "
+    "or torch.inference_mode()"
+)
 
 
 class UncachedWarning(UserWarning):
@@ -65,7 +71,9 @@ def omni_cache_backend(
         ValueError: a flag is unknown or has a value that is not allowed, or names a module that
             the graph does not run.
         NotImplementedError: a flag's value is planned and not built yet.
-        RegionError: the graph cannot be cached and ``strict`` is set.
+        RegionError: the graph cannot be cached and ``strict`` is set. A piece between graph breaks
+            that holds no block loop is no error: another one may hold it, and nothing here tells
+            that none does. Under ``enable`` that is told when a call ends.
     """
     try:
         flags = CompileOptions.parse(options, mode)
@@ -77,17 +85,57 @@ def omni_cache_backend(
     try:
         return _compile_guarded(gm, example_inputs, flags, frame)
     except RegionError as error:
-        if isinstance(error, UnknownNameError) and not frame.is_piece:
-            raise unwrapped(ValueError(str(error))) from None
-        if flags.strict:
-            raise unwrapped(error) from None
+        call = bound_call()
         message = f"{frame.model_class or 'a model'} runs uncached: {error}"
+        if call is not None and call.in_pieces:
+            # Another piece may have the block loop, which is known when they all have run.
+            return _refused(compile_part(gm, example_inputs, flags), error)
         if frame.is_piece and isinstance(error, NoBlockLoopError):
-            # A model that breaks into several graphs has its block loop in another one.
             logger.info("a piece of %s", message)
+        elif isinstance(error, UnknownNameError) and not frame.is_piece:
+            raise unwrapped(ValueError(str(error))) from None
+        elif flags.strict:
+            raise unwrapped(error) from None
         else:
             warnings.warn(message, UncachedWarning, stacklevel=2)
         return compile_part(gm, example_inputs, flags)
+
+
+def _refused(compiled: Callable[..., Any], error: RegionError) -> Callable[..., Any]:
+    """A piece that runs uncached, and says so to the call that it runs for."""
+    error = error.with_traceback(None)
+    error.node = None  # the graph is not needed any more
+
+    def run(*args: Any) -> Any:
+        call = bound_call()
+        if call is not None:
+            call.refusals.append(error)
+        return compiled(*args)
+
+    return run
+
+
+def refusal_in_pieces(call: Call) -> RegionError | ValueError | None:
+    """Why a call that ran in pieces is not cached, or not all of its blocks; None where it is."""
+    elsewhere = [each for each in call.refusals if isinstance(each, _ELSEWHERE)]
+    for each in call.refusals:
+        if each not in elsewhere:
+            return RegionError(str(each))
+    if call.is_cached:
+        return None
+    unknown = [each for each in elsewhere if isinstance(each, UnknownNameError)]
+    if unknown:
+        return ValueError(str(max(unknown, key=lambda each: len(each.known))))
+    if len(elsewhere) == 1:
+        return RegionError(str(elsewhere[0]))
+    return RegionError(
+        "a graph break keeps the block loop out of every graph; omni_cache.explain(model, ...) "
+        "names its line, and what to change"
+    )
+
+
+_ELSEWHERE = (NoBlockLoopError, UnknownNameError)
+"""What is wrong with a piece where another piece has the block loop."""
 
 
 def _compile_guarded(
@@ -97,10 +145,7 @@ def _compile_guarded(
     frame: TracedFrame,
 ) -> Executor:
     if torch.is_grad_enabled():
-        raise RegionError(
-            "gradients are enabled, and a reused residual has none; call the model under "
-            "torch.no_grad() or torch.inference_mode()"
-        )
+        raise RegionError(NO_GRADIENTS)
     try:
         strategy, analysis = analyse_for_strategy(
             gm, flags, frame.model_class, frame.parameters, frame.model if frame.is_piece else None
@@ -174,14 +219,28 @@ def analyse_for_strategy(
     assert flags.strategy is not None
     # A graph without blocks needs no tables, so that none are looked up or missed for it.
     loop = find_block_loop(gm.graph, flags.region)
-    if whole is not None and flags.region is None and _is_beside_the_loop(loop, whole):
+    if whole is not None and flags.region is None:
+        _check_piece(loop, whole)
+    strategy = flags.strategy.bind(model_class)
+    signal = None if strategy.signal is None else (flags.signal or strategy.signal)
+    return strategy, analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
+
+
+def _check_piece(loop: BlockLoop, whole: torch.nn.Module) -> None:
+    """Refuse a piece of a model that holds half of its loop, or none but a list beside it."""
+    if _is_beside_the_loop(loop, whole):
         raise NoBlockLoopError(
             f"{loop.lists[0].path} is no block loop but a small list beside it, which runs in "
             "another graph"
         )
-    strategy = flags.strategy.bind(model_class)
-    signal = None if strategy.signal is None else (flags.signal or strategy.signal)
-    return strategy, analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
+    main = max(loop.lists, key=lambda each: each.arithmetic)
+    first = min(main.blocks, key=lambda block: block.index)
+    if first.index > 0:
+        raise RegionError(
+            f"the graph begins inside the block loop, at {main.path}.{first.index}: a graph break "
+            "cuts the loop in two; explain() says where, and what to change is there",
+            first.nodes[0],
+        )
 
 
 def _is_beside_the_loop(loop: BlockLoop, whole: torch.nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType
@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from omni_cache.backend import analyse_for_strategy
 from omni_cache.capture import UNCAPTURED, in_pieces
-from omni_cache.extraction import CacheContext, Extractor, extract, find_extractor
+from omni_cache.extraction import CacheContext, extract, find_extractor
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis, NoBlockLoopError, RegionError, guarded_text, split
 from omni_cache.passes.node import describe_value
@@ -72,11 +72,14 @@ class Explanation:
             registered extractor one report of what that says.
         breaks: the graph breaks, if Dynamo cannot capture the model as one graph; the first is the
             one that it meets first.
+        extractor: the name of the registered extractor that takes the model apart; None for a
+            model without one.
     """
 
     model_class: str
     graphs: tuple[GraphReport, ...]
     breaks: tuple[GraphBreak, ...]
+    extractor: str | None = None
 
     @property
     def cached(self) -> bool:
@@ -95,11 +98,15 @@ class Explanation:
             return str(with_blocks[0].reason)
         among = next((each for each in self.breaks if each.in_block), None)
         met = among or self.breaks[0]
-        effect = "cuts the block loop" if among else "comes before the block loop"
+        effect = (
+            "cuts the block loop, so that no graph holds it"
+            if among
+            else "keeps the block loop out of every graph"
+        )
         return (
-            f"a graph break at {met.place} {effect}, so that no graph holds it ({met.reason}); "
-            "change that line so that it takes no number and no decision from a tensor, or say "
-            "what the blocks are with omni_cache.register_extractor"
+            f"a graph break at {met.place} {effect} ({met.reason}); change that line so that it "
+            "takes no number and no decision from a tensor, or say what the blocks are with "
+            "omni_cache.register_extractor"
         )
 
     def __str__(self) -> str:
@@ -109,6 +116,9 @@ class Explanation:
         count = len(self.graphs)
         if not self.cached:
             yield f"{self.model_class} runs uncached: {self.reason}."
+        elif self.extractor is not None:
+            yield f"{self.model_class} is cached under enable, by the extractor {self.extractor}."
+            yield "torch.compile alone takes no notice of it."
         elif count == 1:
             yield f"{self.model_class} is cached: its block loop lies in one graph."
         else:
@@ -118,6 +128,9 @@ class Explanation:
             yield "The other graphs run on every step. Behind a break no input tells the timestep:"
             yield "enable takes it from the call; with torch.compile alone, name the place of a"
             yield "call with omni_cache.generation and omni_cache.branch."
+        if any(each.analysis is not None and _is_held(each.analysis) for each in self.graphs):
+            yield "No stream that enters its blocks leaves them with something added, so that a"
+            yield "reused step takes over what left them, not what they added: expect worse images."
         for number, each in enumerate(self.graphs, 1):
             heading = f"graph {number} of {count}: " if count > 1 else ""
             if each.reason is None:
@@ -173,7 +186,8 @@ def examine(
     if extractor is not None and flags.strategy is not None:
         with torch.no_grad():
             context = extract(extractor, module, *args, **kwargs)
-        return Explanation(name, (GraphReport(_context_text(extractor, context), None, None),), ())
+        named = f"{extractor.__module__}.{getattr(extractor, '__qualname__', extractor)}"
+        return Explanation(name, (GraphReport(_context_text(context), None, None),), (), named)
     parameters = tuple(inspect.signature(module.forward).parameters)
     blocks = _block_code(module)
     reports: list[GraphReport] = []
@@ -187,6 +201,8 @@ def examine(
                 raise RegionError("cache='none'")
             whole = module if breaks else None
             _, analysis = analyse_for_strategy(gm, flags, name, parameters, whole)
+            if breaks and reports:  # behind a break anything may be called a timestep
+                analysis = replace(analysis, timestep=None)
             reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
         except NoBlockLoopError as error:
             reports.append(GraphReport("", None, str(error), has_blocks=False))
@@ -218,10 +234,13 @@ def examine(
     return Explanation(name, tuple(reports), tuple(reversed(by_place.values())))
 
 
-def _context_text(extractor: Extractor, context: CacheContext) -> str:
+def _is_held(analysis: Analysis) -> bool:
+    return all(pair.held for pair in analysis.pairs)
+
+
+def _context_text(context: CacheContext) -> str:
     """What an extractor says of a call."""
-    named = f"{extractor.__module__}.{getattr(extractor, '__qualname__', extractor)}"
-    lines = [f"taken apart by the extractor {named}, in place of a graph"]
+    lines = ["what enters the blocks, and what is compared between steps:"]
     for field in ("hidden_states", "encoder_hidden_states", "modulated_input", "temb"):
         value = getattr(context, field)
         if value is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from omni_cache.backend import UncachedWarning
+from omni_cache.backend import NO_GRADIENTS, UncachedWarning
+from omni_cache.capture import with_own_code
 from omni_cache.options import CompileOptions
-from omni_cache.passes import FINITE
+from omni_cache.passes import FINITE, RegionError
 from omni_cache.runtime import CompiledPart, Executor, GuardedParts
 
 
@@ -36,7 +37,8 @@ class CacheContext:
         temb: the timestep embedding; None where the blocks take none.
         run_transformer_blocks: runs them on what enters, and returns the streams that leave them
             as a tuple ``(hidden_states,)`` or ``(hidden_states, encoder_hidden_states)``, in the
-            shapes in which they entered. It must not write into what enters.
+            shapes in which they entered. It may write into these streams, unless one of them is
+            ``modulated_input`` too.
         postprocess: from the first stream that leaves the blocks to what the model returns.
         extra_states: what else an extractor wants to carry; nothing here reads it.
     """
@@ -154,9 +156,9 @@ class ExtractedModel:
 
     Args:
         extractor: of the model's class.
-        model_class: its name.
+        model_class: the class.
         flags: with a strategy.
-        dynamic: of ``torch.compile``, for the blocks.
+        compile_flags: flags of ``torch.compile``, for the blocks.
 
     Raises:
         ValueError: a flag asks for what only a graph has.
@@ -165,21 +167,21 @@ class ExtractedModel:
     def __init__(
         self,
         extractor: Extractor,
-        model_class: str,
+        model_class: type[nn.Module],
         flags: CompileOptions,
-        dynamic: bool | None = None,
+        **compile_flags: Any,
     ) -> None:
         assert flags.strategy is not None  # without a cache there is nothing to take apart
         if flags.region is not None:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
         self._extractor = extractor
-        self._strategy = flags.strategy.bind(model_class)
+        self._strategy = flags.strategy.bind(model_class.__name__)
         signal = None if self._strategy.signal is None else flags.signal or self._strategy.signal
         if signal not in (*_SIGNALS, None):
             raise ValueError(_refusal("signal", repr(signal), _ONLY_GRAPHS))
         self._signal = None if signal is None else _SIGNALS[signal]
         self._flags = flags
-        self._run_blocks = _compiled(_run_blocks, flags, dynamic)
+        self._run_blocks = _compiled_blocks(model_class, flags, compile_flags)
         # One for models of one stream, one for those of two.
         self._executors = [self._executor(_STREAMS[:count]) for count in (1, 2)]
         self._has_warned = False
@@ -187,14 +189,12 @@ class ExtractedModel:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call a module of the class; returns what its ``forward`` would."""
         if torch.is_grad_enabled():
+            if self._flags.strict:
+                raise RegionError(NO_GRADIENTS)
             if not self._has_warned:
                 self._has_warned = True
-                warnings.warn(
-                    f"{type(module).__name__} runs uncached: gradients are enabled, and a reused "
-                    "residual has none; call the model under torch.no_grad()",
-                    UncachedWarning,
-                    stacklevel=2,
-                )
+                message = f"{type(module).__name__} runs uncached: {NO_GRADIENTS}"
+                warnings.warn(message, UncachedWarning, stacklevel=2)
             return module.forward(*args, **kwargs)
         context = extract(self._extractor, module, *args, **kwargs)
         executor = self._executors[context.encoder_hidden_states is not None]
@@ -210,8 +210,9 @@ class ExtractedModel:
             return [getattr(context, name) for name in inputs]
 
         def body(context: CacheContext, *entered: Tensor) -> list[Tensor]:
+            before = [each.clone() for each in entered]  # blocks may write into them
             left = _checked(self._run_blocks(context.run_transformer_blocks), entered)
-            changes = [new - old.to(new.dtype) for new, old in zip(left, entered, strict=True)]
+            changes = [new - old.to(new.dtype) for new, old in zip(left, before, strict=True)]
             finite = torch.stack([each.isfinite().all() for each in changes]).all()
             return [*left, *(each.nan_to_num(0.0, 0.0, 0.0) for each in changes), finite]
 
@@ -255,19 +256,20 @@ def _run_blocks(blocks: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return blocks()
 
 
-def _compiled(
-    function: Callable[..., Any], flags: CompileOptions, dynamic: bool | None
+def _compiled_blocks(
+    model_class: type[nn.Module], flags: CompileOptions, compile_flags: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """A function compiled with the inner compiler, in pieces where it breaks."""
+    """What runs blocks, compiled with the inner compiler; in pieces where they break."""
     if flags.inner == "eager":
-        return function
+        return _run_blocks
     options = dict(flags.inner_options or {})
     if flags.inner == "inductor":
         from torch._inductor import list_mode_options
 
         options = {**list_mode_options(flags.mode or "default"), **options}
+    run = with_own_code(_run_blocks, model_class, {**vars(flags), **compile_flags})
     compiled: Callable[..., Any] = torch.compile(
-        function, backend=flags.inner, options=options or None, dynamic=dynamic
+        run, backend=flags.inner, options=options or None, **compile_flags
     )
     return compiled
 

@@ -31,7 +31,7 @@ from .node import (
     module_path,
     op_name,
 )
-from .region import NoBlockLoopError, RegionError, UnknownNameError, close_region
+from .region import NoBlockLoopError, UnknownNameError, close_region
 from .residual import trace_origins
 
 LIKE_SHARE = 1 / 8
@@ -136,7 +136,6 @@ def find_block_loop(
     Raises:
         NoBlockLoopError: no list holds attention.
         UnknownNameError: a given name is no list that the graph runs.
-        RegionError: the graph begins inside the loop.
     """
     lists = find_block_lists(graph)
     if names is not None:
@@ -144,18 +143,17 @@ def find_block_loop(
     candidates = [each for each in lists if each.has_attention and len(each.nodes) > 1]
     if not candidates:
         found = ", ".join(each.path for each in lists) or "none"
+        advice = (
+            "name the ModuleLists of the block loop with the option region=[...]"
+            if lists
+            else "keep the blocks in a ModuleList, see with omni_cache.explain whether a graph "
+            "break cuts them off, or say what they are with omni_cache.register_extractor"
+        )
         raise NoBlockLoopError(
-            f"no list of repeated blocks with attention in the graph (lists found: {found}); name "
-            "the ModuleLists of the block loop with the option region=[...]"
+            f"no list of repeated blocks with attention in the graph (lists found: {found}); "
+            f"{advice}"
         )
     main = max(candidates, key=lambda each: each.arithmetic)
-    first = min(main.blocks, key=lambda block: block.index)
-    if first.index > 0:
-        raise RegionError(
-            f"the graph begins inside the block loop, at {main.path}.{first.index}: a graph break "
-            "cuts the loop in two; explain() says where, and what to change is there",
-            first.nodes[0],
-        )
     at = candidates.index(main)
     before = dependencies(graph) if before is None else before
     order = {node: place for place, node in enumerate(graph.nodes)}

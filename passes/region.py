@@ -64,6 +64,7 @@ class UnknownNameError(RegionError):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         super().__init__(f"{flag}: no {name!r} runs in the graph{hint}; there are {sorted(known)}")
+        self.known = known
 
 
 class NoBlockLoopError(RegionError):

@@ -156,7 +156,10 @@ def analyse(
         chosen = find_signal(graph, loop, found, pairs, timestep, signal, before)
         found, pairs = _without(graph, found, pairs, chosen.moved)
     if not pairs:
-        raise RegionError("nothing that only the block loop computes is used after it")
+        raise RegionError(
+            "nothing that only the block loop computes is used after it; say what the blocks are "
+            "with omni_cache.register_extractor"
+        )
     kept = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
     if chosen is not None:
         kept.add(chosen.node)

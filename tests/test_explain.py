@@ -154,6 +154,37 @@ def test_a_graph_break_names_its_file_and_line() -> None:
     assert [graph.has_blocks for graph in found.graphs] == [False, True]
     assert found.cached
     assert str(found).startswith("Breaking is cached: its block loop lies in graph 2 of 2.")
+    # What tells its place behind a break is the call, none of its inputs.
+    assert "timestep: none" in found.graphs[1].text
+
+
+def test_a_loop_in_pieces_names_the_line_that_keeps_it_from_being_captured() -> None:
+    class Halting(Tiny):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            time = self.embed(timestep[:, None])
+            for block in self.blocks:
+                torch._dynamo.graph_break()  # between two blocks
+                x = block(x, time)
+            return x
+
+    found = explain(Halting(), *inputs(), cache_options=OWN)
+    lines, first = inspect.getsourcelines(Halting.forward)
+    line = first + next(i for i, each in enumerate(lines) if "between two blocks" in each)
+    assert not found.cached
+    assert f"{__file__}:{line} keeps the block loop out of every graph" in found.reason
+
+
+def test_a_loop_of_which_nothing_but_the_outcome_can_be_kept_is_told_of() -> None:
+    class Replacing(Tiny):
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            time = self.embed(timestep[:, None])
+            for block in self.blocks:
+                x = block(x, time).tanh()
+            return x + 1
+
+    warning = "No stream that enters its blocks leaves them with something added"
+    assert warning in str(explain(Replacing(), *inputs(), cache_options=OWN))
+    assert warning not in str(explain(Tiny(), *inputs(), cache_options=OWN))
 
 
 def test_a_branch_on_a_number_read_from_a_tensor_names_its_line_too() -> None:
@@ -197,7 +228,9 @@ def test_a_model_with_an_extractor_is_explained_by_it() -> None:
     try:
         found = explain(Tiny(), *inputs())
         assert found.cached
-        assert f"{extract.__module__}.{extract.__qualname__}" in str(found)
+        assert found.extractor == f"{extract.__module__}.{extract.__qualname__}"
+        first = f"Tiny is cached under enable, by the extractor {found.extractor}."
+        assert str(found).startswith(first)
         assert "hidden_states: f32[1, 6, 8]" in str(found)
         assert explain(Tiny(), *inputs(), cache_options={"cache": "none"}).reason == "cache='none'"
     finally:

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers_models import CASES, sample
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.fx import GraphModule
 from toy_transformer import (
     ALWAYS_REUSE,
@@ -31,7 +32,7 @@ from toy_transformer import (
 )
 
 import omni_cache
-from omni_cache import CacheContext, UncachedWarning, register_extractor
+from omni_cache import CacheContext, RegionError, UncachedWarning, register_extractor
 
 
 @pytest.fixture(autouse=True)
@@ -178,13 +179,18 @@ def test_no_nan_is_reused(registered: Any) -> None:
 
 
 class Backend:
-    """A compiler that keeps graphs as they are and counts them and their calls."""
+    """A compiler that keeps graphs as they are, counts them and their calls, and has their sizes.
+
+    ``dynamic`` says of each graph whether some size of its inputs is left open.
+    """
 
     def __init__(self) -> None:
         self.graphs = self.calls = 0
+        self.dynamic: list[bool] = []
 
     def __call__(self, gm: GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         self.graphs += 1
+        self.dynamic.append(any(isinstance(each, torch.SymInt) for each in example_inputs))
 
         def run(*args: Any) -> Any:
             self.calls += 1
@@ -203,6 +209,110 @@ def test_the_blocks_are_compiled_by_the_inner_compiler_and_only_once(registered:
     Loop(steps=8, seed=1).run(model)
     assert inner.graphs == graphs
     assert inner.calls == 5 * calls
+
+
+def test_flags_of_torch_compile_reach_the_blocks(registered: Any) -> None:
+    registered(NumpyToy, extract_toy)
+    for dynamic in (True, False):
+        inner = Backend()
+        Loop(steps=2).run(enabled(NumpyToy(), inner=inner, dynamic=dynamic, **NEVER_REUSE))
+        assert set(inner.dynamic) == {dynamic}
+    with pytest.raises(Unsupported, match="graph_break"):
+        Loop(steps=2).run(enabled(NumpyToy(), inner=Backend(), fullgraph=True, **NEVER_REUSE))
+
+
+def test_however_many_models_have_extractors_all_of_their_blocks_are_compiled(
+    registered: Any,
+) -> None:
+    """Dynamo compiles one function only so many times."""
+
+    def in_one_graph(module: Any, *args: Any, **kwargs: Any) -> CacheContext:
+        context = extract_toy(module, *args, **kwargs)
+        states, time = context.hidden_states, context.temb
+
+        def run_transformer_blocks() -> tuple[Tensor]:
+            y = states
+            for block in module.blocks:
+                y = block(y, time, None)
+            return (y,)
+
+        context.run_transformer_blocks = run_transformer_blocks
+        return context
+
+    for number in range(torch._dynamo.config.recompile_limit + 2):
+        model_class = type(f"NumpyToy{number}", (NumpyToy,), {})
+        registered(model_class, in_one_graph)
+        inner = Backend()
+        Loop(steps=2).run(enabled(model_class(), inner=inner, **NEVER_REUSE))
+        assert inner.graphs > 0
+
+
+def test_one_registered_after_enable_counts_once_it_is_enabled_again(registered: Any) -> None:
+    calls: list[str] = []
+
+    def noting(name: str) -> Callable[..., CacheContext]:
+        def extractor(*args: Any, **kwargs: Any) -> CacheContext:
+            calls.append(name)
+            return extract_toy(*args, **kwargs)
+
+        return extractor
+
+    model = NumpyToy()
+    first, second = noting("first"), noting("second")
+    registered(NumpyToy, None)
+    for extractor, expected in ((None, []), (first, ["first"] * 2), (second, ["second"] * 2)):
+        register_extractor(NumpyToy, extractor)
+        enabled(model, **ALWAYS_REUSE)
+        calls.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UncachedWarning)
+            Loop(steps=2).run(model)
+        assert calls == expected
+    call = model._compiled_call_impl
+    enabled(model, **ALWAYS_REUSE)
+    assert model._compiled_call_impl is call
+    register_extractor(NumpyToy, None)
+    enabled(model, **ALWAYS_REUSE)
+    assert model._compiled_call_impl is not call
+
+
+def test_blocks_may_write_into_what_enters_them(registered: Any) -> None:
+    def in_place(module: Any, *args: Any, **kwargs: Any) -> CacheContext:
+        context = extract_toy(module, *args, **kwargs)
+        run = context.run_transformer_blocks
+        context.run_transformer_blocks = lambda: (context.hidden_states.copy_(run()[0]),)
+        return context
+
+    registered(NumpyToy, extract_toy)
+    expected = Loop().run(enabled(NumpyToy(), **TEACACHE))
+    registered(NumpyToy, in_place)
+    model = enabled(NumpyToy(), **TEACACHE)
+    got = Loop().run(model)
+    assert omni_cache.summary(model).reused_steps > 0
+    assert same(got, expected)
+
+
+@pytest.mark.parametrize("signal", ["auto", "timestep_embedding"])
+def test_what_is_compared_is_the_signal_that_was_asked_for(signal: str, registered: Any) -> None:
+    """Only the one of the two changes from step to step."""
+
+    def still(module: Any, *args: Any, **kwargs: Any) -> CacheContext:
+        context = extract_toy(module, *args, **kwargs)
+        context.modulated_input = torch.ones_like(context.modulated_input)
+        return context
+
+    registered(NumpyToy, still)
+    flags = {**TEACACHE, "rel_l1_thresh": 1e-6}
+    model = enabled(NumpyToy(), signal=signal, **flags)
+    Loop().run(model)
+    assert (omni_cache.summary(model).reused_steps == 0) == (signal == "timestep_embedding")
+
+
+def test_with_gradients_strict_refuses(registered: Any) -> None:
+    registered(NumpyToy, extract_toy)
+    model = enabled(NumpyToy(), strict=True, **ALWAYS_REUSE)
+    with torch.enable_grad(), pytest.raises(RegionError, match="gradients are enabled"):
+        Loop().run(model)
 
 
 def test_with_gradients_it_runs_uncached_and_says_so_once(registered: Any) -> None:
@@ -439,6 +549,14 @@ def test_what_leaves_the_blocks_is_checked(name: str, registered: Any) -> None:
     model = enabled(Dual(), **ALWAYS_REUSE)
     with pytest.raises(error, match=f"^run_transformer_blocks=.*{message}"):
         model(X, torch.tensor([3.0]), X)
+
+
+def test_contexts_are_checked_at_every_call(registered: Any) -> None:
+    registered(Dual, lambda *_: replace(CONTEXT, modulated_input=X[:1]))
+    model = enabled(Dual(), **ALWAYS_REUSE)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^modulated_input=of shape \(1, 3, 4\)"):
+            model(X, torch.tensor([3.0]), X)
 
 
 def test_an_extractor_has_to_return_a_context(registered: Any) -> None:

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers_models import CASES, sample
-from omni_cache.passes import RegionError
 from one_trace import OneTrace, cached
 from torch import Tensor, nn
 from torch._dynamo import list_backends
 from torch._dynamo.exc import BackendCompilerFailed
 
 import omni_cache
-from omni_cache import MagCacheConfig, TeaCacheConfig, UncachedWarning
+from omni_cache import MagCacheConfig, RegionError, TeaCacheConfig, UncachedWarning
 from omni_cache.options import FLAGS, CompileOptions
 from omni_cache.strategies import STRATEGIES
 

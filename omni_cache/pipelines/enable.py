@@ -9,19 +9,18 @@ attributes of the transformer, which ``disable`` takes away and which no copy of
 from __future__ import annotations
 
 import inspect
-import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from omni_cache.backend import omni_cache_backend
-from omni_cache.capture import CapturedFunction
-from omni_cache.extraction import ExtractedModel, find_extractor
+from omni_cache.backend import UncachedWarning, omni_cache_backend, refusal_in_pieces
+from omni_cache.capture import CapturedFunction, with_own_code
+from omni_cache.extraction import ExtractedModel, Extractor, find_extractor
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
 from omni_cache.runtime import (
     Call,
@@ -42,9 +41,6 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 COMPILE_FLAGS = ("dynamic", "fullgraph")
 """Flags of ``enable`` that go to ``torch.compile``."""
-
-_numbers = itertools.count()
-_entries: weakref.WeakValueDictionary[Any, FunctionType] = weakref.WeakValueDictionary()
 
 
 def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
@@ -224,13 +220,22 @@ class _CachedCall:
         self, module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
     ) -> None:
         self.flags = {**options, **compile_flags}
+        self.extractor = find_extractor(module)
         self.state = ModelState()
         self.before = vars(module).get("_compiled_call_impl")
         self.loops: list[_PipelineLoop] = []
         # By weak reference: a module that owned itself would be freed by the cycle collector only.
         self._module = weakref.ref(module)
         self._parameters = tuple(inspect.signature(module.forward).parameters)
-        self._run = _runner(module, options, compile_flags)
+        self._run = _runner(module, self.extractor, options, compile_flags)
+        self._has_warned = False
+
+    def is_for(
+        self, module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
+    ) -> bool:
+        """Whether one made now for these flags would run the same."""
+        same_flags = self.flags == {**options, **compile_flags}
+        return same_flags and self.extractor is find_extractor(module)
 
     def follow(self, loop: _PipelineLoop) -> None:
         """Listen to a pipeline's loop, in place of what was heard from the pipeline before."""
@@ -256,8 +261,24 @@ class _CachedCall:
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         module = self._module()
         assert module is not None  # somebody calls it
-        with bind(Call(module, self.state, arguments)):
-            return self._run(module, *args, **kwargs)
+        call = Call(module, self.state, arguments)
+        with bind(call):
+            result = self._run(module, *args, **kwargs)
+        if call.in_pieces or call.refusals:
+            self._say_what_is_uncached(call)
+        return result
+
+    def _say_what_is_uncached(self, call: Call) -> None:
+        """Warn, once, or raise if no piece of the model is cached or some of its blocks are not."""
+        refusal = refusal_in_pieces(call)
+        if refusal is None:
+            return
+        if self.flags.get("strict") or isinstance(refusal, ValueError):
+            raise refusal
+        if not self._has_warned:
+            self._has_warned = True
+            name = f"{'a part of ' if call.is_cached else ''}{type(call.module).__name__}"
+            warnings.warn(f"{name} runs uncached: {refusal}", UncachedWarning, stacklevel=2)
 
 
 class _NamedContext:
@@ -297,7 +318,7 @@ def _enable_module(
     module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
 ) -> _CachedCall:
     current = _cached_call(module)
-    if current is not None and current.flags == {**options, **compile_flags}:
+    if current is not None and current.is_for(module, options, compile_flags):
         return current
     _disable_module(module)
     call = module._compiled_call_impl = _CachedCall(module, options, compile_flags)
@@ -322,30 +343,18 @@ def _disable_module(module: nn.Module) -> None:
 
 
 def _runner(
-    module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
+    module: nn.Module,
+    extractor: Extractor | None,
+    options: dict[str, Any],
+    compile_flags: dict[str, Any],
 ) -> Callable[..., Any]:
     """What calls a module under a guard, given the module and its arguments."""
-    extractor = find_extractor(module)
     if extractor is not None and options["cache"] != NO_CACHE:
         flags = CompileOptions.parse(options)
-        name = type(module).__name__
-        return ExtractedModel(extractor, name, flags, compile_flags.get("dynamic"))
-    entry = _entry(type(module), {**options, **compile_flags})
+        return ExtractedModel(extractor, type(module), flags, **compile_flags)
+    # Models of one class with equal flags share what is compiled.
+    entry = with_own_code(_call, type(module), {**options, **compile_flags})
     return CapturedFunction(entry, backend=omni_cache_backend, options=options, **compile_flags)
-
-
-def _entry(module_class: type[nn.Module], flags: dict[str, Any]) -> Callable[..., Any]:
-    """The function to compile for a class and its flags, with a code object of its own.
-
-    Dynamo compiles one code object only so many times, whatever the backend, and would leave the
-    models enabled after that uncompiled. Models of one class with equal flags share one.
-    """
-    key = (module_class, repr(sorted(flags.items(), key=lambda item: item[0])))
-    entry = _entries.get(key)
-    if entry is None:
-        code = _call.__code__.replace(co_name=f"call_{module_class.__name__}_{next(_numbers)}")
-        entry = _entries[key] = FunctionType(code, globals())
-    return entry
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

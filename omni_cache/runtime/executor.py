@@ -21,7 +21,7 @@ from torch import Tensor
 from omni_cache.passes import FINITE
 from omni_cache.runtime.generation import ModelState
 from omni_cache.runtime.states import bound_call, state_of_parameter
-from omni_cache.runtime.trajectory import StepRecord, Trajectory
+from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import BoundStrategy, Decision, Gate, Step
 
 PartFunction = Callable[..., Any]
@@ -126,6 +126,9 @@ class Executor:
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward on the model's flat inputs; returns its flat outputs."""
+        call = bound_call()
+        if call is not None:
+            call.is_cached = True
         values = list(args)
         values += self._parts.prologue.run(*self._prologue_inputs(values))
         state = self._state(values)
@@ -264,7 +267,9 @@ class Executor:
             strategy = self._strategy_for(state)
             trajectory.gate = strategy.make_gate(trajectory.branch, trajectory.position)
         decision = self._verdict(trajectory, trajectory.gate, state, values, read, may_reuse)
-        return replace(decision, compute=True, reason="shape changed") if changed else decision
+        if changed is None:
+            return decision
+        return replace(decision, compute=True, reason=f"{changed.replace('_', ' ')} changed")
 
     def _verdict(
         self,
@@ -343,12 +348,16 @@ class Executor:
             return call.inputs
         return [values[slot] for slot in self._dynamic if isinstance(values[slot], Tensor)]
 
-    def _layout(self, values: Sequence[Any]) -> object:
+    def _layout(self, values: Sequence[Any]) -> Layout:
         """Equal for two calls exactly when the one's residuals and signal fit the other."""
-        tensors = (each for slot in self._shaped if isinstance(each := values[slot], Tensor))
-        # What is made in inference mode cannot be written to outside of it.
-        inference = torch.is_inference_mode_enabled()
-        return (self._kind, inference, [(each.shape, each.dtype, each.device) for each in tensors])
+        tensors = [each for slot in self._shaped if isinstance(each := values[slot], Tensor)]
+        return Layout(
+            shape=[each.shape for each in tensors],
+            dtype=[each.dtype for each in tensors],
+            device=[each.device for each in tensors],
+            inference_mode=torch.is_inference_mode_enabled(),
+            graph=self._kind,
+        )
 
 
 class _Read:

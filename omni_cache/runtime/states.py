@@ -11,17 +11,17 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from omni_cache.passes import timestep_name
+from omni_cache.passes import RegionError, timestep_name
 from omni_cache.runtime.generation import ModelState
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """A call of an enabled module, which may run several graphs.
 
@@ -29,11 +29,17 @@ class Call:
         module: the module.
         state: its state.
         arguments: what its ``forward`` is called with, by name.
+        in_pieces: whether Dynamo was asked for the pieces between graph breaks.
+        refusals: why those of the pieces that have run uncached are not cached.
+        is_cached: whether a guarded graph has run.
     """
 
     module: nn.Module
     state: ModelState
     arguments: Mapping[str, Any]
+    in_pieces: bool = False
+    refusals: list[RegionError] = field(default_factory=list)
+    is_cached: bool = False
 
     @property
     def timestep(self) -> Any:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +80,29 @@ class Course:
         return 1 if self.timestep is not None and timestep > self.timestep else -1
 
 
+class Layout(NamedTuple):
+    """What one call's residuals and signal need another call to be like, to fit it.
+
+    Attributes:
+        shape: of the tensors that the blocks and the signal are made of.
+        dtype: theirs.
+        device: theirs.
+        inference_mode: whether it is on; what is made in it cannot be written to outside of it.
+        graph: the compiled graph, up to equality.
+    """
+
+    shape: Sequence[torch.Size]
+    dtype: Sequence[torch.dtype]
+    device: Sequence[torch.device]
+    inference_mode: bool
+    graph: object
+
+    def change_from(self, before: Layout) -> str | None:
+        """The name of the first difference; None where there is none."""
+        pairs = zip(self._fields, self, before, strict=True)
+        return next((name for name, new, old in pairs if new != old), None)
+
+
 class Trajectory:
     """State of one guidance branch of one generation.
 
@@ -98,7 +122,7 @@ class Trajectory:
         self.gate: Gate | None = None
         self.residuals: tuple[Tensor, ...] | None = None
         self.finite: Tensor | None = None
-        self.layout: object = None
+        self.layout: Layout | None = None
         self.steps: list[StepRecord] = []
         self.memory_bytes = 0
         self.conditioning = Conditioning()
@@ -110,20 +134,17 @@ class Trajectory:
             self.release()
         self.step_index = step_index
 
-    def enter_layout(self, layout: object) -> bool:
+    def enter_layout(self, layout: Layout) -> str | None:
         """Start afresh when the tensors of this call do not fit those of the call before.
 
-        Args:
-            layout: shapes, dtypes and device of what is cached, and the compiled graph it is of.
-
         Returns:
-            Whether there was a state that had to be dropped.
+            What had changed, so that the state had to be dropped; None where nothing had.
         """
-        dropped = self.layout is not None and self.layout != layout
-        if dropped:
+        changed = None if self.layout is None else layout.change_from(self.layout)
+        if changed is not None:
             self.release()
         self.layout = layout
-        return dropped
+        return changed
 
     def keep(self, residuals: tuple[Tensor, ...], finite: Tensor) -> None:
         """Take over the residuals of a computed step, by reference."""

@@ -32,7 +32,7 @@ from toy_transformer import (
 )
 
 import omni_cache
-from omni_cache import UncachedWarning
+from omni_cache import RegionError, UncachedWarning
 
 
 class Counting:
@@ -470,7 +470,7 @@ def test_a_model_without_blocks_runs_uncached_and_one_warning_says_why() -> None
 
 @torch.no_grad()
 def test_strict_refuses_a_model_that_cannot_be_cached() -> None:
-    with pytest.raises(Exception, match="no list of repeated blocks"):
+    with pytest.raises(RegionError, match="no list of repeated blocks"):
         Loop().run(enabled(NoBlocks(), strict=True, **ALWAYS_REUSE))
 
 
@@ -546,7 +546,8 @@ def test_blocks_before_a_graph_break_are_cached_without_a_warning() -> None:
 @torch.no_grad()
 def test_blocks_on_both_sides_of_a_graph_break_are_cached_in_part_and_a_warning_says_why() -> None:
     model = enabled(Broken("among"))
-    with pytest.warns(UncachedWarning, match="a graph break cuts the loop in two") as seen:
+    message = "a part of Broken runs uncached: .* a graph break cuts the loop in two"
+    with pytest.warns(UncachedWarning, match=message) as seen:
         Loop(("cond", "uncond")).run(model)
 
     assert len(seen) == 1
@@ -570,6 +571,158 @@ class RefinedThenBroken(ToyTransformer):
         for block in self.blocks:
             x = block(x, time, None)
         return self.project(x)
+
+
+class CutUp(ToyTransformer):
+    """A graph break before every block: within the loop, so that Dynamo captures none of it."""
+
+    def run(self, x: Tensor, time: Tensor) -> Tensor:
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x, time, None)
+        return x
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        time = self.embed_prompt(prompt).mean(1) + self.embed_time(timestep[:, None] / 500)
+        return self.project(self.run(self.embed(hidden_states), time))
+
+
+class CutUpInForward(CutUp):
+    """Likewise, so that Dynamo captures no ``forward`` either, only blocks one by one."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        x = self.embed(hidden_states)
+        time = self.embed_prompt(prompt).mean(1) + self.embed_time(timestep[:, None] / 500)
+        for block in self.blocks:
+            torch._dynamo.graph_break()
+            x = block(x, time, None)
+        return self.project(x)
+
+
+class BehindDisabled(CutUp):
+    """Blocks that Dynamo is kept away from."""
+
+    @torch.compiler.disable
+    def run(self, x: Tensor, time: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, time, None)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [CutUp, CutUpInForward, BehindDisabled])
+def test_a_model_whose_blocks_no_graph_holds_is_told_of_once_and_refused_by_strict(
+    model_class: type[ToyTransformer],
+) -> None:
+    expected = Loop().run(model_class(blocks=4))
+    model = enabled(model_class(blocks=4))
+    reason = "a graph break keeps the block loop out of every graph; omni_cache.explain"
+    message = f"{model_class.__name__} runs uncached: {reason}"
+    with pytest.warns(UncachedWarning, match=message) as seen:
+        predictions = Loop().run(model)
+    assert len(seen) == 1
+    assert same(predictions, expected)
+    # Another instance shares what was compiled, and is told as well.
+    with pytest.warns(UncachedWarning, match=message) as seen:
+        Loop().run(enabled(model_class(blocks=4)))
+    assert len(seen) == 1
+
+    strict = enabled(model_class(blocks=4), strict=True, **ALWAYS_REUSE)
+    for _ in range(2):
+        with pytest.raises(RegionError, match=reason):
+            Loop().run(strict)
+
+
+@torch.no_grad()
+def test_every_instance_is_captured_as_the_first_one_was() -> None:
+    class BreakingInALoop(ToyTransformer):
+        run = ToyTransformer.forward
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Any:
+            for _ in range(2):
+                torch._dynamo.graph_break()
+            return self.run(hidden_states, timestep, prompt)
+
+    for seed in range(3):
+        model = enabled(BreakingInALoop(seed))
+        Loop().run(model)
+        assert computed(model) == [[True] + [False] * 7]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_strict_takes_a_model_whose_blocks_lie_whole_in_one_of_its_graphs(where: str) -> None:
+    model = enabled(Broken(where), strict=True, **ALWAYS_REUSE)
+    Loop().run(model)
+    assert omni_cache.summary(model).reused_steps > 0
+
+
+@torch.no_grad()
+def test_a_name_may_be_that_of_a_list_in_another_piece_but_not_of_none() -> None:
+    model = enabled(Broken("before"), region=["blocks"], **ALWAYS_REUSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loop().run(model)
+    assert computed(model) == [[True] + [False] * 7]
+
+    enabled(model, region=["block"], **ALWAYS_REUSE)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no 'block' runs in the graph \(did you mean 'bloc"):
+            Loop().run(model)
+
+
+@torch.no_grad()
+def test_pieces_that_were_asked_for_say_what_the_one_graph_lacks() -> None:
+    model = enabled(NoBlocks(), fullgraph=False, **ALWAYS_REUSE)
+    with pytest.warns(UncachedWarning, match="no list of repeated blocks") as seen:
+        Loop().run(model)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_model_in_pieces_is_told_of_gradients_once_and_cached_without(strict: bool) -> None:
+    model = enabled(Broken("before"), strict=strict, **ALWAYS_REUSE)
+    if strict:
+        with torch.enable_grad(), pytest.raises(RegionError, match="gradients are enabled"):
+            Loop().run(model)
+    else:
+        with torch.enable_grad(), pytest.warns(UncachedWarning, match="gradients") as seen:
+            Loop().run(model)
+        assert len(seen) == 1
+    with torch.no_grad():
+        Loop().run(model)
+    assert computed(model) == [[True] + [False] * 7]
+
+
+@torch.no_grad()
+def test_a_mistaken_call_leaves_the_model_cached() -> None:
+    """What it raises looks like a graph break to Dynamo."""
+    graphs = Counting()
+    model = enabled(ToyTransformer(), **{**ALWAYS_REUSE, "inner": graphs})
+    for _ in range(2):
+        with pytest.raises(TypeError, match="hidden_states"):
+            model(timestep=torch.tensor([1.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loop().run(model)
+    assert computed(model) == [[True] + [False] * 7]
+
+
+@torch.no_grad()
+def test_a_model_that_leaves_its_first_block_out_is_cached() -> None:
+    class Skipping(ToyTransformer):
+        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+            x = self.embed(hidden_states)
+            time = self.embed_prompt(prompt).mean(1) + self.embed_time(timestep[:, None] / 500)
+            for block in self.blocks[1:]:
+                x = block(x, time, None)
+            return self.project(x)
+
+    model = enabled(Skipping(blocks=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loop().run(model)
+    assert computed(model) == [[True] + [False] * 7]
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def test_the_first_number_counts_as_the_first_step() -> None:
     calls(900.0)
 
     assert calls.timesteps == [[1000.0, 900.0]]
-    assert reasons(calls.model) == [["first step", "shape changed"]]
+    assert reasons(calls.model) == [["first step", "graph changed"]]
 
 
 @pytest.mark.parametrize(
