@@ -2,7 +2,8 @@
 
 computed steps   the model bit for bit
 reused steps     what the eager model says with its blocks skipped (see eager_reference)
-what changes     an adapter, a mask, a precision, a size: never reuses what was there before it
+what changes     a mask, a precision, a size, an adapter between generations: never reuses what was
+                 there before it. What a call does not show, in the middle of one, needs `refresh`
 """
 
 from __future__ import annotations
@@ -189,6 +190,16 @@ def test_a_hot_swapped_adapter_compiles_nothing_and_leaves_no_residual(tmp_path:
     expected = loop(omni_cache.enable(with_lora(2), inner=compiler, **ALWAYS), FLUX)
     assert all(map(torch.equal, second, expected))
     check(model, FLUX)
+
+
+def test_an_adapter_swapped_in_the_middle_is_told_of_by_refresh(tmp_path: Path) -> None:
+    model = enabled(with_lora(1), **ALWAYS)
+    with omni_cache.generation(3), omni_cache.branch("cond"):
+        model(**FLUX.inputs(0))
+        hot_swapped(model, 2, tmp_path)
+        omni_cache.refresh(model)
+        got = sample(model(**FLUX.inputs(7)))
+    assert torch.equal(got, sample(with_lora(2)(**FLUX.inputs(7))))
 
 
 # --- other ways to change the attention ----------------------------------------------------------
