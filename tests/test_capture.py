@@ -70,6 +70,18 @@ def test_a_function_that_breaks_only_later_goes_on_in_pieces() -> None:
         assert len(counter.graphs) == graphs
 
 
+def test_a_mistaken_call_is_no_break() -> None:
+    def entry(*args: Tensor) -> Tensor:
+        return whole(*args)
+
+    counter = Counter()
+    captured = CapturedFunction(entry, backend=counter)
+    with pytest.raises(TypeError, match="mask"):
+        captured(X)
+    assert torch.equal(captured(X, MASK), whole(X, MASK))
+    assert len(counter.graphs) == 1
+
+
 def test_fullgraph_raises_at_a_break() -> None:
     captured = CapturedFunction(broken, fullgraph=True, backend=Counter())
     with pytest.raises(Unsupported):
