@@ -188,6 +188,7 @@ def examine(
             context = extract(extractor, module, *args, **kwargs)
         named = f"{extractor.__module__}.{getattr(extractor, '__qualname__', extractor)}"
         return Explanation(name, (GraphReport(_context_text(context), None, None),), (), named)
+    args, kwargs = _by_name(module, args, kwargs)
     parameters = tuple(inspect.signature(module.forward).parameters)
     blocks = _block_code(module)
     reports: list[GraphReport] = []
@@ -232,6 +233,21 @@ def examine(
             torch._dynamo.eval_frame.remove_from_cache(code)
     by_place = {each.place: each for each in reversed(breaks)}
     return Explanation(name, tuple(reports), tuple(reversed(by_place.values())))
+
+
+def _by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """A call's arguments by keyword, so that its graphs name their inputs as the model does."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [
+        each.name
+        for each, _ in zip(parameters, args, strict=False)
+        if each.kind == each.POSITIONAL_OR_KEYWORD and each.name not in kwargs
+    ]
+    if len(names) < len(args):
+        return args, kwargs
+    return (), {**dict(zip(names, args, strict=True)), **kwargs}
 
 
 def _is_held(analysis: Analysis) -> bool:

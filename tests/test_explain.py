@@ -105,6 +105,21 @@ def test_flux_is_explained_in_words_and_in_figures(capsys: pytest.CaptureFixture
     assert trajectory.memory_bytes == foreseen
 
 
+def test_inputs_have_the_names_that_the_model_gives_them() -> None:
+    class Loose(Tiny):
+        def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+            return super().forward(x, *others)
+
+    x, timestep = inputs()
+    by_position = str(explain(Tiny(), x, timestep, cache_options=OWN))
+    assert by_position == str(explain(Tiny(), x=x, timestep=timestep, cache_options=OWN))
+    assert "    x: f32[1, 6, 8],\n" in by_position
+    assert "timestep: timestep" in by_position
+    assert explain(Loose(), *inputs(), cache_options=OWN).cached
+    with pytest.raises(TypeError, match="multiple values for argument 'x'"):
+        explain(Tiny(), *inputs(), x=inputs()[0], cache_options=OWN)
+
+
 def test_wan_is_explained_with_the_published_signal_or_the_one_asked_for() -> None:
     case = CASES["wan"]
     model = case.build()
