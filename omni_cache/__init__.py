@@ -6,9 +6,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from omni_cache import calibration
-    from omni_cache.backend import UncachedWarning, omni_cache_backend
+    from omni_cache.backend import omni_cache_backend
+    from omni_cache.capture.extractor import CacheContext, register_extractor
+    from omni_cache.errors import UncachedWarning
     from omni_cache.explanation import Explanation, explain
-    from omni_cache.extraction import CacheContext, register_extractor
     from omni_cache.passes import RegionError
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime import branch, generation
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
-    "CacheContext": "omni_cache.extraction",
+    "CacheContext": "omni_cache.capture.extractor",
     "Explanation": "omni_cache.explanation",
     "MagCacheConfig": "omni_cache.strategies",
     "RegionError": "omni_cache.passes",
     "TeaCacheConfig": "omni_cache.strategies",
-    "UncachedWarning": "omni_cache.backend",
+    "UncachedWarning": "omni_cache.errors",
     "branch": "omni_cache.runtime",
     "calibration": "omni_cache.calibration",
     "disable": "omni_cache.pipelines",
@@ -30,7 +31,7 @@ _HOMES = {
     "generation": "omni_cache.runtime",
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
-    "register_extractor": "omni_cache.extraction",
+    "register_extractor": "omni_cache.capture.extractor",
     "summary": "omni_cache.pipelines",
 }
 

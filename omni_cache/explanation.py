@@ -17,8 +17,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
 from omni_cache.backend import analyse_for_strategy
-from omni_cache.capture import UNCAPTURED, in_pieces
-from omni_cache.extraction import CacheContext, extract, find_extractor
+from omni_cache.capture.extractor import CacheContext, extract, find_extractor
+from omni_cache.capture.function import UNCAPTURED, in_pieces
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis, NoBlockLoopError, RegionError, guarded_text, split
 from omni_cache.passes.node import describe_value

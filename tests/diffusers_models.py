@@ -1,4 +1,4 @@
-"""Tiny configurations of the diffusers transformers, for tests and `omni-cache coverage`.
+"""Tiny configurations of the diffusers transformers, for tests and `scripts/report_coverage.py`.
 
     @case("FluxTransformer2DModel", streams={"transformer_blocks": TEXT_THEN_IMAGE}, num_layers=2)
     def flux(moment): return {"hidden_states": moment.latents(24, 8), ...}

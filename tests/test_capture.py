@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from toy_transformer import ALWAYS_REUSE, CHANNELS, TOKENS, WIDTH, Block, ToyTransformer, gaussian
 
 import omni_cache
-from omni_cache.capture import CapturedFunction
+from omni_cache.capture.function import CapturedFunction
 
 
 class Counter:

@@ -15,12 +15,12 @@ import torch
 from diffusers_models import CASES, NOT_DENOISING, REPRESENTATIVES, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
+from report_coverage import ClassReport, load, lost, transformer_classes
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 
 import omni_cache
-from omni_cache.capture import CapturedFunction
-from omni_cache.coverage import ClassReport, load, lost, transformer_classes
+from omni_cache.capture.function import CapturedFunction
 
 REPORT = Path(__file__).parent.parent / "docs" / "coverage.md"
 REPORTS = {each.class_name: each for each in load(REPORT)}

@@ -1,7 +1,7 @@
 """Calibration: the published tables, and estimators for models that have none."""
 
 from omni_cache.calibration.estimate import estimate_coefficients, estimate_mag_ratios
-from omni_cache.calibration.tables import (
+from omni_cache.strategies.tables import (
     MagCacheTable,
     TeaCacheTable,
     magcache_table,

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from omni_cache.pipelines import disable, enable, is_enabled
+from omni_cache.runtime.generation import recording
+
 
 def estimate_mag_ratios(
     target: Any, generate: Callable[[], object], num_inference_steps: int = 28, **flags: Any
@@ -88,10 +91,6 @@ def _measure(
     flags: dict[str, Any],
 ) -> list[tuple[str, list[dict[str, float]]]]:
     """Measurements of every guidance branch that ``generate`` ran, with the branch's name."""
-    # The strategies, which all of these import, take their tables from this package.
-    from omni_cache.pipelines import disable, enable, is_enabled
-    from omni_cache.runtime.generation import recording
-
     if is_enabled(target):
         raise ValueError(
             "target is enabled, and would be left disabled; call omni_cache.disable(target) first"

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_cache.backend import UncachedWarning, omni_cache_backend, refusal_in_pieces
-from omni_cache.capture import CapturedFunction, with_own_code
-from omni_cache.extraction import ExtractedModel, Extractor, find_extractor
+from omni_cache.backend import omni_cache_backend
+from omni_cache.capture.extractor import ExtractedModel, Extractor, find_extractor
+from omni_cache.capture.function import CapturedFunction, with_own_code
+from omni_cache.capture.pieces import refusal_in_pieces
+from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
 from omni_cache.runtime import (
     Call,

@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from omni_cache.calibration.tables import magcache_table
 from omni_cache.kernels import magnitude_stats
 from omni_cache.strategies.base import (
     BoundStrategy,
@@ -34,6 +33,7 @@ from omni_cache.strategies.base import (
     is_number,
     require,
 )
+from omni_cache.strategies.tables import magcache_table
 
 DEFAULT_STEPS = 28
 """Number of inference steps that is assumed when nobody says."""

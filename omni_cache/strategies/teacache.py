@@ -20,7 +20,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from omni_cache.calibration.tables import teacache_table
 from omni_cache.kernels import rel_l1_gate, rel_l1_workspace
 from omni_cache.strategies.base import (
     BoundStrategy,
@@ -33,6 +32,7 @@ from omni_cache.strategies.base import (
     is_number,
     require,
 )
+from omni_cache.strategies.tables import teacache_table
 
 IDENTITY = (1.0, 0.0)
 """Coefficients of the polynomial that leaves a distance as it is."""

@@ -1,5 +1,8 @@
 """What the pass finds in every denoising transformer that the installed diffusers exports.
 
+    python scripts/report_coverage.py           all classes, written to docs/coverage.md and .json
+    python scripts/report_coverage.py flux      one case, printed
+
 The list of classes comes from diffusers; tiny configurations and inputs come from a file of cases,
 so that a class without one shows up as missing. See ``tests/diffusers_models.py``.
 """
@@ -18,15 +21,18 @@ from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+import typer
+from omni_cache.passes import Analysis
+from omni_cache.passes.node import arithmetic, computation, describe_value
+from omni_cache.passes.residual import leaves
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from omni_cache.explanation import examine
 from omni_cache.options import CompileOptions
-from omni_cache.passes import Analysis
-from omni_cache.passes.node import arithmetic, computation, describe_value
-from omni_cache.passes.residual import leaves
 
 Status = Literal["covered", "held", "refused", "missing"]
 
@@ -104,9 +110,7 @@ def load_cases(path: Path) -> Any:
         FileNotFoundError: there is no such file.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no file of model cases at {path}; run this in a checkout, or name one with --cases"
-        )
+        raise FileNotFoundError(f"no file of model cases at {path}; name one with --cases")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -266,8 +270,8 @@ def as_markdown(reports: Sequence[ClassReport], not_denoising: Mapping[str, str]
         "",
         "Each class was built with eight blocks at a tiny size, captured by Dynamo and given to "
         "the pass, which knows none of them. Dynamo is asked for one graph first, and for pieces "
-        "where there is none, as `omni_cache.enable` does. `omni-cache coverage` makes this file "
-        "and the JSON beside it, which names every region input.",
+        "where there is none, as `omni_cache.enable` does. `scripts/report_coverage.py` makes this "
+        "file and the JSON beside it, which names every region input.",
         "",
         "| class | block loop | region inputs | outputs, each with its partner | signal | nodes: "
         "prologue, body, epilogue | arithmetic in the region | graphs |",
@@ -311,3 +315,49 @@ def _row(each: ClassReport) -> str:
         f"| {each.class_name} | {loop} | {len(each.inputs)} | {pairs} | {each.signal} | {nodes} | "
         f"{each.share:.1%} | {each.graphs} |"
     )
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def main(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Cases to try; the findings are then printed and not written."),
+    ] = None,
+    cases: Annotated[
+        Path, typer.Option(help="File with a tiny configuration of each model class.")
+    ] = ROOT / "tests" / "diffusers_models.py",
+    output: Annotated[
+        Path, typer.Option(help="Markdown file to write; the JSON lies beside it.")
+    ] = ROOT / "docs" / "coverage.md",
+    workers: Annotated[int, typer.Option(min=1, help="Processes to share the work.")] = 2,
+) -> None:
+    """Run the pass over every denoising transformer of the installed diffusers.
+
+    Ends with an error when a class that the written report has as covered is so no longer.
+    """
+    console = Console()
+    before = load(output)
+    try:
+        module = load_cases(cases)
+        total = len(names or module.CASES)
+        reports = list(track(cover(cases, names or (), workers), "classes", total, console=console))
+    except (FileNotFoundError, ValueError) as error:
+        console.print(str(error), style="red")
+        raise typer.Exit(2) from None
+    if names:
+        console.print(as_markdown(reports, {}), markup=False, soft_wrap=True)
+        return
+    save(reports, module.NOT_DENOISING, output)
+    console.print(finding(reports))
+    gone = lost(before, reports)
+    if gone:
+        console.print(f"covered before, and no longer: {', '.join(gone)}", style="red")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -14,7 +14,7 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 import omni_cache
 from omni_cache.calibration import magcache_table, teacache_table
-from omni_cache.calibration.tables import load_table
+from omni_cache.strategies.tables import load_table
 
 TEACACHE, MAGCACHE = load_table("teacache_coefficients"), load_table("magcache_ratios")
 BRANCHES = ("cond", "uncond", "ref")

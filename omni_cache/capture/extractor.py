@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from omni_cache.backend import NO_GRADIENTS, UncachedWarning
-from omni_cache.capture import with_own_code
+from omni_cache.capture.function import with_own_code
+from omni_cache.errors import NO_GRADIENTS, UncachedWarning
 from omni_cache.options import CompileOptions
 from omni_cache.passes import FINITE, RegionError
 from omni_cache.runtime import CompiledPart, Executor, GuardedParts

@@ -1,0 +1,84 @@
+"""A model in pieces between graph breaks: which piece has the block loop, and why none has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from omni_cache.passes import (
+    BlockLoop,
+    NoBlockLoopError,
+    RegionError,
+    UnknownNameError,
+    is_static_input,
+)
+from omni_cache.runtime import Call, bound_call
+
+
+def refused(compiled: Callable[..., Any], error: RegionError) -> Callable[..., Any]:
+    """A piece that runs uncached, and says so to the call that it runs for."""
+    error = error.with_traceback(None)
+    error.node = None  # the graph is not needed any more
+
+    def run(*args: Any) -> Any:
+        call = bound_call()
+        if call is not None:
+            call.refusals.append(error)
+        return compiled(*args)
+
+    return run
+
+
+def refusal_in_pieces(call: Call) -> RegionError | ValueError | None:
+    """Why a call that ran in pieces is not cached, or not all of its blocks; None where it is."""
+    elsewhere = [each for each in call.refusals if isinstance(each, _ELSEWHERE)]
+    for each in call.refusals:
+        if each not in elsewhere:
+            return RegionError(str(each))
+    if call.is_cached:
+        return None
+    unknown = [each for each in elsewhere if isinstance(each, UnknownNameError)]
+    if unknown:
+        return ValueError(str(max(unknown, key=lambda each: len(each.known))))
+    if len(elsewhere) == 1:
+        return RegionError(str(elsewhere[0]))
+    return RegionError(
+        "a graph break keeps the block loop out of every graph; omni_cache.explain(model, ...) "
+        "names its line, and what to change"
+    )
+
+
+_ELSEWHERE = (NoBlockLoopError, UnknownNameError)
+"""What is wrong with a piece where another piece has the block loop."""
+
+
+def check_piece(loop: BlockLoop, whole: torch.nn.Module) -> None:
+    """Refuse a piece of a model that holds half of its loop, or none but a list beside it."""
+    if _is_beside_the_loop(loop, whole):
+        raise NoBlockLoopError(
+            f"{loop.lists[0].path} is no block loop but a small list beside it, which runs in "
+            "another graph"
+        )
+    main = max(loop.lists, key=lambda each: each.arithmetic)
+    first = min(main.blocks, key=lambda block: block.index)
+    if first.index > 0:
+        raise RegionError(
+            f"the graph begins inside the block loop, at {main.path}.{first.index}: a graph break "
+            "cuts the loop in two; explain() says where, and what to change is there",
+            first.nodes[0],
+        )
+
+
+def _is_beside_the_loop(loop: BlockLoop, whole: torch.nn.Module) -> bool:
+    """Whether a model has a list of far more weights than the blocks of one of its pieces."""
+    read = {each for node in loop.nodes for each in node.all_input_nodes if is_static_input(each)}
+    values = [each.meta.get("example_value") for each in read]
+    weights = sum(each.numel() for each in values if isinstance(each, torch.Tensor))
+    lists = (each for each in whole.modules() if isinstance(each, torch.nn.ModuleList))
+    return 2 * weights < max((_weights(each) for each in lists), default=0)
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())

@@ -1,0 +1,1 @@
+"""The lowering: how a guarded graph becomes callables."""
