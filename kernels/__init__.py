@@ -3,7 +3,20 @@
 Knows tensors only: imports torch and triton and nothing else of ours.
 """
 
-from omni_cache.kernels.ops import magnitude_gate, magnitude_stats, rel_l1_gate
-from omni_cache.kernels.workspace import rel_l1_workspace
+from omni_cache.kernels.ops import (
+    fingerprint,
+    magnitude_gate,
+    magnitude_stats,
+    number_dtype,
+    rel_l1,
+    rel_l1_gate,
+)
 
-__all__ = ["magnitude_gate", "magnitude_stats", "rel_l1_gate", "rel_l1_workspace"]
+__all__ = [
+    "fingerprint",
+    "magnitude_gate",
+    "magnitude_stats",
+    "number_dtype",
+    "rel_l1",
+    "rel_l1_gate",
+]

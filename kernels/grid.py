@@ -13,14 +13,15 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
-from omni_cache.kernels.workspace import MAX_PROGRAMS
+from omni_cache.kernels.scratch import HEADER_BYTES, MAX_PROGRAMS
+
+_HEADER = tl.constexpr(HEADER_BYTES // torch.int32.itemsize)
 
 WARPS = 8
 TILE_BYTES = 4096
 """What a program reads of a tensor at a time: one 16-byte load for each thread of 8 warps.
 
-More loads per thread would not all be in flight at once where a kernel also stores, because the
-compiler puts the store between them; many light programs hide the latency instead.
+Many light programs hide the latency of memory, not many loads of one program.
 """
 PROGRAMS_PER_MULTIPROCESSOR = 6
 """As many programs of 8 warps as find room on a multiprocessor with 40 registers a thread."""
@@ -84,11 +85,18 @@ def tile_shape(rows: int, columns: int, column_stride: int, dtype: torch.dtype) 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def partials_in(scratch_ptr: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Point at the partial sums, of `dtype`, in the int32 memory that `scratch_on` returns."""
+    return (scratch_ptr + _HEADER).to(tl.pointer_type(dtype))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def last_to_arrive(counter_ptr: tl.tensor) -> tl.tensor:
     """Count this program in at an int32 counter that started at 0; true for the last program.
 
     The release half publishes what this program stored, the acquire half makes what the others
     stored visible here. The barrier puts the stores of all threads before the one that counts.
+    The last program has to set the counter back to 0 for the next launch.
     """
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
@@ -96,13 +104,15 @@ def last_to_arrive(counter_ptr: tl.tensor) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def total(partials_ptr: tl.tensor, PARTIALS: tl.constexpr) -> tl.tensor:
-    """Add up in fp64, in a fixed order, the partial sums that the programs stored, one each.
+def total(
+    partials_ptr: tl.tensor, PARTIALS: tl.constexpr, dtype: tl.constexpr = tl.float64
+) -> tl.tensor:
+    """Add up in `dtype`, in a fixed order, the partial sums that the programs stored, one each.
 
     Only the last to arrive may. `.cg` reads from L2, where the other programs' stores are; L1 may
     still hold an older launch's.
     """
     program = tl.arange(0, PARTIALS)
     stored = program < tl.num_programs(0)
-    partials = tl.load(partials_ptr + program, mask=stored, other=0.0, cache_modifier=".cg")
-    return tl.sum(partials.to(tl.float64))
+    partials = tl.load(partials_ptr + program, mask=stored, other=0, cache_modifier=".cg")
+    return tl.sum(partials.to(dtype))

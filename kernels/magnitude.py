@@ -15,14 +15,11 @@ from omni_cache.kernels.grid import (
     last_to_arrive,
     merge_dimensions,
     pad_left,
+    partials_in,
     tile_shape,
     total,
 )
-from omni_cache.kernels.workspace import HEADER_BYTES, workspace_size
 from torch import Tensor
-
-_HEADER = tl.constexpr(HEADER_BYTES // torch.float64.itemsize)
-_SUMS = 4
 
 
 @triton.jit(do_not_specialize=["max_skip_steps"])  # type: ignore[untyped-decorator]
@@ -36,7 +33,8 @@ def magnitude_gate_kernel(
     """Decide in one program, in fp64.
 
     acc *= ratio;  skipped += 1;  err += |1 - acc|
-    reuse while err <= threshold and skipped <= max_skip_steps, else acc, err, skipped = 1, 0, 0
+    reuse while err <= threshold and skipped <= max_skip_steps; a computed step starts again from
+    acc, err, skipped = 1, 0, 0
     """
     accumulated = tl.load(state_ptr) * tl.load(ratio_ptr)
     error = tl.load(state_ptr + 1) + tl.abs(1.0 - accumulated)
@@ -44,17 +42,15 @@ def magnitude_gate_kernel(
     # A comparison with NaN is false, so whatever is not finite computes.
     reuse = (error < float("inf")) & (error <= threshold) & (skipped <= max_skip_steps)
 
-    tl.store(state_ptr, tl.where(reuse, accumulated, 1.0))
-    tl.store(state_ptr + 1, tl.where(reuse, error, 0.0))
-    tl.store(state_ptr + 2, tl.where(reuse, skipped, 0.0))
     tl.store(verdict_ptr, tl.where(reuse, 0.0, 1.0).to(tl.float64))
     tl.store(verdict_ptr + 1, accumulated)
     tl.store(verdict_ptr + 2, error)
+    tl.store(verdict_ptr + 3, skipped)
 
 
 def launch_gate(state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: int) -> Tensor:
     """Launch the gate; arguments as `ops.magnitude_gate` has them."""
-    verdict = torch.empty_like(state)
+    verdict = torch.empty(4, dtype=state.dtype, device=state.device)
     magnitude_gate_kernel[(1,)](
         state, ratio, verdict, threshold, max_skip_steps, num_warps=1, enable_fp_fusion=False
     )
@@ -65,7 +61,7 @@ def launch_gate(state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: 
 def magnitude_stats_kernel(
     residual_ptr: tl.tensor,
     previous_ptr: tl.tensor,
-    workspace_ptr: tl.tensor,
+    scratch_ptr: tl.tensor,
     stats_ptr: tl.tensor,
     tokens: tl.tensor,
     inner_tokens: tl.tensor,
@@ -122,14 +118,14 @@ def magnitude_stats_kernel(
         squares += ratio * ratio
         distances += tl.where(counted, 1.0 - cosine, 0.0)
 
-    partials_ptr = workspace_ptr + _HEADER
+    partials_ptr = partials_in(scratch_ptr, tl.float64)
     partial_ptr = partials_ptr + tl.program_id(0)
     tl.store(partial_ptr, tl.sum(counts))
     tl.store(partial_ptr + PARTIALS, tl.sum(ratios))
     tl.store(partial_ptr + 2 * PARTIALS, tl.sum(squares))
     tl.store(partial_ptr + 3 * PARTIALS, tl.sum(distances))
-    counter_ptr = workspace_ptr.to(tl.pointer_type(tl.int32))
-    if last_to_arrive(counter_ptr):
+    if last_to_arrive(scratch_ptr):
+        tl.store(scratch_ptr, 0)
         count = total(partials_ptr, PARTIALS)
         ratio_sum = total(partials_ptr + PARTIALS, PARTIALS)
         square_sum = total(partials_ptr + 2 * PARTIALS, PARTIALS)
@@ -144,12 +140,11 @@ def magnitude_stats_kernel(
         tl.store(stats_ptr + 2, (distance_sum / divisor).to(tl.float32))
 
 
-def launch_stats(residual: Tensor, previous: Tensor, *, programs: int) -> Tensor:
-    """Launch the statistics with at most `programs` programs; arguments as in `ops`.
+def launch_stats(residual: Tensor, previous: Tensor, *, scratch: Tensor, programs: int) -> Tensor:
+    """Launch the statistics with at most `programs` programs; arguments as in `ops` and `scratch`.
 
     Tensors whose layouts need more than two strides to tell tokens apart, even with dimensions
-    merged, are copied first; any other layout is read in place. Zeroing the counter is a memset of
-    its own.
+    merged, are copied first; any other layout is read in place.
     """
     sizes, strides = merge_dimensions(
         residual.shape[:-1], residual.stride()[:-1], previous.stride()[:-1]
@@ -162,14 +157,11 @@ def launch_stats(residual: Tensor, previous: Tensor, *, programs: int) -> Tensor
     tokens = outer_tokens * inner_tokens
     columns = [residual.stride(-1), previous.stride(-1)]
     tile_tokens, tile_columns = tile_shape(tokens, width, max(columns), residual.dtype)
-    workspace = torch.zeros(
-        workspace_size(_SUMS, torch.float64), dtype=torch.float64, device=residual.device
-    )
     stats = torch.empty(3, dtype=torch.float32, device=residual.device)
     magnitude_stats_kernel[(max(1, min(programs, triton.cdiv(tokens, tile_tokens))),)](
         residual,
         previous,
-        workspace,
+        scratch,
         stats,
         tokens,
         inner_tokens,

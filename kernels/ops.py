@@ -2,74 +2,135 @@
 
 CUDA and ROCm tensors go to Triton; any other device, or a machine without Triton, computes the same
 in plain ATen. Triton is imported by the first call that needs it, because that takes as long as
-half of `import torch`. No operator waits for the device.
+half of `import torch`. No operator waits for the device, and none writes into its arguments.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
-from omni_cache.kernels.workspace import REL_L1_WORKSPACE_SIZE
+from omni_cache.kernels.scratch import scratch_on
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of signals and residuals."""
+
+RIDERS = (
+    torch.bool,
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+)
+"""The dtypes of what rides along with a measurement."""
+
+MAX_RIDERS = 4
+
+
+def number_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of what is measured on `device`: float64, or float32 where it has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def rel_l1(current: Tensor, previous: Tensor, along: Sequence[Tensor] = ()) -> Tensor:
+    """Measure how far two signals are apart, and bring a few small tensors along.
+
+    One launch on a GPU. Sums are taken in fp32 by every program and in fp64 over programs. NaN and
+    infinity pass through. The same inputs always give the same bits.
+
+    Args:
+        current: the signal of this step; any shape and strides, fp32, bf16 or fp16.
+        previous: the signal it is compared with, of the same shape and dtype; any strides.
+        along: at most MAX_RIDERS tensors, on the same device, of a dtype in RIDERS; any shape and
+            strides, but small: one program reads them. They are for what the host wants to know in
+            the same copy, such as a timestep or a flag.
+
+    Returns:
+        (3 + len(along),) of `number_dtype`: sum|current - previous|, sum|previous|, the number of
+        elements (0 for an empty signal, whose sums are 0), and the mean of each tensor of `along`
+        (NaN for an empty one).
+
+    Raises:
+        ValueError: an argument has another shape, dtype or device.
+    """
+    numbers: Tensor = torch.ops.omni_cache.rel_l1.default(current, previous, along)
+    return numbers
+
+
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Tell the contents of tensors apart, bit by bit, without reading them on the host.
+
+    One launch on a GPU. Equal contents of equal shape and dtype give equal fingerprints whatever
+    their strides; others, a permutation included, differ but for one case in 2**48. 0.0 and -0.0
+    differ, and so do two NaNs of different bits. Comparable within one type of device.
+
+    Args:
+        tensor: any shape, strides and dtype, complex ones included.
+
+    Returns:
+        (2,) of `number_dtype`: integers from 0 to 2**24 - 1, exact in float32 too.
+
+    Raises:
+        ValueError: the tensor has no strides (it is sparse, say).
+    """
+    numbers: Tensor = torch.ops.omni_cache.fingerprint.default(tensor)
+    return numbers
 
 
 def rel_l1_gate(
     current: Tensor,
     previous: Tensor,
     accumulated: Tensor,
-    workspace: Tensor,
     coefficients: Tensor,
     threshold: float,
 ) -> Tensor:
-    """Decide from the relative L1 distance of two signals; TeaCache's gate (formula: rel_l1.py).
+    """Decide on the device from the relative L1 distance of two signals; formula: distance.py.
 
-    One launch on a GPU. Sums are taken in fp32, everything after them in fp64. An empty signal, a
-    NaN or an infinity computes. The same inputs always give the same bits.
+    For a decision within a graph; on the host, a gate decides from what `rel_l1` measures. One
+    launch on a GPU. Sums are taken in fp32, everything after them in `number_dtype`. An empty
+    signal, a NaN or an infinity computes. The same inputs always give the same bits.
 
     Args:
         current: the signal of this step; any shape and strides, fp32, bf16 or fp16.
-        previous: the signal of the last step; contiguous, of the shape and dtype of `current`,
-            which it is overwritten with.
-        accumulated: float64 (1,), the distance accumulated since the last computed step; written.
-        workspace: from `rel_l1_workspace`, on the same device; not to be shared by calls that may
-            overlap.
-        coefficients: float64 (k,), k >= 1, of the rescaling polynomial, highest power first.
+        previous: the signal of the last step, of the same shape and dtype; any strides.
+        accumulated: 0-dim or (1,) of `number_dtype`, what has accumulated since the last computed
+            step; 0 after one.
+        coefficients: (k,) of `number_dtype`, k >= 1, contiguous, of the rescaling polynomial,
+            highest power first.
         threshold: reuse while the accumulated distance is below it.
 
     Returns:
-        float64 (3,): 1 for compute or 0 for reuse, the distance, and the accumulated distance
-        before it is reset.
+        (3,) of `number_dtype`: 1 for compute or 0 for reuse, the distance, and the accumulated
+        distance with this step's, which is the next step's `accumulated` if this one is reused.
 
     Raises:
         ValueError: an argument has another shape, dtype, layout or device.
     """
     verdict: Tensor = torch.ops.omni_cache.rel_l1_gate.default(
-        current, previous, accumulated, workspace, coefficients, threshold
+        current, previous, accumulated, coefficients, threshold
     )
     return verdict
 
 
 def magnitude_gate(state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: int) -> Tensor:
-    """Decide from the accumulated magnitude ratio; MagCache's gate (formula: magnitude.py).
+    """Decide on the device from the accumulated magnitude ratio; formula: magnitude.py.
 
-    One launch of one program on a GPU, in fp64. A NaN or an infinity computes.
+    For a decision within a graph. One launch of one program on a GPU. A NaN or an infinity
+    computes.
 
     Args:
-        state: float64 (3,), contiguous: accumulated ratio, accumulated error, skipped steps;
-            (1, 0, 0) to begin with and after every computed step; written.
-        ratio: float64, 0-dim or (1,), the magnitude ratio of this step.
+        state: (3,) of `number_dtype`, contiguous: accumulated ratio, accumulated error, skipped
+            steps; (1, 0, 0) to begin with and after every computed step.
+        ratio: 0-dim or (1,) of `number_dtype`, the magnitude ratio of this step.
         threshold: the most error that may accumulate.
         max_skip_steps: the most steps in a row that may be skipped.
 
     Returns:
-        float64 (3,): 1 for compute or 0 for reuse, accumulated ratio, and accumulated error, both
-        before they are reset.
+        (4,) of `number_dtype`: 1 for compute or 0 for reuse, then accumulated ratio, accumulated
+        error and skipped steps with this one, which are the next step's `state` if this one is
+        reused.
 
     Raises:
         ValueError: an argument has another shape, dtype, layout or device.
@@ -126,34 +187,116 @@ def _reject(argument: str, given: object, allowed: Iterable[object]) -> NoReturn
     raise ValueError(f"{argument} is {given}; allowed: {' or '.join(map(str, allowed))}")
 
 
+def _check_rel_l1(current: Tensor, previous: Tensor, along: Sequence[Tensor]) -> None:
+    device = current.device
+    _check("current", current, dtypes=FLOATS, device=device)
+    _check("previous", previous, dtypes=[current.dtype], shapes=[current.shape], device=device)
+    if len(along) > MAX_RIDERS:
+        _reject("len(along)", len(along), [f"0 to {MAX_RIDERS}"])
+    for i, rider in enumerate(along):
+        _check(f"along[{i}]", rider, dtypes=RIDERS, device=device)
+
+
+def _rel_l1_aten(current: Tensor, previous: Tensor, along: Sequence[Tensor]) -> Tensor:
+    dtype = number_dtype(current.device)
+    moved = (current.float() - previous).abs_().sum()
+    size = previous.abs().sum(dtype=torch.float32)
+    means = [rider if rider.numel() == 1 else rider.mean(dtype=dtype) for rider in along]
+    if current.device.type == "cpu":  # where reading a number waits for nothing, and is fastest
+        numbers = [moved.item(), size.item(), current.numel(), *(mean.item() for mean in means)]
+        return torch.tensor(numbers, dtype=dtype)
+    count = torch.full((), current.numel(), dtype=dtype, device=current.device)
+    return _stacked([moved, size, count, *means], dtype)
+
+
+def _stacked(numbers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([number.to(dtype).reshape(()) for number in numbers])
+
+
+def _rel_l1_triton(current: Tensor, previous: Tensor, along: Sequence[Tensor]) -> Tensor:
+    from omni_cache.kernels import distance, grid
+
+    with torch.cuda.device(current.device):
+        return distance.launch(
+            current,
+            previous,
+            along,
+            scratch=scratch_on(current.device),
+            programs=grid.programs_on(current.device),
+        )
+
+
+def _check_fingerprint(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        _reject("tensor.layout", tensor.layout, [torch.strided])
+
+
+_ROW_BYTES = 8192
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+
+
+@cache
+def _word_weights(device: torch.device) -> Tensor:
+    """Return two random odd weights for each word of a row; by an odd one no bit is lost."""
+    generator = torch.Generator().manual_seed(0)
+    limit = 2**63 - 1
+    weights = torch.randint(-limit, limit, (2, _ROW_BYTES // 8), generator=generator)
+    return (weights | 1).to(device)
+
+
+def _fingerprint_aten(tensor: Tensor) -> Tensor:
+    """Scatter the words of each row by their place in it, add; then so with the rows' sums.
+
+    Passes over memory are what takes time here, so the words are 64 bits of whatever lies one after
+    the other, and they are mixed less thoroughly than in contents.py.
+    """
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    data = real.resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() % _ROW_BYTES or data.storage_offset() % 8:
+        data = torch.nn.functional.pad(data, (0, -data.numel() % _ROW_BYTES))
+    weights = _word_weights(tensor.device)
+    sums = _scattered(data.view(torch.int64).view(-1, _ROW_BYTES // 8), weights).sum(1)
+    places = torch.arange(1, sums.numel() + 1, device=tensor.device)
+    total = _scattered(torch.add(sums, places, alpha=_GOLDEN), weights[:, :1]).sum()
+    halves = (total >> torch.arange(16, 64, 24, device=tensor.device)) & (2**24 - 1)
+    return halves.to(number_dtype(tensor.device))
+
+
+def _scattered(words: Tensor, weights: Tensor) -> Tensor:
+    """Let every bit of a word reach its upper half, one to one and differently in each place.
+
+    A product carries bits up only: flipped signs, the uppermost bits, would cancel in pairs. So one
+    half is mixed into the other between two products. A shift would lose a bit for that, because
+    that of int64 repeats the sign.
+    """
+    words = words * weights[0]
+    halves = words.view(torch.int32).view(*words.shape, 2)
+    halves[..., 0].bitwise_xor_(halves[..., 1])
+    return words.mul_(weights[1])
+
+
+def _fingerprint_triton(tensor: Tensor) -> Tensor:
+    from omni_cache.kernels import contents, grid
+
+    with torch.cuda.device(tensor.device):
+        return contents.launch(
+            tensor,
+            scratch=scratch_on(tensor.device),
+            programs=grid.programs_on(tensor.device),
+        )
+
+
 def _check_rel_l1_gate(
     current: Tensor,
     previous: Tensor,
     accumulated: Tensor,
-    workspace: Tensor,
     coefficients: Tensor,
     threshold: float,
 ) -> None:
-    device = current.device
-    _check("current", current, dtypes=FLOATS, device=device)
-    _check(
-        "previous",
-        previous,
-        dtypes=[current.dtype],
-        shapes=[current.shape],
-        device=device,
-        contiguous=True,
-    )
-    _check("accumulated", accumulated, dtypes=[torch.float64], shapes=[(1,)], device=device)
-    _check(
-        "workspace",
-        workspace,
-        dtypes=[torch.float32],
-        shapes=[(REL_L1_WORKSPACE_SIZE,)],
-        device=device,
-        contiguous=True,
-    )
-    _check("coefficients", coefficients, dtypes=[torch.float64], device=device, contiguous=True)
+    _check_rel_l1(current, previous, ())
+    device, numbers = current.device, [number_dtype(current.device)]
+    _check("accumulated", accumulated, dtypes=numbers, shapes=[(), (1,)], device=device)
+    _check("coefficients", coefficients, dtypes=numbers, device=device, contiguous=True)
     if coefficients.ndim != 1 or coefficients.numel() == 0:
         _reject("coefficients.shape", tuple(coefficients.shape), ["(k,) with k >= 1"])
 
@@ -162,43 +305,37 @@ def _rel_l1_gate_aten(
     current: Tensor,
     previous: Tensor,
     accumulated: Tensor,
-    workspace: Tensor,
     coefficients: Tensor,
     threshold: float,
 ) -> Tensor:
-    count = current.numel()
-    mean_moved = (current.float() - previous).abs_().sum().double() / count
-    mean_size = previous.abs().sum(dtype=torch.float32).double() / count
-    distance = mean_moved / (mean_size + 1e-8)
+    moved, size, count = _rel_l1_aten(current, previous, ()).unbind()
+    distance = (moved / count) / (size / count + 1e-8)
     rescaled, *rest = coefficients.unbind()
     for coefficient in rest:
         rescaled = torch.addcmul(coefficient, rescaled, distance)
-    total = accumulated + rescaled.abs()
+    total = accumulated.reshape(()) + rescaled.abs()
     # A comparison with NaN is false, so whatever is not finite computes.
     reuse = (distance < float("inf")) & (total < threshold)
-    previous.copy_(current)
-    accumulated.copy_(torch.where(reuse, total, 0.0))
-    return torch.cat([1.0 - reuse.double(), distance.reshape(1), total])
+    return _stacked([~reuse, distance, total], accumulated.dtype)
 
 
 def _rel_l1_gate_triton(
     current: Tensor,
     previous: Tensor,
     accumulated: Tensor,
-    workspace: Tensor,
     coefficients: Tensor,
     threshold: float,
 ) -> Tensor:
-    from omni_cache.kernels import grid, rel_l1
+    from omni_cache.kernels import distance, grid
 
     with torch.cuda.device(current.device):
-        return rel_l1.launch(
+        return distance.launch_gate(
             current,
             previous,
             accumulated,
-            workspace,
             coefficients,
             threshold,
+            scratch=scratch_on(current.device),
             programs=grid.programs_on(current.device),
         )
 
@@ -206,9 +343,9 @@ def _rel_l1_gate_triton(
 def _check_magnitude_gate(
     state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: int
 ) -> None:
-    fp64 = [torch.float64]
-    _check("state", state, dtypes=fp64, shapes=[(3,)], device=state.device, contiguous=True)
-    _check("ratio", ratio, dtypes=fp64, shapes=[(), (1,)], device=state.device)
+    numbers = [number_dtype(state.device)]
+    _check("state", state, dtypes=numbers, shapes=[(3,)], device=state.device, contiguous=True)
+    _check("ratio", ratio, dtypes=numbers, shapes=[(), (1,)], device=state.device)
 
 
 def _magnitude_gate_aten(
@@ -218,10 +355,7 @@ def _magnitude_gate_aten(
     error = state[1] + (1.0 - accumulated).abs()
     skipped = state[2] + 1.0
     reuse = (error < float("inf")) & (error <= threshold) & (skipped <= max_skip_steps)
-    verdict = torch.stack([1.0 - reuse.double(), accumulated, error])
-    begin = torch.tensor([1.0, 0.0, 0.0], dtype=state.dtype, device=state.device)
-    state.copy_(torch.where(reuse, torch.stack([accumulated, error, skipped]), begin))
-    return verdict
+    return _stacked([~reuse, accumulated, error, skipped], state.dtype)
 
 
 def _magnitude_gate_triton(
@@ -261,27 +395,36 @@ def _magnitude_stats_triton(residual: Tensor, previous: Tensor) -> Tensor:
     from omni_cache.kernels import grid, magnitude
 
     with torch.cuda.device(residual.device):
-        programs = grid.programs_on(residual.device)
-        return magnitude.launch_stats(residual, previous, programs=programs)
+        return magnitude.launch_stats(
+            residual,
+            previous,
+            scratch=scratch_on(residual.device),
+            programs=grid.programs_on(residual.device),
+        )
 
 
 _LIBRARY: Any = torch.library.Library("omni_cache", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _register(
-    name: str,
-    arguments: str,
+    schema: str,
     *,
     check: Callable[..., None],
     aten: Callable[..., Tensor],
     triton: Callable[..., Tensor],
-    result: torch.dtype,
+    shape: Callable[..., int] = lambda *_: 3,
+    dtype: Callable[[torch.device], torch.dtype] = number_dtype,
 ) -> None:
-    """Define an operator that checks its arguments first and returns three numbers of `result`.
+    """Define an operator that checks its arguments first and returns a vector.
 
     It is made from a schema, not by `torch.library.custom_op`: the wrappers of the latter cost a
-    call ten times as much as the dispatcher does. No gradient flows through a decision.
+    call ten times as much as the dispatcher does. No gradient flows through a measurement.
+
+    Args:
+        shape: returns the length of the vector, from the arguments.
+        dtype: returns the vector's dtype, from the device of the first argument.
     """
+    name = schema.partition("(")[0]
 
     def checked(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
@@ -290,13 +433,18 @@ def _register(
 
         return call
 
+    def without_gradient(*args: Any) -> Tensor:
+        if not torch.is_grad_enabled():  # entering no_grad again takes as long as an operation
+            return aten(*args)
+        with torch.no_grad():
+            return aten(*args)
+
     def fake(*args: Any) -> Tensor:
-        empty: Tensor = args[0].new_empty(3, dtype=result)
+        empty: Tensor = args[0].new_empty(shape(*args), dtype=dtype(args[0].device))
         return empty
 
-    tags = (torch.Tag.pt2_compliant_tag,)
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=tags)
-    _LIBRARY.impl(name, checked(torch.no_grad()(aten)), "CompositeExplicitAutograd")
+    _LIBRARY.define(f"{schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, checked(without_gradient), "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"omni_cache::{name}", checked(fake), lib=_LIBRARY)
     if importlib.util.find_spec("triton") is not None:
@@ -304,27 +452,37 @@ def _register(
 
 
 _register(
-    "rel_l1_gate",
-    "Tensor current, Tensor(a!) previous, Tensor(b!) accumulated, Tensor(c!) workspace, "
-    "Tensor coefficients, float threshold",
+    "rel_l1(Tensor current, Tensor previous, Tensor[] along)",
+    check=_check_rel_l1,
+    aten=_rel_l1_aten,
+    triton=_rel_l1_triton,
+    shape=lambda current, previous, along: 3 + len(along),
+)
+_register(
+    "fingerprint(Tensor tensor)",
+    check=_check_fingerprint,
+    aten=_fingerprint_aten,
+    triton=_fingerprint_triton,
+    shape=lambda tensor: 2,
+)
+_register(
+    "rel_l1_gate(Tensor current, Tensor previous, Tensor accumulated, Tensor coefficients, "
+    "float threshold)",
     check=_check_rel_l1_gate,
     aten=_rel_l1_gate_aten,
     triton=_rel_l1_gate_triton,
-    result=torch.float64,
 )
 _register(
-    "magnitude_gate",
-    "Tensor(a!) state, Tensor ratio, float threshold, int max_skip_steps",
+    "magnitude_gate(Tensor state, Tensor ratio, float threshold, int max_skip_steps)",
     check=_check_magnitude_gate,
     aten=_magnitude_gate_aten,
     triton=_magnitude_gate_triton,
-    result=torch.float64,
+    shape=lambda *_: 4,
 )
 _register(
-    "magnitude_stats",
-    "Tensor residual, Tensor previous",
+    "magnitude_stats(Tensor residual, Tensor previous)",
     check=_check_magnitude_stats,
     aten=_magnitude_stats_aten,
     triton=_magnitude_stats_triton,
-    result=torch.float32,
+    dtype=lambda device: torch.float32,
 )

@@ -1,10 +1,8 @@
-"""What each kernel computes, in float64 and as plainly as it can be said; tests hold to these.
-
-No function changes its arguments: what an operator writes in place is returned beside the verdict.
-"""
+"""What each kernel computes, in float64 and as plainly as it can be said; tests hold to these."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from math import isfinite
 
@@ -12,30 +10,32 @@ import torch
 from torch import Tensor
 
 
+def rel_l1(current: Tensor, previous: Tensor, along: Sequence[Tensor] = ()) -> Tensor:
+    """Return [sum|current - previous|, sum|previous|, number of elements, *means of `along`]."""
+    moved = (current.double() - previous.double()).abs().sum()
+    sums = [float(moved), float(previous.double().abs().sum()), float(current.numel())]
+    return torch.tensor(sums + [float(rider.double().mean()) for rider in along], dtype=moved.dtype)
+
+
 def rel_l1_gate(
     current: Tensor, previous: Tensor, accumulated: Tensor, coefficients: Tensor, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return verdict, next `previous` and next `accumulated`; formula and source: rel_l1.py."""
+) -> Tensor:
+    """Return [compute, distance, accumulated]; formula and source: distance.py."""
     moved = float((current.double() - previous.double()).abs().mean())
     distance = moved / (float(previous.double().abs().mean()) + 1e-8)
     rescaled = reduce(lambda value, c: value * distance + c, coefficients.tolist())
     total = float(accumulated) + abs(rescaled)
     reuse = isfinite(distance) and total < threshold
-    verdict = accumulated.new_tensor([float(not reuse), distance, total])
-    return verdict, current.contiguous(), accumulated.new_tensor([total if reuse else 0.0])
+    return accumulated.new_tensor([float(not reuse), distance, total])
 
 
-def magnitude_gate(
-    state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Return verdict and next `state`; formula and source: magnitude.py."""
+def magnitude_gate(state: Tensor, ratio: Tensor, threshold: float, max_skip_steps: int) -> Tensor:
+    """Return [compute, ratio, error, skipped]; formula and source: magnitude.py."""
     accumulated = float(state[0]) * float(ratio)
     error = float(state[1]) + abs(1.0 - accumulated)
     skipped = float(state[2]) + 1.0
     reuse = isfinite(error) and error <= threshold and skipped <= max_skip_steps
-    next_state = [accumulated, error, skipped] if reuse else [1.0, 0.0, 0.0]
-    verdict = [float(not reuse), accumulated, error]
-    return state.new_tensor(verdict), state.new_tensor(next_state)
+    return state.new_tensor([float(not reuse), accumulated, error, skipped])
 
 
 def magnitude_stats(residual: Tensor, previous: Tensor) -> Tensor:

@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from omni_cache.explanation import Explanation, explain
     from omni_cache.passes import RegionError
     from omni_cache.pipelines import disable, enable, refresh, summary
-    from omni_cache.runtime import branch, generation
-    from omni_cache.strategies import MagCacheConfig, TeaCacheConfig
+    from omni_cache.runtime.contexts import branch, generation
+    from omni_cache.strategies import MagCache, TeaCache
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
     "CacheContext": "omni_cache.capture.extractor",
     "Explanation": "omni_cache.explanation",
-    "MagCacheConfig": "omni_cache.strategies",
+    "MagCache": "omni_cache.strategies",
     "RegionError": "omni_cache.passes",
-    "TeaCacheConfig": "omni_cache.strategies",
+    "TeaCache": "omni_cache.strategies",
     "UncachedWarning": "omni_cache.errors",
-    "branch": "omni_cache.runtime",
+    "branch": "omni_cache.runtime.contexts",
     "calibration": "omni_cache.calibration",
     "disable": "omni_cache.pipelines",
     "enable": "omni_cache.pipelines",
     "explain": "omni_cache.explanation",
-    "generation": "omni_cache.runtime",
+    "generation": "omni_cache.runtime.contexts",
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
     "register_extractor": "omni_cache.capture.extractor",
@@ -38,9 +38,9 @@ _HOMES = {
 __all__ = [
     "CacheContext",
     "Explanation",
-    "MagCacheConfig",
+    "MagCache",
     "RegionError",
-    "TeaCacheConfig",
+    "TeaCache",
     "UncachedWarning",
     "branch",
     "calibration",

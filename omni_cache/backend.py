@@ -9,26 +9,32 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from omni_cache.capture.frame import TracedFrame
-from omni_cache.capture.pieces import check_piece, refused
+from omni_cache.capture.pieces import block_by_block, check_piece, refused
+from omni_cache.capture.ranks import groups_of_body
+from omni_cache.dynamo import is_bucket, last_graph, traced_frame
 from omni_cache.errors import NO_GRADIENTS, UncachedWarning, unwrapped
+from omni_cache.lowering.dispatch import compile_program
 from omni_cache.lowering.inner import compile_part
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
     Analysis,
     NoBlockLoopError,
-    Part,
     RegionError,
     UnknownNameError,
     analyse,
     find_block_loop,
     is_static_input,
-    split,
 )
-from omni_cache.runtime import CompiledPart, Executor, GuardedParts, bound_call
-from omni_cache.strategies import BoundStrategy
+from omni_cache.passes.names import op_name
+from omni_cache.passes.values import is_shape, tensor_of
+from omni_cache.runtime.calls import bound_call
+from omni_cache.runtime.decision import Guarded
+from omni_cache.runtime.executor import Executor
+from omni_cache.runtime.placement import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -61,32 +67,41 @@ def omni_cache_backend(
         NotImplementedError: a flag's value is planned and not built yet.
         RegionError: the graph cannot be cached and ``strict`` is set. A piece between graph breaks
             that holds no block loop is no error: another one may hold it, and nothing here tells
-            that none does. Under ``enable`` that is told when a call ends.
+            that none does, unless it is a single block. Under ``enable`` that is told when a call
+            ends.
     """
     try:
         flags = CompileOptions.parse(options, mode)
     except (ValueError, NotImplementedError) as error:
         raise unwrapped(error) from None
-    if flags.strategy is None:
+    if flags.guard is None:
         return compile_part(gm, example_inputs, flags)
     frame = TracedFrame.current(gm)
     try:
-        return _compile_guarded(gm, example_inputs, flags, frame)
+        executor = _compile_guarded(gm, example_inputs, flags, frame)
     except RegionError as error:
         call = bound_call()
-        message = f"{frame.model_class or 'a model'} runs uncached: {error}"
-        if call is not None and call.in_pieces:
+        if isinstance(error, UnknownNameError) and not frame.is_piece:
+            raise unwrapped(ValueError(str(error))) from None
+        if call is not None and (call.in_pieces or not flags.strict):
             # Another piece may have the block loop, which is known when they all have run.
             return refused(compile_part(gm, example_inputs, flags), error)
+        if call is None and isinstance(error, NoBlockLoopError) and frame.is_block:
+            return block_by_block(compile_part(gm, example_inputs, flags), flags.strict)
+        message = f"{frame.name} runs uncached: {error}"
         if frame.is_piece and isinstance(error, NoBlockLoopError):
             logger.info("a piece of %s", message)
-        elif isinstance(error, UnknownNameError) and not frame.is_piece:
-            raise unwrapped(ValueError(str(error))) from None
         elif flags.strict:
             raise unwrapped(error) from None
         else:
             warnings.warn(message, UncachedWarning, stacklevel=2)
         return compile_part(gm, example_inputs, flags)
+    traced = traced_frame()
+    limit = last_graph(traced) if traced is not None and bound_call() is None else None
+    if limit is not None:
+        message = f"{frame.name} will run uncached where it needs another graph: {limit}"
+        warnings.warn(message, UncachedWarning, stacklevel=2)
+    return executor
 
 
 def _compile_guarded(
@@ -97,84 +112,99 @@ def _compile_guarded(
 ) -> Executor:
     if torch.is_grad_enabled():
         raise RegionError(NO_GRADIENTS)
+    assert flags.guard is not None
+    if is_bucket(gm):
+        raise RegionError(_CUT_AT_BUCKETS)
     try:
-        strategy, analysis = analyse_for_strategy(
-            gm, flags, frame.model_class, frame.parameters, frame.model if frame.is_piece else None
-        )
+        owner, analysis = analyse_for_guard(gm, flags, frame)
     except ValueError as error:
         raise unwrapped(error) from None
-    guarded = split(gm, analysis)
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
-    return Executor(
-        GuardedParts(
-            prologue=_compile_named(guarded.prologue, examples, flags),
-            body=_compile_named(guarded.body, examples, flags),
-            epilogue=_compile_named(guarded.epilogue, examples, flags),
-            reuse=_compile_named(guarded.reuse, examples, flags),
-            residuals=guarded.residuals,
-            signal=guarded.signal,
+    program = compile_program(gm, analysis, example_inputs, flags)
+    timestep = None if frame.is_resumed else analysis.timestep
+    static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
+    placement = Placement(
+        Guarded(
+            region=(*(each.path for each in analysis.loop.lists), repr(flags.strategy)),
+            computation=_computation(analysis),
+            depth=flags.guard.depth,
+            device=flags.history_device,
+            groups=groups_of_body(analysis.region.body, flags.process_group),
         ),
-        strategy,
-        inputs=list(examples),
-        static=[is_static_input(node) for node in placeholders],
-        copy_residuals=flags.inner_reuses_memory,
-        kind=(flags, _digest(gm)),
-        timestep=_timestep(analysis, frame),
-        placed_by_call=frame.is_resumed,
+        owner,
+        flags.strategy,
+        identity=program.identity,
+        inputs=[
+            slot
+            for slot, (node, is_static) in enumerate(zip(_placeholders(gm), static, strict=True))
+            if not is_static and node is not timestep
+        ],
+        timestep=None if timestep is None else program.slots[timestep.name],
+        # Behind a graph break nothing tells it: models name other things timestep on their way.
+        constant=None if frame.is_resumed else frame.timestep,
+        by_call=frame.is_resumed,
     )
+    return Executor(program, placement)
 
 
-def _timestep(analysis: Analysis, frame: TracedFrame) -> str | float | None:
-    """What tells the runtime where a call lies: the name of an input, or a constant.
-
-    Behind a graph break nothing does, because models name other things timestep on their way.
-    """
-    if frame.is_resumed:
-        return None
-    return frame.timestep if analysis.timestep is None else analysis.timestep.name
+def _placeholders(gm: GraphModule) -> list[Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
 
 
-def analyse_for_strategy(
-    gm: GraphModule,
-    flags: CompileOptions,
-    model_class: str | None,
-    parameters: tuple[str, ...],
-    whole: torch.nn.Module | None = None,
-) -> tuple[BoundStrategy, Analysis]:
-    """Bind the strategy to a model's class, and analyse a graph of the model for it.
+def analyse_for_guard(
+    gm: GraphModule, flags: CompileOptions, frame: TracedFrame
+) -> tuple[str | None, Analysis]:
+    """Analyse a graph for the signal that its guard wants.
 
     Args:
         gm: the graph.
-        flags: with a strategy.
-        model_class: name of the model's class, None where it is unknown.
-        parameters: names of the parameters of the model's ``forward``, in order.
-        whole: the model, where the graph is only a piece of it.
+        flags: with a guard.
+        frame: what it was traced of.
+
+    Returns:
+        The name of the class that owns the block loop, None where it is unknown, and the analysis.
 
     Raises:
         RegionError: the graph has no region that can be skipped.
-        ValueError: the strategy lacks numbers for this class.
+        ValueError: nothing is published for this class under the variant that was named.
     """
-    assert flags.strategy is not None
+    assert flags.guard is not None
     # A graph without blocks needs no tables, so that none are looked up or missed for it.
     loop = find_block_loop(gm.graph, flags.region)
-    if whole is not None and flags.region is None:
-        check_piece(loop, whole)
-    strategy = flags.strategy.bind(model_class)
-    signal = None if strategy.signal is None else (flags.signal or strategy.signal)
-    return strategy, analyse(gm.graph, region=flags.region, signal=signal, parameters=parameters)
+    if frame.is_piece and frame.model is not None and flags.region is None:
+        check_piece(loop, frame.model)
+    owner = frame.owner(loop)
+    name = None if owner is None else owner.__name__
+    signal = flags.guard.source_of(name)
+    return name, analyse(
+        gm.graph,
+        region=flags.region,
+        signal=None if signal is None else (flags.signal or signal),
+        parameters=frame.parameters(owner),
+    )
 
 
-def _digest(gm: GraphModule) -> str:
-    """Equal for two graphs that compute the same, such as two threads make when both come first."""
-    graphs = (each for each in gm.modules() if isinstance(each, GraphModule))
-    return hashlib.sha256("\n".join(each.code for each in graphs).encode()).hexdigest()
+_CUT_AT_BUCKETS = (
+    "DistributedDataParallel cuts its graph at gradient buckets, which calls without gradients do "
+    "not need; set torch._dynamo.config.optimize_ddp = False, or use omni_cache.enable on the "
+    "module inside"
+)
 
 
-def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:
-    """Compile a part with the whole graph's own inputs where it has them, fake values elsewhere."""
-    inputs = [
-        examples.get(name, traced)
-        for name, traced in zip(part.inputs, part.example_inputs, strict=True)
-    ]
-    return CompiledPart(compile_part(part.module, inputs, flags), part.inputs, part.outputs)
+def _computation(analysis: Analysis) -> str:
+    """Equal for two graphs whose blocks compute the same, on whatever sizes.
+
+    Dynamo compiles a model again for another prompt length, and for any; what that leaves fits what
+    came before. Another constant or operation is another computation.
+    """
+    digest = hashlib.sha256()
+    for node in analysis.loop.nodes:
+        if tensor_of(node) is not None and not is_shape(node):
+            constants = [
+                each for each in tree_leaves((node.args, node.kwargs)) if _is_constant(each)
+            ]
+            digest.update(f"{op_name(node)}{constants}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, bool | float | str | torch.dtype)

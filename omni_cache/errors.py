@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch._dynamo.exc import ShortenTraceback
+from omni_cache.dynamo import Unwrapped
 
 NO_GRADIENTS = (
     "gradients are enabled, and a reused residual has none; call the model under torch.no_grad() "
@@ -21,6 +21,6 @@ def unwrapped(error: Exception) -> Exception:
     unless it is of the class of errors whose tracebacks it shortens.
     """
     kind = type(error)
-    passing = type(kind.__name__, (ShortenTraceback, kind), {"__module__": kind.__module__})
+    passing = type(kind.__name__, (Unwrapped, kind), {"__module__": kind.__module__})
     seen: Exception = passing(str(error), first_useful_frame=None)
     return seen

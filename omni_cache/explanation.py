@@ -13,16 +13,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
-from omni_cache.backend import analyse_for_strategy
+from omni_cache.backend import analyse_for_guard
 from omni_cache.capture.extractor import CacheContext, extract, find_extractor
-from omni_cache.capture.function import UNCAPTURED, in_pieces
+from omni_cache.capture.frame import TracedFrame
+from omni_cache.dynamo import (
+    NoGraphError,
+    break_of,
+    compiled,
+    forget_compiled,
+    place_of,
+    traced_frame,
+)
 from omni_cache.options import CompileOptions
 from omni_cache.passes import Analysis, NoBlockLoopError, RegionError, guarded_text, split
-from omni_cache.passes.node import describe_value
+from omni_cache.passes.values import describe_value
 from omni_cache.pipelines import enabled_flags
+from omni_cache.runtime.calls import Call, bind
+from omni_cache.runtime.model_state import ModelState
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,6 @@ class Explanation:
             yield "The other graphs run on every step. Behind a break no input tells the timestep:"
             yield "enable takes it from the call; with torch.compile alone, name the place of a"
             yield "call with omni_cache.generation and omni_cache.branch."
-        if any(each.analysis is not None and _is_held(each.analysis) for each in self.graphs):
-            yield "No stream that enters its blocks leaves them with something added, so that a"
-            yield "reused step takes over what left them, not what they added: expect worse images."
         for number, each in enumerate(self.graphs, 1):
             heading = f"graph {number} of {count}: " if count > 1 else ""
             if each.reason is None:
@@ -183,54 +189,58 @@ def examine(
     module = getattr(model, "_orig_mod", model)
     name = type(module).__name__
     extractor = find_extractor(module)
-    if extractor is not None and flags.strategy is not None:
+    if extractor is not None and flags.guard is not None:
         with torch.no_grad():
             context = extract(extractor, module, *args, **kwargs)
         named = f"{extractor.__module__}.{getattr(extractor, '__qualname__', extractor)}"
         return Explanation(name, (GraphReport(_context_text(context), None, None),), (), named)
     args, kwargs = _by_name(module, args, kwargs)
-    parameters = tuple(inspect.signature(module.forward).parameters)
     blocks = _block_code(module)
     reports: list[GraphReport] = []
     breaks: list[GraphBreak] = []
     traced: set[CodeType] = set()
 
     def report(gm: GraphModule, example_inputs: list[torch.Tensor]) -> Any:
-        traced.add(InstructionTranslator.current_tx().output.root_tx.f_code)
+        frame = traced_frame()
+        assert frame is not None  # Dynamo calls
+        traced.add(frame.code)
         try:
-            if flags.strategy is None:
+            if flags.guard is None:
                 raise RegionError("cache='none'")
-            whole = module if breaks else None
-            _, analysis = analyse_for_strategy(gm, flags, name, parameters, whole)
+            piece = TracedFrame(name, module, frame.values, is_piece=bool(breaks))
+            owner, analysis = analyse_for_guard(gm, flags, piece)
+            if flags.strategy is not None:
+                flags.strategy.policy(owner)  # refuses a class that it has no numbers for
             if breaks and reports:  # behind a break anything may be called a timestep
                 analysis = replace(analysis, timestep=None)
-            reports.append(GraphReport(guarded_text(split(gm, analysis)), analysis, None))
+            guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
+            reports.append(GraphReport(guarded_text(guarded), analysis, None))
         except NoBlockLoopError as error:
             reports.append(GraphReport("", None, str(error), has_blocks=False))
         except (RegionError, ValueError) as error:
             reports.append(GraphReport("", None, str(error)))
-        ended = getattr(gm, "compile_subgraph_reason", None)
-        if ended is not None and ended.graph_break and ended.user_stack:
+        ended = break_of(gm)
+        if ended is not None and ended.user_stack:
             breaks.append(_graph_break(str(ended.reason), ended.user_stack, blocks))
         return gm.forward
 
     def forward() -> Any:
         return module.forward(*args, **kwargs)
 
+    # Within a call of its own, what an enabled module runs is the model.
+    call = Call(module, ModelState(), kwargs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), bind(call):
             try:
-                torch.compile(forward, backend=report, fullgraph=True, dynamic=False)()
-            except UNCAPTURED as error:
-                stack = getattr(error, "real_stack", None) or ()
-                breaks.append(_graph_break(str(error), stack, blocks))
+                compiled(forward, report, fullgraph=True, dynamic=False)()
+            except NoGraphError as error:
+                breaks.append(_graph_break(str(error), place_of(error), blocks))
                 reports.clear()
-                with in_pieces():
-                    torch.compile(forward, backend=report, dynamic=False)()
+                compiled(forward, report, dynamic=False)()
     finally:
         # Dynamo keeps what it compiled with the code, and compiles one code only so many times.
         for code in (forward.__code__, *traced):
-            torch._dynamo.eval_frame.remove_from_cache(code)
+            forget_compiled(code)
     by_place = {each.place: each for each in reversed(breaks)}
     return Explanation(name, tuple(reports), tuple(reversed(by_place.values())))
 
@@ -248,10 +258,6 @@ def _by_name(
     if len(names) < len(args):
         return args, kwargs
     return (), {**dict(zip(names, args, strict=True)), **kwargs}
-
-
-def _is_held(analysis: Analysis) -> bool:
-    return all(pair.held for pair in analysis.pairs)
 
 
 def _context_text(context: CacheContext) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch._dynamo import list_backends
+import torch
 
-from omni_cache.strategies import STRATEGIES, Strategy
+from omni_cache.dynamo import inductor_modes, inductor_options, inductor_setting, list_backends
+from omni_cache.strategies import STRATEGIES, Guard, Strategy
 
 NO_CACHE = "none"
 
@@ -22,11 +23,12 @@ FLAGS = (
     "blocks",
     "signal",
     "region",
+    "history_dtype",
+    "history_device",
+    "process_group",
     "strict",
 )
 """Flags of the backend; a strategy adds the fields of its config."""
-
-_CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,49 @@ class CompileOptions:
     """The flags of one compilation, checked.
 
     Attributes:
-        strategy: the strategy's config, None for ``cache="none"``.
+        guard: what graphs are compiled for, None for ``cache="none"``.
+        strategy: what calls follow; None where that is for the bound call's model to say.
         inner: the compiler of the parts: a registered backend's name or a callable.
         inner_options: options for the inner compiler, ``mode`` its mode.
         signal: the signal flag, None to leave the choice to the strategy.
         region: names of the ModuleLists of the block loop, None to find them.
+        history_dtype: what floating residuals are kept in, None for their own dtype.
+        history_device: where they are kept, None where they are made.
+        process_group: the ranks that compute a call together, None to find them.
         strict: raise when a graph cannot be cached.
     """
 
-    strategy: Strategy | None
+    guard: Guard | None
+    strategy: Strategy | None = None
     inner: str | Callable[..., Any] = "inductor"
     inner_options: Mapping[str, Any] | None = None
     mode: str | None = None
     signal: str | None = None
     region: tuple[str, ...] | None = None
+    history_dtype: torch.dtype | None = None
+    history_device: torch.device | None = None
+    process_group: Any = None
     strict: bool = False
 
     @property
+    def inductor_patches(self) -> dict[str, Any]:
+        """What mode and inner options set in Inductor's configuration."""
+        mode = inductor_modes().get(self.mode or "default", {})
+        return {**mode, **(self.inner_options or {})}
+
+    @property
     def inner_reuses_memory(self) -> bool:
-        """Whether a part's outputs are overwritten by its next call (CUDA graphs)."""
-        cudagraphs = bool((self.inner_options or {}).get("triton.cudagraphs"))
-        return self.inner == "cudagraphs" or cudagraphs or self.mode in _CUDA_GRAPH_MODES
+        """Whether a part's outputs are overwritten by its next call (CUDA graphs).
+
+        What stands in Inductor's own configuration, set there or by the environment, counts where
+        neither mode nor inner options say otherwise.
+        """
+        if self.inner == "cudagraphs":
+            return True
+        asked: bool | None = self.inductor_patches.get("triton.cudagraphs")
+        if asked is None and (self.inner == "inductor" or callable(self.inner)):
+            asked = inductor_setting("triton.cudagraphs")
+        return bool(asked)
 
     @classmethod
     def parse(
@@ -76,7 +100,9 @@ class CompileOptions:
             NotImplementedError: a value that is planned and not built yet.
         """
         given = dict(options or {})
-        strategy = _strategy(given, beside)
+        guard = given.pop("cache") if isinstance(given.get("cache"), Guard) else None
+        strategy = _strategy(given, beside) if guard is None else None
+        guard = strategy.guard() if strategy is not None else guard
         inner = given.pop("inner", "inductor")
         if not callable(inner):
             _one_of("inner", inner, list_backends(exclude_tags=()), "or a callable")
@@ -99,19 +125,22 @@ class CompileOptions:
                     f"{'dispatch' if flag == 'lowering' else 'unrolled'!r}"
                 )
         signal = _signal(given.pop("signal", None))
-        if signal is not None and strategy is not None and not strategy.has_signal:
-            raise ValueError(
-                f"signal={signal!r} is not allowed; cache={strategy.name!r} decides without one"
-            )
+        if signal is not None and guard is not None and guard.source is None:
+            name = "it" if strategy is None else f"cache={strategy.name!r}"
+            raise ValueError(f"signal={signal!r} is not allowed; {name} decides without one")
         strict = given.pop("strict", False)
         _one_of("strict", strict, (True, False))
         return cls(
+            guard=guard,
             strategy=strategy,
             inner=inner,
             inner_options=inner_options,
             mode=inner_mode,
             signal=signal,
             region=_region(given.pop("region", "auto")),
+            history_dtype=_history_dtype(given.pop("history_dtype", None)),
+            history_device=_history_device(given.pop("history_device", None)),
+            process_group=_process_group(given.pop("process_group", None)),
             strict=strict,
         )
 
@@ -119,10 +148,10 @@ class CompileOptions:
 def _strategy(given: dict[str, Any], beside: Sequence[str]) -> Strategy | None:
     """Take the strategy and its fields out of the flags; refuse what is unknown."""
     cache = given.pop("cache", "teacache")
-    config: Strategy | None = cache if isinstance(cache, Strategy) else None
-    if config is None:
-        _one_of("cache", cache, (*STRATEGIES, NO_CACHE), "or a strategy's config object")
-    kind = type(config) if config is not None else STRATEGIES.get(cache)
+    given_one: Strategy | None = cache if isinstance(cache, Strategy) else None
+    if given_one is None:
+        _one_of("cache", cache, (*STRATEGIES, NO_CACHE), "or a strategy object")
+    kind = type(given_one) if given_one is not None else STRATEGIES.get(cache)
     fields = kind.field_names() if kind is not None else ()
     for flag in given:
         if flag not in FLAGS and flag not in fields:
@@ -130,7 +159,7 @@ def _strategy(given: dict[str, Any], beside: Sequence[str]) -> Strategy | None:
     values = {field: given.pop(field) for field in fields if field in given}
     if kind is None:
         return None
-    return replace(config, **values) if config is not None else kind(**values)
+    return replace(given_one, **values) if given_one is not None else kind(**values)
 
 
 def _unknown(flag: str, kind: type[Strategy] | None, allowed: Sequence[str]) -> str:
@@ -148,11 +177,9 @@ def _unknown(flag: str, kind: type[Strategy] | None, allowed: Sequence[str]) -> 
 
 def _check_inductor(mode: str | None, options: Mapping[str, Any]) -> None:
     """Refuse now what Inductor would stumble over in the middle of a compilation."""
-    from torch._inductor import list_mode_options, list_options
-
     if mode is not None:
-        _one_of("mode", mode, tuple(list_mode_options()))
-    known = list_options()
+        _one_of("mode", mode, tuple(inductor_modes()))
+    known = inductor_options()
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(str(option), known, n=1)
@@ -177,6 +204,43 @@ def _signal(given: Any) -> str | None:
             "path of a module, such as 'transformer_blocks.0.norm1'"
         )
     return given
+
+
+def _history_dtype(given: Any) -> torch.dtype | None:
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    kept = ("float64", "float32", "bfloat16", "float16")
+    if given is not None and not any(dtype is getattr(torch, name) for name in kept):
+        raise ValueError(
+            f"history_dtype={given!r} is not allowed; history_dtype must be None or one of "
+            f"{', '.join(map(repr, kept))}"
+        )
+    return dtype
+
+
+def _history_device(given: Any) -> torch.device | None:
+    try:
+        return None if given is None else torch.device(given)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"history_device={given!r} is not allowed; history_device must be None or a device, "
+            "such as 'cpu'"
+        ) from None
+
+
+def _process_group(given: Any) -> Any:
+    if given is None:
+        return None
+    if torch.distributed.is_available():
+        if isinstance(given, torch.distributed.ProcessGroup):
+            return given
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(given, DeviceMesh) and given.ndim == 1:
+            return given.get_group()
+    raise ValueError(
+        f"process_group={given!r} is not allowed; process_group must be a ProcessGroup that this "
+        "process belongs to, a DeviceMesh with one dimension, or None to find it"
+    )
 
 
 def _region(given: Any) -> tuple[str, ...] | None:

@@ -7,6 +7,7 @@
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
 """
 
+from .analysis import Analysis, analyse
 from .block_loop import (
     Block,
     BlockList,
@@ -14,7 +15,7 @@ from .block_loop import (
     find_block_lists,
     find_block_loop,
 )
-from .node import is_static_input
+from .build import Part
 from .region import (
     NoBlockLoopError,
     Region,
@@ -26,11 +27,13 @@ from .region import (
 )
 from .residual import ResidualPair, pair_outputs
 from .signal import Signal, find_signal, find_timestep, timestep_name
-from .split import FINITE, Analysis, GuardedGraph, Part, analyse, split
+from .split import FINITE, WEIGHTS, GuardedGraph, split
 from .text import graph_text, guarded_text
+from .values import is_static_input
 
 __all__ = [
     "FINITE",
+    "WEIGHTS",
     "Analysis",
     "Block",
     "BlockList",

@@ -3,7 +3,7 @@
     embed -> [blocks.0 -> blocks.1 -> ... -> blocks.N] -> norm -> project
 
 Dynamo unrolls a loop over a ``ModuleList``; every node still carries the path of the module it was
-traced in, so a list is a group of nodes whose paths agree up to the first number. The main list is
+traced in, so a list is a group of nodes whose paths agree up to a number. The main list is
 the one with the most arithmetic; a neighbouring list joins it when the whole residual stream runs
 from the one into the other and its blocks do a like share of the work.
 """
@@ -11,28 +11,24 @@ from the one into the other and its blocks do a like share of the work.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from itertools import count
+from typing import Any, Literal
 
-from torch.fx import Graph, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from .node import (
-    Dependencies,
-    arithmetic,
-    computation,
-    dependencies,
-    describe_value,
-    is_fused_attention,
-    is_static_input,
-    module_class,
-    module_path,
-    op_name,
-)
+from .cost import arithmetic, is_fused_attention
+from .names import ModulePath, full_name, module_class, module_path, op_name
+from .order import Dependencies, Modes, computation, dependencies, memory_root, modes, written_nodes
 from .region import NoBlockLoopError, UnknownNameError, close_region
-from .residual import trace_origins
+from .streams import trace_origins
+from .values import is_static_input
 
 LIKE_SHARE = 1 / 8
 """A block of a neighbouring list does at least this share of a main block's arithmetic."""
@@ -42,19 +38,22 @@ LIKE_SHARE = 1 / 8
 class Block:
     """One element of a block list.
 
-    ``structure`` is equal for two blocks exactly when they run the same operations with the same
-    constants on tensors of the same shapes and dtypes, wired in the same way.
+    ``structure`` is equal for two blocks exactly when one could run in place of the other, given
+    its operands: the same operations with the same constants, wired in the same way and run in the
+    same modes, on operands of the same shapes, strides, dtypes and devices, the same of which are
+    weights.
     """
 
     index: int
     class_name: str
     nodes: tuple[Node, ...]
     arithmetic: int
+    modes: Mapping[Node, Modes] = field(repr=False)
 
     @cached_property
     def structure(self) -> str:
         """The digest that blocks of one structure share."""
-        return structure_of(self.nodes)
+        return structure_of(self.nodes, self.modes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,11 @@ class BlockLoop:
     lists: tuple[BlockList, ...]
 
     @property
+    def arithmetic(self) -> int:
+        """Floating-point operations of all lists together."""
+        return sum(each.arithmetic for each in self.lists)
+
+    @property
     def blocks(self) -> list[Block]:
         """The blocks of all lists."""
         return [block for each in self.lists for block in each.blocks]
@@ -93,18 +97,48 @@ class BlockLoop:
         return [node for each in self.lists for node in each.nodes]
 
 
-def find_block_lists(graph: Graph) -> list[BlockList]:
-    """All lists of repeated modules in a graph, in the order they start in."""
+def find_block_lists(graph: Graph, skip: int = 0) -> list[BlockList]:
+    """All lists of repeated modules in a graph, in the order they start in.
+
+    Where lists lie in lists, a node counts for the outermost one of which several elements with
+    attention run. A model that lies in a list, as one of several experts, is therefore no block.
+
+    Args:
+        graph: a Dynamo graph.
+        skip: how many of such lists to descend into, where there are more.
+    """
     fixed = _depends_on_nothing_but_weights(graph)
-    members: dict[str, dict[int, list[Node]]] = {}
-    class_names: dict[tuple[str, int], str] = {}
-    attention: set[str] = set()
+    attention: set[tuple[ModulePath, str]] = set()
+    for node in computation(graph):
+        if _mixes_activations(node, fixed):
+            path = module_path(node)
+            attention.update((path[:at], path[at]) for at in _levels(path))
+    elements = Counter(path for path, _ in attention)
+
+    def level(path: ModulePath) -> int | None:
+        levels = _levels(path)
+        several = [at for at in levels if elements[path[:at]] > 1]
+        if several:
+            return several[min(skip, len(several) - 1)]
+        return levels[0] if levels else None
+
+    return _lists(graph, level, fixed)
+
+
+def _lists(
+    graph: Graph, level: Callable[[ModulePath], int | None], fixed: Collection[Node]
+) -> list[BlockList]:
+    """The lists of a graph, where ``level`` says at which step of a path its list ends."""
+    held = modes(graph)
+    members: dict[ModulePath, dict[int, list[Node]]] = {}
+    class_names: dict[tuple[ModulePath, int], str] = {}
+    attention: set[ModulePath] = set()
     for node in computation(graph):
         path = module_path(node)
-        at = next((i for i, step in enumerate(path) if step.isdigit()), None)
+        at = level(path)
         if at is None:
             continue
-        name, index = ".".join(path[:at]), int(path[at])
+        name, index = path[:at], int(path[at])
         members.setdefault(name, {}).setdefault(index, []).append(node)
         if (name, index) not in class_names:
             class_names[name, index] = module_class(node, path[: at + 1])
@@ -112,10 +146,10 @@ def find_block_lists(graph: Graph) -> list[BlockList]:
             attention.add(name)
     return [
         BlockList(
-            name,
+            ".".join(name),
             tuple(
-                Block(index, class_names[name, index], tuple(nodes), sum(map(arithmetic, nodes)))
-                for index, nodes in blocks.items()
+                Block(index, class_names[name, index], tuple(inside), _work(inside), held)
+                for index, inside in blocks.items()
             ),
             name in attention,
         )
@@ -123,8 +157,20 @@ def find_block_lists(graph: Graph) -> list[BlockList]:
     ]
 
 
+def _work(nodes: Iterable[Node]) -> int:
+    return sum(map(arithmetic, nodes))
+
+
+def _levels(path: ModulePath) -> list[int]:
+    """Where a module's path goes from a list to one of its elements, outermost first."""
+    return [at for at, step in enumerate(path) if step.isdigit()]
+
+
 def find_block_loop(
-    graph: Graph, names: Sequence[str] | None = None, before: Dependencies | None = None
+    graph: Graph,
+    names: Sequence[str] | None = None,
+    before: Dependencies | None = None,
+    skip: int = 0,
 ) -> BlockLoop:
     """The transformer's block loop.
 
@@ -132,14 +178,15 @@ def find_block_loop(
         graph: a Dynamo graph.
         names: paths of the ``ModuleList``s to take, where the choice is the caller's.
         before: the graph's dependencies, where the caller has them.
+        skip: how many lists of lists to descend into, as in :func:`find_block_lists`.
 
     Raises:
         NoBlockLoopError: no list holds attention.
-        UnknownNameError: a given name is no list that the graph runs.
+        UnknownNameError: the graph runs no list of that name.
     """
-    lists = find_block_lists(graph)
+    lists = find_block_lists(graph, skip)
     if names is not None:
-        return BlockLoop(tuple(_named_lists(lists, names)))
+        return BlockLoop(tuple(_named_lists(graph, lists, names)))
     candidates = [each for each in lists if each.has_attention and len(each.nodes) > 1]
     if not candidates:
         found = ", ".join(each.path for each in lists) or "none"
@@ -159,7 +206,7 @@ def find_block_loop(
     order = {node: place for place, node in enumerate(graph.nodes)}
 
     def joins(one: BlockList, next_one: BlockList) -> bool:
-        # Lists that take turns lie in one region anyway.
+        # Lists that take turns lie in one region in any case.
         take_turns = order[next_one.nodes[0]] < order[one.nodes[-1]]
         return take_turns or _continues(graph, before, one, next_one, main)
 
@@ -175,25 +222,104 @@ def find_block_loop(
     return BlockLoop(tuple(chosen))
 
 
-def structure_of(nodes: Sequence[Node]) -> str:
-    """A digest of a block's operations, constants, shapes and wiring; names do not enter it.
+def candidate_loops(
+    graph: Graph, names: Sequence[str] | None, before: Dependencies
+) -> Iterator[BlockLoop]:
+    """What may be the block loop, the likeliest first.
 
-    The shapes and dtypes of what comes in settle those of all that is made of it.
+    Behind the loop itself come its repeated elements, for lists that hold an embedding or a head as
+    well, and then the loops within its elements.
+
+    Raises:
+        NoBlockLoopError: as :func:`find_block_loop`, before the first loop.
+        UnknownNameError: likewise.
     """
+    seen: set[tuple[Node, ...]] = set()
+    for skip in count():
+        loop = find_block_loop(graph, names, before, skip)
+        if tuple(loop.nodes) in seen:
+            return
+        for each in (loop, _repeated(loop, "class_name"), _repeated(loop, "structure")):
+            if tuple(each.nodes) not in seen:
+                seen.add(tuple(each.nodes))
+                yield each
+
+
+def _repeated(loop: BlockLoop, kind: Literal["class_name", "structure"]) -> BlockLoop:
+    """The loop without the elements at the ends of a list that are unlike most of the list."""
+    trimmed = []
+    for each in loop.lists:
+        kinds = [getattr(block, kind) for block in each.blocks]
+        (most, _), *_ = Counter(kinds).most_common(1)
+        first, last = kinds.index(most), len(kinds) - kinds[::-1].index(most)
+        trimmed.append(replace(each, blocks=each.blocks[first:last]))
+    return BlockLoop(tuple(trimmed))
+
+
+def structure_of(nodes: Sequence[Node], held: Mapping[Node, Modes]) -> str:
+    """A digest of a block's operations, constants, operands, wiring and modes; no node's name.
+
+    Shape, strides, dtype and device of what comes in settle those of all that is made of it.
+
+    Args:
+        nodes: the block's nodes, in graph order.
+        held: the modes of the whole graph.
+    """
+    ambient = held[next(reversed(nodes[0].graph.nodes))]
+    # What a graph holds as an attribute is an operand, whichever name it has there.
+    nodes = [node for node in nodes if node.op != "get_attr"]
+    inner = set(nodes)
+    writes = any(map(written_nodes, nodes))
     numbers: dict[Node, int] = {}
+    roots: dict[Node, int] = {}
 
     def numbered(node: Node) -> Any:
-        if node not in numbers:
-            numbers[node] = len(numbers)
-        value = describe_value(node.meta.get("example_value")) if node not in inner else ""
-        return f"%{numbers[node]}{value}"
+        if node in numbers or node in inner:
+            return f"%{numbers.setdefault(node, len(numbers))}"
+        numbers[node] = len(numbers)
+        # Two operands in one memory are two tensors until somebody writes into one of them.
+        alias = f"@{roots.setdefault(memory_root(node), len(roots))}" if writes else ""
+        return f"%{numbers[node]} {_operand(node)}{alias}"
 
-    inner = set(nodes)
     digest = hashlib.sha256()
     for node in nodes:
         operands = map_arg((node.args, node.kwargs), numbered)
-        digest.update(f"{numbered(node)} = {op_name(node)}{operands}\n".encode())
+        around = _described_modes(held[node], ambient)
+        digest.update(f"{numbered(node)} = {full_name(node)}{operands} {around}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _operand(node: Node) -> str:
+    """What a block must know of a tensor, a number or a subgraph that comes in from outside."""
+    owner = node.graph.owning_module
+    if node.op == "get_attr" and owner is not None:
+        value = operator.attrgetter(str(node.target))(owner)
+        if isinstance(value, GraphModule):
+            return f"graph {structure_of(list(value.graph.nodes), modes(value.graph))}"
+    kind = "weight" if is_static_input(node) else "value"
+    return f"{kind} {_layout(node.meta.get('example_value'))}"
+
+
+def _layout(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_layout, value))})"
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {value}"
+    strides = value.stride() if value.layout == torch.strided else value.layout
+    return f"{value.dtype} {tuple(value.shape)} {strides} {value.device}"
+
+
+def _described_modes(held: Modes, ambient: Modes) -> str:
+    """The modes of a node by what they set, whoever set it."""
+    # Before its first mark, a switch is as the graph leaves it when it is done.
+    switches = {**ambient.switches, **held.switches}
+    marks = (*held.scopes, *held.nestings, *(switches[name] for name in sorted(switches)))
+    return "; ".join(map(_described_mark, marks))
+
+
+def _described_mark(mark: Node) -> str:
+    arguments = map_arg((mark.args, mark.kwargs), _described_mark)
+    return f"{full_name(mark)}{arguments}"
 
 
 def _continues(
@@ -219,8 +345,8 @@ def _continues(
             for leaf, count in origins[node].counts.items():
                 leaving[leaf] = max(leaving.get(leaf, count), count)
     made = {leaf: count - entering[leaf] for leaf, count in leaving.items() if leaf in entering}
-    # What joins a stream for one block is none that runs through the list; the last block may leave
-    # out one that nobody reads.
+    # A tensor that joins a stream for one block does not run through the list. The last block may
+    # leave out a stream that nobody reads afterwards.
     blocks, most = len(second.blocks), max(made.values(), default=0)
     running = [
         leaf for leaf, count in made.items() if count > 0 and count * blocks >= most * (blocks - 1)
@@ -228,12 +354,17 @@ def _continues(
     return bool(running) and all(entering[leaf] > 0 for leaf in running)
 
 
-def _named_lists(lists: Sequence[BlockList], names: Sequence[str]) -> list[BlockList]:
-    by_name = {each.path: each for each in lists}
+def _named_lists(graph: Graph, found: Sequence[BlockList], names: Sequence[str]) -> list[BlockList]:
+    wanted = {tuple(name.split(".")) for name in names}
+
+    def level(path: ModulePath) -> int | None:
+        return next((at for at in _levels(path) if path[:at] in wanted), None)
+
+    lists = _lists(graph, level, _depends_on_nothing_but_weights(graph))
     for name in names:
-        if name not in by_name:
-            raise UnknownNameError(f"region={list(names)!r}", name, by_name)
-    return [each for each in lists if each.path in names]
+        if all(each.path != name for each in lists):
+            raise UnknownNameError(f"region={list(names)!r}", name, [each.path for each in found])
+    return lists
 
 
 def _depends_on_nothing_but_weights(graph: Graph) -> set[Node]:
@@ -246,7 +377,7 @@ def _depends_on_nothing_but_weights(graph: Graph) -> set[Node]:
     return fixed
 
 
-def _mixes_activations(node: Node, fixed: set[Node]) -> bool:
+def _mixes_activations(node: Node, fixed: Collection[Node]) -> bool:
     """Whether a node multiplies activations with activations, as only attention does."""
     if is_fused_attention(node):
         return True

@@ -17,22 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from .node import (
-    VIEW_OPS,
-    Dependencies,
-    computation,
-    dependencies,
-    is_shape,
-    is_size,
-    is_static_input,
-    is_tuple,
-    memory_root,
-    op_name,
-    source_line,
-    tensor_of,
-    vmap_spans,
-    written_nodes,
-)
+from .names import VIEW_OPS, op_name, source_line
+from .order import Dependencies, computation, dependencies, memory_root, vmap_spans, written_nodes
+from .values import is_shape, is_size, is_static_input, is_tuple, tensor_of
 
 
 class RegionError(Exception):
@@ -40,7 +27,7 @@ class RegionError(Exception):
 
     Args:
         reason: one sentence.
-        node: the node of the graph that stands in the way, if it is one; its source line is added.
+        node: the node of the graph that is in the way, if there is one; its source line is added.
     """
 
     def __init__(self, reason: str, node: Node | None = None) -> None:
@@ -52,7 +39,7 @@ class RegionError(Exception):
 
 
 class UnknownNameError(RegionError):
-    """A module that the caller named is none that the graph runs.
+    """The graph does not run a module that the caller named.
 
     Args:
         flag: what the name was given for, and the name, as ``flag='name'``.
@@ -68,7 +55,7 @@ class UnknownNameError(RegionError):
 
 
 class NoBlockLoopError(RegionError):
-    """The graph has no block loop at all; it may be a piece of a model that has it elsewhere."""
+    """The graph has no block loop. It may be a piece of a model whose loop is in another piece."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +166,10 @@ def with_ancestors(region: Region, nodes: Iterable[Node], before: Dependencies) 
 
 
 def take_in(graph: Graph, region: Region, kept: Collection[Node], before: Dependencies) -> Region:
-    """The same region with all in its body that only the body reads, save the nodes ``kept``.
+    """The same region, with all that only the body reads in its body, except the nodes ``kept``.
 
-    Conditioning of the blocks (projections of the text, control branches, rotary tables) is then
-    skipped with them.
+    The conditioning of the blocks (projections of the text, control branches, rotary tables) is
+    then skipped with them.
     """
     after: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
     for node, earlier in before.items():
@@ -194,7 +181,7 @@ def take_in(graph: Graph, region: Region, kept: Collection[Node], before: Depend
             continue
         if after[node] and body.issuperset(after[node]):
             body.add(node)
-    # Only tensors cross a cut, so the pieces of a tuple stay with it.
+    # Only tensors can cross a cut, so the pieces of a tuple stay with the tuple.
     body.difference_update(
         node for node in region.prologue if (_tuple_producer(node) or node) not in body
     )
@@ -205,7 +192,7 @@ def take_in_sizes(graph: Graph, region: Region) -> Region:
     """The same region with what measures its results in its body, and cuts them by what it finds.
 
     Sizes that depend on data are numbers that the graph reads off tensors and asserts things about.
-    No number of the body's may cross into the epilogue, but a tensor cut by it may.
+    A number that the body computes must not cross into the epilogue. A tensor cut by it may.
     """
     epilogue = set(region.epilogue)
     taken: set[Node] = set()
@@ -215,7 +202,7 @@ def take_in_sizes(graph: Graph, region: Region) -> Region:
         measured = any(map(_is_of_data, (node, *node.all_input_nodes)))
         if measured and (op_name(node) in VIEW_OPS or tensor_of(node) is None):
             taken.add(node)
-    # A number that is read for something else stays, and so does all that reads it.
+    # A number that something else reads stays in the epilogue, with all its readers.
     staying: set[Node] = set()
     for node in reversed(region.epilogue):
         if node in taken and tensor_of(node) is None and not taken.issuperset(node.users):
@@ -237,12 +224,17 @@ def _is_of_data(node: Node) -> bool:
 def check_cuts(region: Region) -> None:
     """Raise RegionError where cutting the graph at the region would change what it computes.
 
-    Refused are values that cross a cut and are no tensors. Sizes may enter the body; one that the
-    body computes and the epilogue reads would be unknown on a reused step.
+    Only tensors may cross a cut. Sizes may enter the body, and so may
+    what the caller passes, such as a mesh of devices. A size that the body computes and the
+    epilogue reads would be unknown on a reused step.
     """
-    sizes = {node for node in region.inputs if is_size(node) or is_shape(node)}
+    entering = {
+        node
+        for node in region.inputs
+        if is_size(node) or is_shape(node) or node.op == "placeholder"
+    }
     for node in (*region.inputs, *region.outputs):
-        if tensor_of(node) is None and node not in sizes:
+        if tensor_of(node) is None and node not in entering:
             kind = type(node.meta.get("example_value")).__name__
             raise RegionError(
                 f"a {kind} crosses the edge of the block loop; only tensors can, and sizes into it",
@@ -254,9 +246,8 @@ def overwritten_inputs(region: Region) -> tuple[Node, ...]:
     """The region inputs that the body writes into, so that it needs copies of its own.
 
     Raises:
-        RegionError: a copy would not do, because somebody else sees the write: the caller, a
-            buffer, another region input in the same memory, or what comes after the body.
-            Skipping the body would lose it.
+        RegionError: the caller, a buffer, another region input in the same memory or the epilogue
+            sees the write. A copy would hide it from them, and a reused step would lose it.
     """
     body, epilogue = set(region.body), set(region.epilogue)
     found: dict[Node, Node] = {}

@@ -1,151 +1,30 @@
-r"""Residual pairs: a region output with the region input that it is a residual update of.
+"""Residual pairs: a region output with the region input that it is a residual update of.
 
-    x -> [norm -> attention -> mul] -> add -> [norm -> mlp -> mul] -> add -> out
-     \________________________________/ \__________________________/
-         the chain of residual additions that leads from ``out`` back to ``x``
-
-Streams may be concatenated, sliced, reshaped or cast on the way; the chain is followed through such
-views symbolically, so that ``slice(cat(text, image))`` is known to be ``image`` again. What a pair
-says is never needed for exactness, since ``r = out - in`` holds for any ``in`` of the same shape: a
-good pair makes ``r`` change slowly.
+Exactness never depends on the pair: ``r = out - in`` holds for any ``in`` of the same shape. A good
+pair makes ``r`` change slowly.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Graph, Node
 
-from .node import (
-    CAST_OPS,
-    argument,
-    is_known,
-    is_static_input,
-    is_unknown,
-    op_name,
-    same_shape,
-    same_size,
-    tensor_of,
-)
-from .region import Region, extend_body
-
-Size: TypeAlias = int | torch.SymInt
-Shape: TypeAlias = tuple[Size, ...]
-
-
-class Sizes:
-    """What sizes that depend on data turn out to be, once the views they belong to are followed.
-
-    ``x[:, :-n]`` has a length of its own in the graph where ``n`` depends on data; as a view of
-    ``cat([a, b])`` it is the length of ``a``.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Any] = {}
-
-    def learn(self, shape: Sequence[Size], true_shape: Sequence[Size]) -> None:
-        """Remember what the unknown sizes of a shape are."""
-        for size, true_size in zip(shape, true_shape, strict=True):
-            if is_unknown(size) and not same_size(size, true_size):
-                assert isinstance(size, torch.SymInt)
-                known = true_size if isinstance(true_size, int) else true_size.node.expr
-                self._known[size.node.expr] = known
-
-    def resolve(self, size: Size) -> Size:
-        """A size in terms of those that are known."""
-        if isinstance(size, int) or self._known.keys().isdisjoint(size.node.expr.free_symbols):
-            return size
-        known = size.node.expr.xreplace(self._known)
-        if isinstance(known, int):
-            return known
-        return _plain(size.node.shape_env.create_symintnode(known, hint=None))
-
-    def shape_of(self, value: torch.Tensor) -> Shape:
-        """A tensor's shape in terms of sizes that are known."""
-        return tuple(self.resolve(size) for size in value.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """A region input as it is."""
-
-    node: Node
-    shape: Shape
-
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """Elements ``start`` to ``stop`` of one dimension."""
-
-    of: View
-    dim: int
-    start: Size
-    stop: Size
-    shape: Shape
-
-
-@dataclass(frozen=True, eq=False)
-class Cat:
-    """Several views along one dimension."""
-
-    parts: tuple[View, ...]
-    dim: int
-    shape: Shape
-
-
-@dataclass(frozen=True, eq=False)
-class Reshape:
-    """The same elements in the same order in another shape."""
-
-    of: View
-    shape: Shape
-
-
-@dataclass(frozen=True, eq=False)
-class Permute:
-    """The same elements with their dimensions in another order."""
-
-    of: View
-    dims: tuple[int, ...]
-    shape: Shape
-
-
-View: TypeAlias = Leaf | Slice | Cat | Reshape | Permute
-"""A tensor that is made of region inputs by views alone."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a stream comes from: a view of region inputs, and how many additions ago for each."""
-
-    view: View
-    counts: Mapping[Node, int]
-
-    @property
-    def additions(self) -> int:
-        """The additions since the region input that has come the longest way."""
-        return max(self.counts.values())
-
-    def seen_as(self, view: View) -> Origin:
-        """The same stream as a view of this one, which may leave some region inputs out."""
-        return Origin(view, {leaf: self.counts[leaf] for leaf in leaves(view)})
-
-    def updated(self) -> Origin:
-        """The stream after one more addition."""
-        return Origin(self.view, {leaf: count + 1 for leaf, count in self.counts.items()})
+from .names import module_path, nodes_in, op_name
+from .region import Region, RegionError, extend_body
+from .streams import PIECES, Origins, trace_origins, view_origin
+from .values import same_shape, tensor_of
+from .views import Leaf, View, dtype_of, is_concrete, leaves
 
 
 @dataclass(frozen=True)
 class ResidualPair:
-    """A region output with what it is a residual update of.
+    """A region output, and the partner that it is a residual update of.
 
     ``partner`` is a view of region inputs with the output's shape, so that ``r = output - partner``
-    in the output's dtype; None where there is no such view, and the output is held as a value.
+    in the output's dtype. It is None if no view fits; the output is then kept as a value.
     ``additions`` counts the residual additions between the two.
     """
 
@@ -155,112 +34,16 @@ class ResidualPair:
 
     @property
     def held(self) -> bool:
-        """Whether the output itself, not a residual, is what a reused step takes over."""
+        """Whether the output itself is kept, in place of a residual."""
         return self.partner is None
 
     @property
     def cast(self) -> torch.dtype | None:
-        """The output's dtype, where the partner is of another one and must be cast to it."""
+        """The output's dtype, if the partner has another dtype and must be cast; else None."""
         value = tensor_of(self.output)
         if self.partner is None or value is None or value.dtype == dtype_of(self.partner):
             return None
         return value.dtype
-
-
-def leaves(view: View) -> list[Node]:
-    """The region inputs that a view is made of, in order."""
-    if isinstance(view, Leaf):
-        return [view.node]
-    if isinstance(view, Cat):
-        return [node for part in view.parts for node in leaves(part)]
-    return leaves(view.of)
-
-
-def dtype_of(view: View) -> torch.dtype:
-    """The dtype of a view of tensors that may be of several."""
-    values = map(tensor_of, leaves(view))
-    dtypes = (value.dtype for value in values if value is not None)
-    return functools.reduce(torch.promote_types, dtypes)
-
-
-class Origins(dict[Node, Origin]):
-    """The origin of each node that continues a residual stream."""
-
-    def __init__(self, origins: Mapping[Node, Origin] = MappingProxyType({})) -> None:
-        super().__init__(origins)
-        self.sizes: Sizes = origins.sizes if isinstance(origins, Origins) else Sizes()
-
-    def add(self, node: Node, origin: Origin) -> None:
-        """Enter a node's origin, and learn from it what the node's unknown sizes are."""
-        self[node] = origin
-        value = tensor_of(node)
-        assert value is not None  # only tensors have an origin
-        self.sizes.learn(value.shape, origin.view.shape)
-
-
-def trace_origins(region: Region) -> Origins:
-    """The origin of every node of the body that continues a residual stream. One linear sweep."""
-    origins = Origins()
-    flow = _Flow(region)
-    for node in region.inputs:
-        value = tensor_of(node)
-        if value is not None and value.dtype.is_floating_point:
-            origins[node] = Origin(Leaf(node, tuple(value.shape)), {node: 0})
-    for node in region.body:
-        origin = _origin(node, origins, flow)
-        if origin is not None:
-            origins.add(node, origin)
-    return origins
-
-
-class _Flow:
-    """What depends on what in a region."""
-
-    def __init__(self, region: Region) -> None:
-        varying: set[Node] = set()
-        for node in region.prologue:
-            if any(_is_argument(each) or each in varying for each in node.all_input_nodes):
-                varying.add(node)
-        self._varying = varying
-        # Which region inputs a node depends on, one bit for each.
-        self._reads = {node: 1 << place for place, node in enumerate(region.inputs)}
-        for node in region.body:
-            read = 0
-            for each in node.all_input_nodes:
-                read |= self._reads.get(each, 0)
-            self._reads[node] = read
-
-    def updates(self, term: Node, view: View, node: Node) -> bool:
-        """Whether what ``node`` adds to ``term`` depends on what ``term`` is a view of."""
-        stream = 0
-        for leaf in leaves(view):
-            stream |= self._reads[leaf]
-        others = (each for each in node.all_input_nodes if each is not term)
-        return any(self._reads.get(each, 0) & stream for each in others)
-
-    def varies(self, view: View) -> bool:
-        """Whether a view changes from call to call, as a learned position does not."""
-        return any(_is_argument(leaf) or leaf in self._varying for leaf in leaves(view))
-
-
-def _is_argument(node: Node) -> bool:
-    return node.op == "placeholder" and not is_static_input(node)
-
-
-def streams(origins: Mapping[Node, Origin], blocks: int) -> set[Node]:
-    """The region inputs that enter a stream which runs through so many blocks.
-
-    The last block may leave out a stream that nobody reads after it. What joins a stream for one
-    block alone, or is only added once, is no stream of its own.
-    """
-    longest: dict[Node, int] = {}
-    for origin in origins.values():
-        for leaf, count in origin.counts.items():
-            longest[leaf] = max(longest.get(leaf, 0), count)
-    most = max(longest.values(), default=0)
-    return {
-        leaf for leaf, count in longest.items() if count and count * blocks >= most * (blocks - 1)
-    }
 
 
 def pair_outputs(graph: Graph, region: Region) -> tuple[Region, tuple[ResidualPair, ...]]:
@@ -292,13 +75,40 @@ def unreached_outputs(region: Region, pairs: Sequence[ResidualPair]) -> list[Nod
     return [pair.output for pair in pairs if pair.held and pair.output not in reached]
 
 
+def check_results(graph: Graph, region: Region, pairs: Sequence[ResidualPair]) -> None:
+    """Raise RegionError where a reused step would hand out a value of an earlier step.
+
+    Keys, values and statistics that blocks return beside their stream, or leave in an attribute,
+    are results of the graph too. A result that is made of held outputs and of no stream would be
+    the earlier step's, whatever its dtype.
+    """
+    followed = {pair.output for pair in pairs if not pair.held}
+    stale = {pair.output: pair.output for pair in pairs if pair.held}
+    for node in region.epilogue:
+        if not followed.isdisjoint(node.all_input_nodes):
+            followed.add(node)
+        source = next((stale[each] for each in node.all_input_nodes if each in stale), None)
+        if source is not None:
+            stale[node] = source
+    (result,) = graph.find_nodes(op="output")
+    for position, node in enumerate(nodes_in(result.args)):
+        if node in stale and node not in followed:
+            path = ".".join(module_path(stale[node])) or "the model"
+            raise RegionError(
+                f"output {position} of the graph is what {path} computes beside the stream; a "
+                "reused step would hand out an earlier step's. Leave it out of what the model "
+                "returns and of its attributes, or leave this call uncached",
+                stale[node],
+            )
+
+
 def _pair(output: Node, origins: Origins) -> ResidualPair:
     origin = origins.get(output)
     value = tensor_of(output)
     if origin is None or origin.additions == 0 or value is None:
         return ResidualPair(output, None, 0)
     fits = same_shape(origin.view.shape, origins.sizes.shape_of(value))
-    if not fits or not (isinstance(origin.view, Leaf) or _is_concrete(origin.view)):
+    if not fits or not (isinstance(origin.view, Leaf) or is_concrete(origin.view)):
         return ResidualPair(output, None, 0)
     return ResidualPair(output, origin.view, origin.additions)
 
@@ -327,370 +137,18 @@ def _views_down_to_leaves(output: Node, origins: Origins, epilogue: Collection[N
             # What else a view reads, such as the size of another tensor, must be known by then.
             if any(each in epilogue and each not in views for each in user.all_input_nodes):
                 return []
-            if op_name(user) not in _PIECES:
-                origin = _view_origin(user, origins)
+            if op_name(user) not in PIECES:
+                origin = view_origin(user, origins)
                 if origin is None or not _keeps_dtype(user, origin.view):
                     return []
                 origins.add(user, origin)
             views.append(user)
-            if op_name(user) in _PIECES or not isinstance(origins[user].view, Leaf):
+            if op_name(user) in PIECES or not isinstance(origins[user].view, Leaf):
                 frontier.append(user)
     return views
-
-
-def _same_shape(one: Node, other: Node) -> bool:
-    first, second = tensor_of(one), tensor_of(other)
-    return first is not None and second is not None and same_shape(first.shape, second.shape)
 
 
 def _keeps_dtype(node: Node, view: View) -> bool:
     """Whether a tensor still has the dtype of the region input that it is a view of."""
     value = tensor_of(node)
     return not isinstance(view, Leaf) or (value is not None and value.dtype == dtype_of(view))
-
-
-# --- one node ------------------------------------------------------------------------------------
-
-_PIECES = frozenset({"chunk", "split", "split_with_sizes", "tensor_split"})
-_IDENTITY = (
-    frozenset({"contiguous", "clone", "dropout", "clamp", "clip", "detach", "alias", "nan_to_num"})
-    | CAST_OPS
-)
-_EXPANSIONS = frozenset({"expand", "expand_as", "broadcast_to", "repeat", "tile"})
-_RESHAPES = frozenset({"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze"})
-_PERMUTES = frozenset({"permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"})
-_PRODUCTS = frozenset({"mul", "imul", "mul_", "rmul"})
-_NORMS = frozenset({"layer_norm", "rms_norm", "group_norm"})
-_MIXES = frozenset({"linear"})
-_SUMS = frozenset({"add", "iadd", "add_", "radd"})
-_UPDATES_OF_THE_FIRST = frozenset(
-    {
-        *("sub", "isub", "sub_", "lerp", "lerp_"),
-        *("addcmul", "addcmul_", "addcdiv", "addcdiv_", "addmm", "baddbmm"),
-    }
-)
-
-
-def _origin(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
-    """The origin of one node from those of its inputs, or None where no stream continues in it."""
-    name = op_name(node)
-    if name in _SUMS or name in _UPDATES_OF_THE_FIRST:
-        return _add(node, origins, flow)
-    if name in _PRODUCTS:
-        return _masked(node, origins, flow)
-    return _view_origin(node, origins)
-
-
-def _add(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
-    """The operand that has come the longest way is the stream, the others are updates of it.
-
-    An operand that does not depend on the stream (a position embedding, the residual of a control
-    network, a shift) joins it without counting as an addition.
-    """
-    value = tensor_of(node)
-    terms = [argument(node, 0, "input", "self"), argument(node, 1, "other")]
-    if op_name(node) in _UPDATES_OF_THE_FIRST or argument(node, 2, "alpha", default=1) != 1:
-        terms.pop()
-    if value is None or len(node.all_input_nodes) < 2:  # 1 + scale continues no stream
-        return None
-    streams = [
-        (origins[term], flow.updates(term, origins[term].view, node))
-        for term in terms
-        if isinstance(term, Node) and term in origins and _same_shape(term, node)
-    ]
-    if not streams:
-        return None
-    oldest, updated = max(
-        streams, key=lambda each: (each[0].additions, each[1], flow.varies(each[0].view))
-    )
-    return oldest.updated() if updated else oldest
-
-
-def _masked(node: Node, origins: Origins, flow: _Flow) -> Origin | None:
-    """A stream that is multiplied by a mask goes on: by a tensor of one element per token."""
-    value = tensor_of(node)
-    terms = [argument(node, 0, "input", "self"), argument(node, 1, "other")]
-    for term, factor in (terms, terms[::-1]):
-        if not isinstance(term, Node) or not isinstance(factor, Node) or term not in origins:
-            continue
-        origin, mask = origins[term], tensor_of(factor)
-        if value is None or mask is None or not _same_shape(term, node):
-            continue
-        one_per_token = mask.dim() == value.dim() and same_size(mask.shape[-1], 1)
-        if one_per_token and not flow.updates(term, origin.view, node):
-            return origin
-    return None
-
-
-def _view_origin(node: Node, origins: Origins) -> Origin | None:
-    """The origin of a node that computes nothing: a view, a cast, a concatenation."""
-    value = tensor_of(node)
-    if value is None:
-        return None
-    name = op_name(node)
-    if name in ("cat", "concat", "concatenate"):
-        return _cat(node, value, origins)
-    source = argument(node, 0, "input", "self")
-    if not isinstance(source, Node):
-        return None
-    if name == "getitem" and op_name(source) in _PIECES:
-        return _piece(node, source, origins)
-    if source not in origins:
-        return None
-    repeated = _repeated(origins[source].view, origins.sizes)
-    if repeated is not None and (name in _NORMS or name in _MIXES):
-        # A long skip: a stream beside an earlier state of itself, mixed into one again.
-        mixed = same_shape(repeated.shape, value.shape)
-        return origins[source].seen_as(repeated) if mixed else origins[source]
-    view = _view(node, name, origins[source].view, origins.sizes)
-    return None if view is None else origins[source].seen_as(view)
-
-
-def _view(node: Node, name: str, view: View, sizes: Sizes) -> View | None:
-    """What a node makes of a view; None where it is no view of it any more."""
-    value = tensor_of(node)
-    assert value is not None  # a view is a tensor
-    shape = sizes.shape_of(value)
-    if name in _IDENTITY:
-        return view
-    if name in _EXPANSIONS:
-        return view if same_shape(view.shape, shape) else None
-    if name in _RESHAPES and not isinstance(argument(node, 1, "dtype"), torch.dtype):
-        return _reshape(view, shape)
-    if name in _PERMUTES:
-        return _permute(view, _permutation(node, name, len(shape)))
-    if name == "getitem":
-        return _index(view, node.args[1], shape, sizes)
-    if name == "narrow":
-        dim = argument(node, 1, "dim")
-        start = _size(argument(node, 2, "start"), sizes)
-        length = _size(argument(node, 3, "length"), sizes)
-        if isinstance(dim, int) and start is not None and length is not None:
-            return _slice(view, dim % len(shape), start, start + length)
-    return None
-
-
-def _cat(node: Node, value: torch.Tensor, origins: Origins) -> Origin | None:
-    tensors = argument(node, 0, "tensors")
-    if not isinstance(tensors, (list, tuple)):
-        return None
-    parts = [origins[each] for each in tensors if isinstance(each, Node) and each in origins]
-    dim = argument(node, 1, "dim", "axis", default=0)
-    if not parts or len(parts) != len(tensors) or not isinstance(dim, int):
-        return None
-    view = _join([part.view for part in parts], dim % value.dim())
-    counts: dict[Node, int] = {}
-    for part in parts:
-        for leaf, count in part.counts.items():
-            counts[leaf] = max(counts.get(leaf, 0), count)
-    return Origin(view, counts)
-
-
-def _repeated(view: View, sizes: Sizes) -> View | None:
-    """What the channels of a view repeat: ``x`` of ``cat([x, x], dim=-1)``, else None."""
-    if not isinstance(view, Cat) or view.dim != len(view.shape) - 1:
-        return None
-    first, *others = (_at_its_source(part, sizes) for part in view.parts)
-    return view.parts[0] if all(_same_view(first, other) for other in others) else None
-
-
-def _at_its_source(view: View, sizes: Sizes) -> View:
-    """A view with those region inputs that are views themselves traced back before the region."""
-    match view:
-        case Leaf():
-            source = argument(view.node, 0, "input", "self")
-            value = tensor_of(source) if isinstance(source, Node) else None
-            if value is None:
-                return view
-            before = _at_its_source(Leaf(source, sizes.shape_of(value)), sizes)
-            return _view(view.node, op_name(view.node), before, sizes) or view
-        case Cat():
-            return _join([_at_its_source(part, sizes) for part in view.parts], view.dim)
-        case Slice():
-            return _slice(_at_its_source(view.of, sizes), view.dim, view.start, view.stop)
-        case Permute():
-            return _permute(_at_its_source(view.of, sizes), view.dims) or view
-        case Reshape():
-            return _reshape(_at_its_source(view.of, sizes), view.shape)
-
-
-def _same_view(one: View, other: View) -> bool:
-    """Whether two views are of the same elements."""
-    if not same_shape(one.shape, other.shape):
-        return False
-    match one, other:
-        case Leaf(), Leaf():
-            return one.node is other.node
-        case Cat(), Cat():
-            matching = one.dim == other.dim and len(one.parts) == len(other.parts)
-            return matching and all(map(_same_view, one.parts, other.parts))
-        case Slice(), Slice():
-            placed = one.dim == other.dim and same_size(one.start, other.start)
-            return placed and _same_view(one.of, other.of)
-        case Permute(), Permute():
-            return one.dims == other.dims and _same_view(one.of, other.of)
-        case Reshape(), Reshape():
-            return _same_view(one.of, other.of)
-    return False
-
-
-def _join(parts: Sequence[View], dim: int) -> View:
-    """Concatenate views; consecutive slices of one view that make it whole again are that view."""
-    first = parts[0]
-    if isinstance(first, Slice) and first.dim == dim:
-        stop: Size = 0
-        for part in parts:
-            if not (isinstance(part, Slice) and part.of is first.of and part.dim == dim):
-                break
-            if not same_size(part.start, stop):
-                break
-            stop = part.stop
-        else:
-            if same_size(stop, first.of.shape[dim]):
-                return first.of
-    flat: list[View] = []
-    for part in parts:
-        flat += part.parts if isinstance(part, Cat) and part.dim == dim else (part,)
-    length = _plain(sum(part.shape[dim] for part in flat))
-    return Cat(tuple(flat), dim, (*first.shape[:dim], length, *first.shape[dim + 1 :]))
-
-
-def _piece(node: Node, source: Node, origins: Origins) -> Origin | None:
-    """One result of ``split`` or ``chunk``: a slice, placed by the sizes of its siblings."""
-    whole = argument(source, 0, "input", "tensor", "self")
-    siblings = source.meta.get("example_value")
-    index = node.args[1]
-    if not isinstance(whole, Node) or whole not in origins or not isinstance(index, int):
-        return None
-    origin = origins[whole]
-    dim = argument(source, 2, "dim", default=0)
-    if not isinstance(siblings, (tuple, list)) or not isinstance(dim, int):
-        return None
-    dim %= len(origin.view.shape)
-    index %= len(siblings)
-    lengths = [origins.sizes.resolve(each.shape[dim]) for each in siblings]
-    view = _slice(origin.view, dim, sum(lengths[:index]), sum(lengths[: index + 1]))
-    return origin.seen_as(view)
-
-
-def _slice(view: View, dim: int, start: Size, stop: Size) -> View:
-    """``view[start:stop]`` along ``dim``, resolved through concatenations and earlier slices."""
-    start, stop = _plain(start), _plain(stop)
-    if same_size(start, 0) and same_size(stop, view.shape[dim]):
-        return view
-    if isinstance(view, Slice) and view.dim == dim:
-        return _slice(view.of, dim, view.start + start, view.start + stop)
-    if isinstance(view, Cat) and view.dim == dim:
-        offset: Size = 0
-        for part in view.parts:
-            end = offset + part.shape[dim]
-            if is_known(start >= offset) and is_known(stop <= end):
-                return _slice(part, dim, start - offset, stop - offset)
-            offset = end
-    shape = (*view.shape[:dim], _plain(stop - start), *view.shape[dim + 1 :])
-    return Slice(view, dim, start, stop, shape)
-
-
-def _index(view: View, index: Any, shape: Shape, sizes: Sizes) -> View | None:
-    """Basic indexing with slices: ``x[:, 8:]``, ``x[..., :4]``. Anything else ends the stream."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    dots = [place for place, entry in enumerate(entries) if entry is Ellipsis]
-    if len(dots) > 1 or not all(isinstance(e, slice) or e is Ellipsis for e in entries):
-        return None
-    for place in dots:
-        entries[place : place + 1] = [slice(None)] * (len(view.shape) - len(entries) + 1)
-    for dim, entry in enumerate(entries):
-        size = view.shape[dim]
-        bounds = _bounds(entry, size, sizes)
-        if bounds is None:
-            return None
-        view = _slice(view, dim, *bounds)
-        # Where a bound lies beyond the end, the result is shorter than the bounds say.
-        inside = is_known(bounds[0] <= bounds[1]) and is_known(bounds[1] <= size)
-        if not same_size(view.shape[dim], shape[dim]) and not (inside and is_unknown(shape[dim])):
-            return None
-    return view
-
-
-def _bounds(entry: slice, size: Size, sizes: Sizes) -> tuple[Size, Size] | None:
-    """Start and stop of a slice of a dimension, or None where it has steps or unknown ends."""
-    start = 0 if entry.start is None else _size(entry.start, sizes)
-    stop = size if entry.stop is None else _size(entry.stop, sizes)
-    if entry.step not in (None, 1) or start is None or stop is None:
-        return None
-    if isinstance(start, int) and isinstance(stop, int) and isinstance(size, int):
-        return slice(start, stop).indices(size)[:2]
-    return (
-        start + size if _is_from_the_end(start) else start,
-        stop + size if _is_from_the_end(stop) else stop,
-    )
-
-
-def _is_from_the_end(bound: Size) -> bool:
-    """Whether a bound counts from the end. A ``-n`` of data is taken for one, as if never 0."""
-    return bound < 0 if isinstance(bound, int) else is_known(bound <= 0)
-
-
-def _size(value: Any, sizes: Sizes) -> Size | None:
-    """A size that is written into a graph, as a number or as a node, or None if it is neither."""
-    known = value.meta.get("example_value") if isinstance(value, Node) else value
-    return sizes.resolve(known) if isinstance(known, (int, torch.SymInt)) else None
-
-
-def _plain(size: Size) -> Size:
-    """A size as a number, where it is one."""
-    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
-        return int(size.node.expr)
-    return size
-
-
-def _reshape(view: View, shape: Shape) -> View:
-    while isinstance(view, Reshape):
-        view = view.of
-    return view if same_shape(view.shape, shape) else Reshape(view, shape)
-
-
-def _permutation(node: Node, name: str, rank: int) -> tuple[int, ...] | None:
-    """The order of dimensions of a permute-like node, or None where it is not constant."""
-    first = argument(node, 1, "dims", "dim0", "axis0", "source")
-    second = argument(node, 2, "dim1", "axis1", "destination")
-    if name == "permute":
-        dims: Sequence[Any] = first if isinstance(first, (tuple, list)) else node.args[1:]
-        if len(dims) != rank or not all(isinstance(dim, int) for dim in dims):
-            return None
-        return tuple(dim % rank for dim in dims)
-    if not isinstance(first, int) or not isinstance(second, int):
-        return None
-    order = list(range(rank))
-    if name in ("movedim", "moveaxis"):
-        order.insert(second % rank, order.pop(first % rank))
-    else:
-        order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
-    return tuple(order)
-
-
-def _permute(view: View, dims: tuple[int, ...] | None) -> View | None:
-    if dims is None:
-        return None
-    if isinstance(view, Permute):
-        dims = tuple(view.dims[dim] for dim in dims)
-        view = view.of
-    if dims == tuple(range(len(dims))):
-        return view
-    return Permute(view, dims, tuple(view.shape[dim] for dim in dims))
-
-
-def _is_concrete(view: View) -> bool:
-    """Whether a view can be written into a graph without symbolic sizes."""
-    match view:
-        case Leaf():
-            return True
-        case Cat():
-            return all(map(_is_concrete, view.parts))
-        case Slice():
-            written: Shape = (view.start, view.stop)
-        case Reshape():
-            written = view.shape
-        case Permute():
-            written = ()
-    return all(isinstance(size, int) for size in written) and _is_concrete(view.of)

@@ -16,27 +16,19 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from .block_loop import BlockLoop
-from .node import (
-    ELEMENTWISE_OPS,
-    Dependencies,
-    argument_name,
-    computation,
-    dependencies,
-    is_static_input,
-    module_path,
-    numel,
-    op_name,
-    position,
-    same_shape,
-    tensor_of,
-)
+from .names import ELEMENTWISE_OPS, argument_name, module_path, op_name, position
+from .order import Dependencies, computation, dependencies
 from .region import Region, RegionError, UnknownNameError, close_region, with_ancestors
-from .residual import Origin, ResidualPair, leaves, streams, trace_origins
+from .residual import ResidualPair
+from .streams import Origin, streams, trace_origins
+from .values import is_static_input, numel, same_shape, tensor_of
+from .views import leaves
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 """Names under which denoising networks take the point in time, in order of preference.
 
-An argument of which one of them but ``t`` is a word (``vision_timesteps``) comes after these.
+An argument with one of them as a word (``vision_timesteps``) comes after these; ``t`` alone is too
+short to count as a word.
 """
 
 
@@ -55,12 +47,12 @@ class Signal:
 
 
 def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
-    """The graph input that carries the timestep, by its argument's name; None if there is none.
+    """The graph input that carries the timestep, found by its argument's name, or None.
 
     Args:
         graph: a Dynamo graph.
-        parameters: names of the model's positional parameters, for inputs of which the graph only
-            knows the position, because the model's ``forward`` is wrapped in one with ``*args``.
+        parameters: names of the model's positional parameters. They name inputs that the graph
+            knows by position alone, where ``forward`` is wrapped in a function of ``*args``.
     """
     named: dict[str, Node] = {}
     for node in graph.nodes:
@@ -75,7 +67,7 @@ def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
 
 
 def timestep_name(names: Iterable[str]) -> str | None:
-    """Which of the names of a network's arguments is the timestep's; None if none is."""
+    """The one of a network's argument names that names the timestep, or None."""
     names = list(names)
     exact = next((name for name in TIMESTEP_ARGUMENTS if name in names), None)
     if exact is not None:
@@ -99,7 +91,7 @@ def find_signal(
         graph: a Dynamo graph.
         loop: its block loop.
         region: the region around the loop.
-        pairs: the region's residual pairs.
+        pairs: the region's residual pairs; at least one has a partner.
         timestep: the graph input that carries the timestep, if there is one.
         which: ``"auto"``, ``"timestep_embedding"`` or the path of a module, such as
             ``"blocks.0.norm1"``, whose largest output is then the signal. All of the region that
@@ -107,12 +99,12 @@ def find_signal(
         before: the graph's dependencies, where the caller has them.
 
     Raises:
-        UnknownNameError: ``which`` is the path of no module that the graph runs.
-        RegionError: there is no such tensor, or it depends on the whole block loop.
+        UnknownNameError: the graph does not run a module of the path ``which``.
+        RegionError: the graph has no such tensor, or the tensor depends on the whole block loop.
     """
     before = dependencies(graph) if before is None else before
     first, origins = loop.lists[0], trace_origins(region)
-    hidden = _hidden_states(region, pairs, origins)
+    hidden = _hidden_states(pairs)
     if which not in ("auto", "timestep_embedding"):
         node = _module_output(graph, region, which)
         return Signal(node, "module output", with_ancestors(region, [node], before))
@@ -137,20 +129,10 @@ def find_signal(
     return Signal(modulated, "modulated input", with_ancestors(region, [modulated], before))
 
 
-def _hidden_states(
-    region: Region, pairs: Sequence[ResidualPair], origins: Mapping[Node, Origin]
-) -> Node:
-    """The largest stream that enters the region, if possible one that comes out of it again."""
-    paired = [leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)]
-    added_to = streams(origins, 1)
-    candidates = (
-        paired
-        or [node for node in region.inputs if node in added_to]
-        or [node for node in region.inputs if tensor_of(node) is not None]
-    )
-    if not candidates:
-        raise RegionError("nothing but weights enters the block loop")
-    return max(candidates, key=_numel)
+def _hidden_states(pairs: Sequence[ResidualPair]) -> Node:
+    """The largest stream that enters the region and comes out of it again."""
+    paired = (leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner))
+    return max(paired, key=_numel)
 
 
 def _modulated_input(

@@ -3,116 +3,61 @@
     prologue: inputs               -> signal, region inputs, whatever else the epilogue reads
     body:     region inputs        -> outputs, residuals (= outputs - partners), finite
     epilogue: outputs, ...         -> the graph's outputs                       (after the body)
-    reuse:    partners, residuals  -> outputs = partners + residuals -> the graph's outputs
+    reuse:    partners, history, w -> outputs = partners + sum of w[:, i] * history[i]
+                                   -> the graph's outputs
 
-The subtraction is the last node of the body and the addition the first of ``reuse``, which is the
-epilogue a second time, so that a compiler fuses both with their neighbours.
+The subtraction is the last node of the body and the weighted sum the first of ``reuse``, which is
+the epilogue a second time, so that a compiler fuses both with their neighbours. The history is the
+residuals of the last computed steps; every forecast is a row of weights over it, and to hold the
+last residual is the row (1,).
 
 A residual is cached with its non-finite elements replaced by zero, and the body says in ``finite``
-if there were none: no NaN can be reused, even by a gate that reads nothing back from the device.
+whether all were finite: no NaN can be reused, even by a gate that reads nothing back from the
+device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 
-from .block_loop import BlockLoop, find_block_loop
-from .node import (
-    SCOPE_ENDS,
-    Modes,
-    dependencies,
-    is_shape,
-    is_static_input,
-    memory_root,
-    modes,
-    nbytes,
-    op_name,
-    tensor_of,
-    written_nodes,
-)
-from .region import (
-    Region,
-    RegionError,
-    check_cuts,
-    close_region,
-    overwritten_inputs,
-    shrink_body,
-    take_in,
-    take_in_sizes,
-    with_ancestors,
-)
-from .residual import (
-    Cat,
-    Leaf,
-    Permute,
-    ResidualPair,
-    Slice,
-    View,
-    leaves,
-    pair_outputs,
-    unreached_outputs,
-)
-from .signal import Signal, find_signal, find_timestep
+from .analysis import Analysis
+from .build import Builder, Part, Partner, unused, value_of
+from .order import memory_root, modes, written_nodes
+from .region import Region, RegionError
+from .values import is_distributed, is_shape, is_static_input, same_shape
+from .views import leaves
 
 FINITE = "omni_cache_finite"
 """The name of the body's last output: a bool tensor, whether every residual was finite."""
 
-_GUARD = "omni_cache_guard"
 
+WEIGHTS = "omni_cache_weights"
+"""The name of reuse's row of weights: (1 or B, depth), newest entry first.
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of the graph as a module of its own; values are known by the names of their nodes."""
-
-    module: GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @property
-    def example_inputs(self) -> list[object]:
-        """What the part was traced with: fake tensors, parameters and sizes."""
-        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
-        return [node.meta["example_value"] for node in placeholders]
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What the pass found in a graph, before anything is rewritten.
-
-    ``overwritten`` are the region inputs that the body writes into.
-    """
-
-    graph: Graph
-    loop: BlockLoop
-    region: Region
-    pairs: tuple[ResidualPair, ...]
-    signal: Signal | None
-    timestep: Node | None
-    overwritten: tuple[Node, ...]
-
-    @property
-    def residual_bytes(self) -> int:
-        """Bytes that one set of cached residuals takes."""
-        return sum(_bytes(pair.output) for pair in self.pairs)
-
-    @property
-    def signal_bytes(self) -> int:
-        """Bytes of the signal that is kept from the step before."""
-        return 0 if self.signal is None else _bytes(self.signal.node)
+It is float32, or float64 where a residual has double precision.
+"""
 
 
 @dataclass(frozen=True)
 class GuardedGraph:
     """A graph split at its region.
 
-    ``residuals`` names the outputs of ``body`` that a computed step leaves to reused ones.
+    Attributes:
+        analysis: what it was split by.
+        prologue: the part before the region.
+        body: the region.
+        epilogue: the part after it.
+        reuse: the epilogue on forecasts instead of the body's outputs.
+        residuals: names of the outputs of ``body`` that a computed step leaves to reused ones.
+        history: for each entry that ``reuse`` knows, newest first, the names of the residuals in
+            it, in the order of ``residuals``. Those of the newest entry are ``residuals``. What
+            ``reuse`` never reads (an older entry of an integer) is missing from its inputs.
+        history_dtype: what floating residuals are kept in; None for their own dtype.
+        signal: name of the prologue's output that the gate compares, None if nothing is compared.
     """
 
     analysis: Analysis
@@ -121,92 +66,59 @@ class GuardedGraph:
     epilogue: Part
     reuse: Part
     residuals: tuple[str, ...]
+    history: tuple[tuple[str, ...], ...]
+    history_dtype: torch.dtype | None
     signal: str | None
 
 
-def analyse(
-    graph: Graph,
-    *,
-    region: Sequence[str] | None = None,
-    signal: str | None = "auto",
-    parameters: Sequence[str] = (),
-) -> Analysis:
-    """Find block loop, region, residual pairs and signal. Changes nothing.
-
-    Args:
-        graph: a Dynamo graph.
-        region: paths of the ``ModuleList``s that make up the block loop, or None to find them.
-        signal: ``"auto"``, ``"timestep_embedding"``, a module's path, or None for no signal.
-        parameters: names of the model's positional parameters, by which to know the timestep where
-            the model's ``forward`` is wrapped in one with ``*args``.
-
-    Raises:
-        RegionError: the graph has no region that can be skipped; the message says why.
-    """
-    before = dependencies(graph)
-    loop = find_block_loop(graph, region, before)
-    closed = take_in_sizes(graph, close_region(graph, loop.nodes, before))
-    found, pairs = pair_outputs(graph, closed)
-    unreached = unreached_outputs(found, pairs)
-    if unreached:
-        found, pairs = _without(graph, found, pairs, with_ancestors(found, unreached, before))
-    timestep = find_timestep(graph, parameters)
-    chosen = None
-    if signal is not None and pairs:
-        chosen = find_signal(graph, loop, found, pairs, timestep, signal, before)
-        found, pairs = _without(graph, found, pairs, chosen.moved)
-    if not pairs:
-        raise RegionError(
-            "nothing that only the block loop computes is used after it; say what the blocks are "
-            "with omni_cache.register_extractor"
-        )
-    kept = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
-    if chosen is not None:
-        kept.add(chosen.node)
-    found = take_in(graph, found, kept, before)
-    check_cuts(found)
-    overwritten = overwritten_inputs(found)
-    return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten)
-
-
-def _without(
-    graph: Graph, region: Region, pairs: tuple[ResidualPair, ...], nodes: Collection[Node]
-) -> tuple[Region, tuple[ResidualPair, ...]]:
-    """The region with some nodes of its body, and all that they need, in the prologue."""
-    if not nodes:
-        return region, pairs
-    region = shrink_body(graph, region, nodes)
-    # What the prologue computes on every step needs no residual.
-    outputs = set(region.outputs)
-    return region, tuple(pair for pair in pairs if pair.output in outputs)
-
-
-def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
+def split(
+    gm: GraphModule,
+    analysis: Analysis,
+    depth: int = 1,
+    history_dtype: torch.dtype | None = None,
+    per_sample: bool = False,
+) -> GuardedGraph:
     """Cut a graph module into the parts of a guarded graph.
 
     Args:
         gm: the module that ``analysis`` was made from; it is left as it is.
         analysis: what to cut, from :func:`analyse`.
+        depth: how many computed steps a forecast weighs, 1 or more.
+        history_dtype: the dtype of 16 bits or more that floating residuals are cast to before they
+            are kept; None keeps them in their own. An overflow in the cast counts as non-finite.
+        per_sample: whether ``reuse`` is traced for a row of weights for each sample, not for one
+            row. It matters to compilers that specialise on sizes.
+
+    Raises:
+        ValueError: ``depth`` or ``history_dtype`` is not allowed.
+        RegionError: ``per_sample``, but the residuals have no batch dimension in common.
     """
+    if depth < 1:
+        raise ValueError(f"depth={depth} is not allowed; depth must be 1 or more")
+    if history_dtype is not None and not _keeps_residuals(history_dtype):
+        raise ValueError(
+            f"history_dtype={history_dtype} is not allowed; history_dtype must be None or a "
+            "floating-point dtype of 16 bits or more"
+        )
     region, pairs = analysis.region, analysis.pairs
     result: Node = gm.graph.find_nodes(op="output")[0]
     held_modes = modes(gm.graph)
     taken = {node.name for node in gm.graph.nodes}
-    partners = {pair.output: _Partner(pair, taken) for pair in pairs if pair.partner is not None}
+    partners = {pair.output: Partner(pair, taken) for pair in pairs if pair.partner is not None}
     kept = {*_reads(region.body), *_reads(region.epilogue), *result.all_input_nodes}
     for pair in pairs:
         kept.update(leaves(pair.partner) if pair.partner is not None else ())
     if analysis.signal is not None:
         kept.add(analysis.signal.node)
 
-    prologue = _Builder(gm, held_modes)
+    prologue = Builder(gm, held_modes)
     prologue.copy(region.prologue)
     made = {node.name: prologue.values[node] for node in region.prologue if node in kept}
     for partner in partners.values():
         if partner.composed:
             made[partner.name] = prologue.laid_out(prologue.compose(partner.view))
 
-    body = _Builder(gm, held_modes)
+    body = Builder(gm, held_modes)
     for node in analysis.overwritten:
         body.values[node] = body.call(torch.clone, body.read(node))
     body.copy(region.body)
@@ -219,32 +131,45 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
             # After the subtraction the output is known to have the partner's shape.
             outputs[pair.output.name] = body.laid_out(value)
             value = residual
-        residuals[_unused(f"{pair.output.name}_residual", taken)] = value
+        if history_dtype is not None and _dtype(value).is_floating_point:
+            value = body.cast(value, history_dtype)
+        residuals[unused(f"{pair.output.name}_residual", taken)] = value
     finite = None
     for name, value in residuals.items():
-        fine = body.call(torch.all, body.call(torch.isfinite, value))
+        mine = body.call(own_part, value) if is_distributed(value) else value
+        fine = body.call(torch.all, body.call(torch.isfinite, mine))
         residuals[name] = body.call(torch.nan_to_num, value, 0.0, 0.0, 0.0)
         finite = fine if finite is None else body.call(torch.logical_and, finite, fine)
     assert finite is not None  # there is at least one pair
 
-    epilogue = _Builder(gm, held_modes)
+    epilogue = Builder(gm, held_modes)
     for pair in pairs:
         made_anew = outputs[pair.output.name]
         if made_anew is not body.values[pair.output]:
-            epilogue.values[pair.output] = epilogue.placeholder(pair.output.name, _value(made_anew))
+            epilogue.values[pair.output] = epilogue.placeholder(
+                pair.output.name, value_of(made_anew)
+            )
     epilogue.copy(region.epilogue)
 
-    reuse = _Builder(gm, held_modes)
+    reuse = Builder(gm, held_modes)
     overwrites = _overwrites(region)
     returned = {memory_root(each) for each in result.all_input_nodes}
-    for pair, (name, residual) in zip(pairs, residuals.items(), strict=True):
-        value = reuse.placeholder(name, {"example_value": residual.meta["example_value"]})
+    older = [tuple(unused(f"{name}_{age}", taken) for name in residuals) for age in range(1, depth)]
+    history = (tuple(residuals), *older)
+    weights = _Weights(reuse, residuals, depth, per_sample)
+    for place, pair in enumerate(pairs):
+        newest = residuals[history[0][place]]
+        if _is_weighed(newest):
+            entries = [reuse.placeholder(entry[place], value_of(newest)) for entry in history]
+            forecast = weights.sum(entries)
+        else:
+            forecast = reuse.placeholder(history[0][place], value_of(newest))
         if pair.output in partners:
-            value = reuse.call(torch.add, reuse.partner(partners[pair.output], made), value)
-        elif overwrites or memory_root(pair.output) in returned:
+            forecast = reuse.call(torch.add, reuse.partner(partners[pair.output], made), forecast)
+        elif not _is_weighed(newest) and (overwrites or memory_root(pair.output) in returned):
             # Whoever writes into it must not write into what the next reused step takes over.
-            value = reuse.call(torch.clone, value)
-        reuse.values[pair.output] = value
+            forecast = reuse.call(torch.clone, forecast)
+        reuse.values[pair.output] = reuse.cast(forecast, _dtype(pair.output))
     reuse.copy(region.epilogue)
 
     return GuardedGraph(
@@ -254,13 +179,100 @@ def split(gm: GraphModule, analysis: Analysis) -> GuardedGraph:
         epilogue=epilogue.finish_with(result),
         reuse=reuse.finish_with(result),
         residuals=tuple(residuals),
+        history=history,
+        history_dtype=history_dtype,
         signal=None if analysis.signal is None else analysis.signal.node.name,
     )
 
 
-def is_guard(node: Node) -> bool:
-    """Whether a node of a part is no copy of a traced one: a residual, a partner, an addition."""
-    return _GUARD in node.meta
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor."""
+    part: torch.Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def on_all_ranks(weight: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
+    """A weight, the same on every rank, as a DTensor beside the DTensor that it weighs."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = entry.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(weight, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+class _Weights:
+    """The row of weights of a reuse part, and the sums that it weighs."""
+
+    def __init__(
+        self, reuse: Builder, residuals: Mapping[str, Node], depth: int, per_sample: bool
+    ) -> None:
+        self._reuse = reuse
+        self._depth = depth
+        self._weighed = [node for node in residuals.values() if _is_weighed(node)]
+        self._rows: int | torch.SymInt = 1
+        if per_sample:
+            self._rows = _batch(self._weighed)
+        self._columns: list[Node] = []
+
+    def sum(self, entries: Sequence[Node]) -> Node:
+        """``sum_i w[:, i] * entries[i]``, in the dtype that weights and entries promote to."""
+        if not self._columns:
+            self._columns = self._unpacked()
+        total: Node | None = None
+        for column, entry in zip(self._columns, entries, strict=True):
+            weight = self._fitting(column, entry.meta["example_value"])
+            if is_distributed(entry):
+                weight = self._reuse.call(on_all_ranks, weight, entry)
+            term = self._reuse.call(torch.mul, weight, entry)
+            total = term if total is None else self._reuse.call(torch.add, total, term)
+        assert total is not None  # there is an entry at least
+        return total
+
+    def _fitting(self, column: Node, entry: torch.Tensor) -> Node:
+        """One weight for each sample, with as many dimensions as an entry, on its device."""
+        shape = (-1, *[1] * (entry.dim() - 1)) if entry.dim() else ()
+        column = self._reuse.call(torch.reshape, column, shape)
+        value: torch.Tensor = column.meta["example_value"]
+        if value.device == entry.device:
+            return column
+        return self._reuse.call(torch.ops.aten.to.device, column, entry.device, value.dtype)
+
+    def _unpacked(self) -> list[Node]:
+        double = any(_dtype(node) in (torch.float64, torch.complex128) for node in self._weighed)
+        dtype = torch.float64 if double else torch.float32
+        example: torch.Tensor = self._weighed[0].meta["example_value"]
+        if is_distributed(self._weighed[0]):
+            example = own_part(example)
+        value = example.new_empty((self._rows, self._depth), dtype=dtype)
+        row = self._reuse.placeholder(WEIGHTS, {"example_value": value})
+        return [self._reuse.call(torch.select, row, 1, index) for index in range(self._depth)]
+
+
+def _batch(residuals: Sequence[Node]) -> int | torch.SymInt:
+    """The first size that all residuals share."""
+    shapes = [node.meta["example_value"].shape for node in residuals]
+    first = shapes[0][:1] if shapes else ()
+    if not first or not all(same_shape(shape[:1], first) for shape in shapes):
+        raise RegionError(
+            "per_sample: the residuals have no batch dimension in common, their shapes are "
+            f"{', '.join(str(list(shape)) for shape in shapes)}; decide for the whole batch instead"
+        )
+    size: int | torch.SymInt = first[0]
+    return size
+
+
+def _is_weighed(residual: Node) -> bool:
+    """Whether a residual is of numbers that a sum can weigh; integers and masks are taken over."""
+    dtype = _dtype(residual)
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _keeps_residuals(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize >= 2
+
+
+def _dtype(node: Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["example_value"].dtype
+    return dtype
 
 
 def _overwrites(region: Region) -> bool:
@@ -271,191 +283,6 @@ def _overwrites(region: Region) -> bool:
     )
 
 
-def _unused(name: str, taken: set[str]) -> str:
-    """A name for a value that is no node of the graph."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
-
-
-class _Partner:
-    """The partner of an output: a region input as it is, or views for the prologue to compose."""
-
-    def __init__(self, pair: ResidualPair, taken: set[str]) -> None:
-        assert pair.partner is not None
-        self.view = pair.partner
-        self.cast = pair.cast
-        self.composed = not isinstance(pair.partner, Leaf)
-        self.name = _unused(f"{pair.output.name}_partner", taken) if self.composed else ""
-
-
-class _Builder:
-    """Copies nodes of one graph into a new one; what it lacks becomes a placeholder."""
-
-    def __init__(self, gm: GraphModule, held_modes: Mapping[Node, Modes]) -> None:
-        self.graph = Graph()
-        self.values: dict[Node, Node] = {}
-        self._source = gm
-        self._inputs: dict[str, Node] = {}
-        self._held_modes = held_modes
-        # Outside of all scopes, the switches are as the graph leaves them when it is done.
-        self._ambient = held_modes[gm.graph.find_nodes(op="output")[0]]
-        self._modes = self._ambient
-        self._scopes: list[Node] = []
-
-    def copy(self, nodes: Iterable[Node]) -> None:
-        """Copy nodes in order, each in the modes that it was traced in."""
-        for node in nodes:
-            self._switch(self._held_modes[node])
-            self.values[node] = self._copied(node)
-        self._switch(self._ambient)
-
-    def _copied(self, node: Node) -> Node:
-        # What ``node_copy`` does, which spends most of its time on looking through the arguments
-        # for values that no captured graph has.
-        args, kwargs = map_arg((node.args, node.kwargs), self.read)
-        new = self.graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        new.args = args
-        if kwargs:
-            new.kwargs = kwargs
-        new.meta.update(node.meta)
-        return new
-
-    def read(self, node: Node) -> Node:
-        """The new graph's node for a node of the old one."""
-        if node not in self.values:
-            if node.op == "get_attr":
-                self.values[node] = self.graph.node_copy(node)
-            elif is_shape(node):
-                self.values[node] = self.graph.node_copy(node, self.read)
-            else:
-                # The description of a graph input (parameter or not, source) must reach the inner
-                # compiler.
-                meta = node.meta if node.op == "placeholder" else _value(node)
-                self.values[node] = self.placeholder(node.name, meta)
-        return self.values[node]
-
-    def partner(self, partner: _Partner, made: Mapping[str, Node]) -> Node:
-        """The new graph's node for the partner of an output, which the prologue makes or passes."""
-        if isinstance(partner.view, Leaf):
-            # As it enters, though the body may write into a copy of it.
-            node = self._inputs.get(partner.view.node.name) or self.read(partner.view.node)
-        else:
-            if partner.name not in self._inputs:
-                self.placeholder(partner.name, _value(made[partner.name]))
-            node = self._inputs[partner.name]
-        if partner.cast is None:
-            return node
-        return self.call(torch.ops.aten.to.dtype, node, partner.cast)
-
-    def placeholder(self, name: str, meta: Mapping[str, Any]) -> Node:
-        """A new input, after those that there are."""
-        last = next(reversed(self._inputs.values()), self.graph._root)
-        with self.graph.inserting_after(last):
-            new = self.graph.placeholder(name)
-        new.meta = dict(meta)
-        self._inputs[name] = new
-        return new
-
-    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Node:
-        """A new node that is no copy, with the value that it has for the traced inputs."""
-        new = self.graph.call_function(function, args, options)
-        with torch.no_grad():
-            value = function(*map_arg(args, lambda node: node.meta["example_value"]), **options)
-        new.meta = {_GUARD: True, "example_value": value}
-        return new
-
-    def compose(self, view: View) -> Node:
-        """The nodes of a view."""
-        if isinstance(view, Leaf):
-            return self.read(view.node)
-        if isinstance(view, Cat):
-            return self.call(torch.cat, [self.compose(part) for part in view.parts], view.dim)
-        inner = self.compose(view.of)
-        if isinstance(view, Slice):
-            return self.call(torch.narrow, inner, view.dim, view.start, view.stop - view.start)
-        if isinstance(view, Permute):
-            return self.call(torch.permute, inner, view.dims)
-        return self.call(torch.reshape, inner, view.shape)
-
-    def laid_out(self, node: Node) -> Node:
-        """A tensor that other parts may be given: laid out by no size that depends on data."""
-        if not any(map(_is_of_data, _layout(node.meta["example_value"]))):
-            return node
-        return self.call(torch.clone, node, memory_format=torch.contiguous_format)
-
-    def finish(self, outputs: Mapping[str, Node]) -> Part:
-        """Close the graph with named outputs."""
-        self.graph.output(tuple(outputs.values()))
-        return self._part(tuple(outputs))
-
-    def finish_with(self, result: Node) -> Part:
-        """Close the graph with the old graph's output node; its values have no names."""
-        self.graph.node_copy(result, self.read)
-        return self._part(())
-
-    def _part(self, outputs: tuple[str, ...]) -> Part:
-        self._bind_sizes()
-        self.graph.lint()
-        with _use_lazy_graph_module(True):  # an inner compiler hardly ever runs the part's own code
-            module = _make_graph_module(self._source, self.graph)
-        module.meta = dict(self._source.meta)
-        return Part(module, tuple(self._inputs), outputs)
-
-    def _bind_sizes(self) -> None:
-        """Take in the symbolic sizes that inputs are laid out by, as compilers want."""
-        symbols = {
-            symbol
-            for node in self._inputs.values()
-            for size in _layout(node.meta["example_value"])
-            if isinstance(size, torch.SymInt)
-            for symbol in size.node.expr.free_symbols
-        }
-        if symbols:
-            for node in self._source.graph.find_nodes(op="placeholder"):
-                value = node.meta["example_value"]
-                if isinstance(value, torch.SymInt) and value.node.expr in symbols:
-                    self.read(node)
-
-    def _switch(self, wanted: Modes) -> None:
-        """Leave and enter modes until those hold that are wanted."""
-        if wanted is self._modes:
-            return
-        now = self._modes
-        same = 0
-        while same < min(len(now.scopes), len(wanted.scopes)) and (
-            now.scopes[same] is wanted.scopes[same]
-        ):
-            same += 1
-        for mark in reversed(now.scopes[same:]):
-            self.graph.call_function(SCOPE_ENDS[op_name(mark)], (self._scopes.pop(),))
-        self._scopes += [self._mark(mark) for mark in wanted.scopes[same:]]
-        for name, ambient in self._ambient.switches.items():
-            mark = wanted.switches.get(name, ambient)
-            if mark is not now.switches.get(name, ambient):
-                self._mark(mark)
-        self._modes = wanted
-
-    def _mark(self, mark: Node) -> Node:
-        return self.graph.node_copy(mark, self._mark)
-
-
-def _layout(value: Any) -> tuple[int | torch.SymInt, ...]:
-    if not isinstance(value, torch.Tensor):
-        return ()
-    return (*value.shape, *value.stride(), value.storage_offset())
-
-
-def _is_of_data(size: int | torch.SymInt) -> bool:
-    """Whether a size is only known when the graph runs."""
-    return isinstance(size, torch.SymInt) and size.node.hint is None
-
-
-def _value(node: Node) -> dict[str, Any]:
-    return {"example_value": node.meta["example_value"]}
-
-
 def _reads(nodes: Sequence[Node]) -> set[Node]:
     """What a set of nodes reads from outside itself, weights left out; for a shape, its tensor."""
     inside = set(nodes)
@@ -463,8 +290,3 @@ def _reads(nodes: Sequence[Node]) -> set[Node]:
     shapes = {each for each in read if is_shape(each)}
     read = read - shapes | {each for shape in shapes for each in shape.all_input_nodes}
     return {each for each in read if not is_static_input(each)}
-
-
-def _bytes(node: Node) -> int:
-    value = tensor_of(node)
-    return 0 if value is None else nbytes(value)

@@ -20,23 +20,15 @@ import torch
 from torch.fx import Graph, Node
 
 from .block_loop import find_block_lists, structure_of
-from .node import (
-    ModulePath,
-    arithmetic,
-    computation,
-    describe_value,
-    input_name,
-    is_static_input,
-    module_class,
-    nbytes,
-    op_name,
-    parse_module_source,
-    same_size,
-    tensor_of,
-)
-from .residual import Cat, Leaf, Permute, Reshape, ResidualPair, Slice, View
+from .build import Part, is_guard
+from .cost import arithmetic
+from .names import ModulePath, input_name, module_class, op_name, parse_module_source
+from .order import computation, modes
+from .residual import ResidualPair
 from .signal import Signal
-from .split import FINITE, Analysis, GuardedGraph, Part, is_guard
+from .split import FINITE, WEIGHTS, GuardedGraph
+from .values import describe_value, is_static_input, nbytes, same_size, tensor_of
+from .views import Cat, Leaf, Permute, Reshape, Slice, View
 
 WIDTH = 100
 """Columns that code takes at most, where its words allow."""
@@ -69,7 +61,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     pairs = dict(zip(guarded.residuals, analysis.pairs, strict=True))
     partners = _partners(guarded)
     names, page = _Names(), _Page()
-    for line in _findings(analysis, work):
+    for line in _findings(guarded, work):
         page.remark(line, "    ")
     page.open(analysis.graph, names)
 
@@ -90,8 +82,7 @@ def guarded_text(guarded: GuardedGraph) -> str:
     names.leave(guarded.body)
     for residual, pair in pairs.items():
         kept = names.name(residual, "value" if pair.held else "residual")
-        update = "" if pair.held else f" - {_partner(pair, partners, names)}"
-        page.write(f"{kept} = {names.named(pair.output.name)}{update}", _pair_comment(pair))
+        page.write(f"{kept} = {_residual(pair, guarded, partners, names)}", _pair_comment(pair))
     finite = names.name(FINITE, "finite")
     listed = ", ".join(f"isfinite({names.named(residual)})" for residual in pairs)
     page.write(f"{finite} = all({listed})", "elements that are not are kept as 0")
@@ -99,10 +90,15 @@ def guarded_text(guarded: GuardedGraph) -> str:
     page.indent -= 1
     page.write("else:")
     page.indent += 1
+    names.name(WEIGHTS, "weights")
+    for entry in guarded.history[1:]:
+        for older in entry:
+            names.name(older, "older_residual")
     page.part("reuse, with the epilogue", guarded.reuse, names, work)
-    for residual, pair in pairs.items():
-        partner = "" if pair.held else f"{_partner(pair, partners, names)} + "
-        page.write(f"{names.named(pair.output.name)} = {partner}{names.named(residual)}")
+    for place, pair in enumerate(analysis.pairs):
+        terms = [] if pair.held else [_partner(pair, partners, names)]
+        terms += _forecast(guarded, place, names)
+        page.write(f"{names.named(pair.output.name)} = {' + '.join(terms)}")
     page.indent -= 1
 
     page.write()
@@ -203,13 +199,13 @@ def _fold(graph: Graph, layout: _Layout) -> list[_Call]:
     """
     folded: list[_Call] = []
     between: list[_Call] = []
-    structure = ""
+    structure, held = "", modes(graph)
     for call in _calls(graph, layout):
         if call.block is None:
             between.append(call)
             continue
         run = folded[-1] if folded else None
-        previous, structure = structure, structure_of(call.nodes)
+        previous, structure = structure, structure_of(call.nodes, held)
         follows = run is not None and (run.path, run.last) == (call.path, call.block - 1)
         if run and follows and structure == previous and not any(each.path for each in between):
             run.between += [node for each in between for node in each.nodes]
@@ -429,7 +425,7 @@ def _expression(view: View, names: _Names) -> str:
 
 
 def _is_copy(node: Node) -> bool:
-    """Whether a node only lays a value out anew, or copies one that is written into."""
+    """Whether a node only copies a value: to lay it out anew, or because it is written into."""
     return is_guard(node) and node.target is torch.clone
 
 
@@ -437,6 +433,29 @@ def _partner(pair: ResidualPair, partners: Mapping[Node, str], names: _Names) ->
     """The partner of an output as what is added to it, or subtracted from it."""
     cast = "" if pair.cast is None else f".to({_format(pair.cast, names.of)})"
     return names.named(partners[pair.output]) + cast
+
+
+def _residual(
+    pair: ResidualPair, guarded: GuardedGraph, partners: Mapping[Node, str], names: _Names
+) -> str:
+    """What is kept of an output: what was added to its partner, in the dtype of the history."""
+    kept = names.named(pair.output.name)
+    if not pair.held:
+        kept = f"{kept} - {_partner(pair, partners, names)}"
+    value, dtype = tensor_of(pair.output), guarded.history_dtype
+    if dtype is None or value is None or dtype == value.dtype or not value.is_floating_point():
+        return kept
+    return f"{kept if pair.held else f'({kept})'}.to({_format(dtype, names.of)})"
+
+
+def _forecast(guarded: GuardedGraph, place: int, names: _Names) -> list[str]:
+    """The terms that stand in for a residual, by its place among all; newest first."""
+    kept = [entry[place] for entry in guarded.history]
+    value = tensor_of(guarded.analysis.pairs[place].output)
+    if value is None or not (value.is_floating_point() or value.is_complex()):
+        return [names.named(kept[0])]
+    weights = names.named(WEIGHTS)
+    return [f"{weights}[:, {age}] * {names.named(each)}" for age, each in enumerate(kept)]
 
 
 def _partners(guarded: GuardedGraph) -> dict[Node, str]:
@@ -455,7 +474,7 @@ def _pair_comment(pair: ResidualPair) -> str:
     value = tensor_of(pair.output)
     size = f"{describe_value(value)}, {_bytes(nbytes(value))}" if value is not None else ""
     if pair.held:
-        return f"{size}; held, for want of a partner"
+        return f"{size}; kept as a value: no input matches its shape"
     return f"{size}; {_count(pair.additions, 'residual addition')}"
 
 
@@ -469,13 +488,15 @@ def _gate(signal: Signal | None, names: _Names) -> tuple[str, str]:
     )
 
 
-def _findings(analysis: Analysis, work: int) -> list[str]:
+def _findings(guarded: GuardedGraph, work: int) -> list[str]:
     """What a reader wants to know first: the block loop, what can be saved, what it takes."""
+    analysis = guarded.analysis
     blocks = analysis.loop.blocks
     structures = len({block.structure for block in blocks})
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
-    residual, signal = analysis.residual_bytes, analysis.signal_bytes
+    residual = analysis.residual_bytes(len(guarded.history), guarded.history_dtype)
+    signal = analysis.signal_bytes
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",

@@ -1,4 +1,4 @@
-"""Measures `rel_l1_gate` on a GPU, beside a copy and beside the eager formula.
+"""Measures `rel_l1` and `fingerprint` on a GPU, beside a copy and beside the eager formula.
 
 Usage: python scripts/bench_kernels.py FOLDER
 
@@ -28,66 +28,72 @@ from torch import Tensor
 from omni_cache import kernels
 
 SHAPE, DTYPE = (4096, 3072), torch.bfloat16
-MOVED_BYTES = 3 * 4096 * 3072 * 2  # two reads and one write
+SIGNAL_BYTES = 4096 * 3072 * 2
 SETS, ROUNDS = 16, 100
 COEFFICIENTS = [0.1, -0.2, 0.3, 1.0, 0.01]
 THRESHOLD = 0.2
 
 COPY = "copy of as many bytes"
 LARGE_COPY = "copy of 1 GiB"
-GATE = "rel_l1_gate on the GPU alone (graph replay)"
-GATE_CALL = "rel_l1_gate, called from Python"
-GATE_READ = "rel_l1_gate, called from Python, verdict read"
+MEASURE = "rel_l1 on the GPU alone (graph replay)"
+PRINT = "fingerprint on the GPU alone (graph replay)"
+MEASURE_CALL = "rel_l1, called from Python"
+MEASURE_READ = "rel_l1 and timestep, called and read"
 EAGER = "eager formula with .item()"
-BYTES = {COPY: MOVED_BYTES, LARGE_COPY: 2 * 2**30, GATE: MOVED_BYTES}
+BYTES = {
+    COPY: 2 * SIGNAL_BYTES,
+    LARGE_COPY: 2 * 2**30,
+    MEASURE: 2 * SIGNAL_BYTES,
+    PRINT: SIGNAL_BYTES,
+}
 
 
 class Buffers:
-    """SETS pairs of signals to alternate between, and the state of a gate for each."""
+    """SETS pairs of signals to compare with each other, one way and the other."""
 
     def __init__(self) -> None:
         self.signals = torch.randn(2, SETS, *SHAPE, device="cuda").to(DTYPE)
-        self.previous = torch.randn(SETS, *SHAPE, device="cuda").to(DTYPE)
-        self.accumulated = torch.zeros(SETS, 1, dtype=torch.float64, device="cuda")
-        self.workspace = kernels.rel_l1_workspace("cuda")
-        self.coefficients = torch.tensor(COEFFICIENTS, dtype=torch.float64, device="cuda")
-        half = MOVED_BYTES // 2 // DTYPE.itemsize
-        self.sources = torch.randn(SETS, half, device="cuda").to(DTYPE)
-        self.targets = torch.empty_like(self.sources)
+        self.timesteps = torch.linspace(1000, 1, SETS, device="cuda")
+        self.targets = torch.empty_like(self.signals[0])
         self.large_source = torch.randn(2**28, device="cuda")
         self.large_target = torch.empty_like(self.large_source)
 
-    def gate(self, side: int, index: int) -> Tensor:
-        """Decide, and leave the verdict on the device."""
-        return kernels.rel_l1_gate(
-            self.signals[side, index],
-            self.previous[index],
-            self.accumulated[index],
-            self.workspace,
-            self.coefficients,
-            THRESHOLD,
-        )
+    def measure(self, side: int, index: int) -> Tensor:
+        """Measure, and leave the numbers on the device."""
+        return kernels.rel_l1(self.signals[side, index], self.signals[1 - side, index])
 
-    def gate_and_read(self, side: int, index: int) -> bool:
-        """Decide, and wait for the verdict."""
-        return self.gate(side, index)[0].item() == 0.0
+    def fingerprint(self, side: int, index: int) -> Tensor:
+        """Take a fingerprint, and leave it on the device."""
+        return kernels.fingerprint(self.signals[side, index])
+
+    def measure_and_read(self, side: int, index: int) -> bool:
+        """Measure with the timestep along, wait for the numbers, and decide on the host."""
+        numbers = kernels.rel_l1(
+            self.signals[side, index], self.signals[1 - side, index], [self.timesteps[index]]
+        )
+        moved, size, count, _ = numbers.tolist()
+        return decide((moved / count) / (size / count + 1e-8))
 
     def eager(self, side: int, index: int) -> bool:
-        """Decide as a Python hook does; it keeps `previous` by reference and need not write it."""
+        """Decide as a Python hook does."""
         current, previous = self.signals[side, index], self.signals[1 - side, index]
-        distance = ((current - previous).abs().mean() / (previous.abs().mean() + 1e-8)).item()
-        rescaled = 0.0
-        for coefficient in COEFFICIENTS:
-            rescaled = rescaled * distance + coefficient
-        return abs(rescaled) < THRESHOLD
+        return decide(((current - previous).abs().mean() / (previous.abs().mean() + 1e-8)).item())
 
     def copy(self, side: int, index: int) -> None:
-        """Move as many bytes as the gate does."""
-        self.targets[index].copy_(self.sources[index])
+        """Move as many bytes as the measurement does."""
+        self.targets[index].copy_(self.signals[side, index])
 
     def large_copy(self, side: int, index: int) -> None:
         """Move far more than any cache holds."""
         self.large_target.copy_(self.large_source)
+
+
+def decide(distance: float) -> bool:
+    """Rescale a distance, and compare it with the threshold."""
+    rescaled = 0.0
+    for coefficient in COEFFICIENTS:
+        rescaled = rescaled * distance + coefficient
+    return abs(rescaled) < THRESHOLD
 
 
 def both_sides(call: Callable[[int, int], object], sets: int = SETS) -> Callable[[], None]:
@@ -135,11 +141,12 @@ def measure() -> dict[str, float]:
     on_the_gpu = {
         COPY: (captured(both_sides(buffers.copy)), 2 * SETS),
         LARGE_COPY: (captured(both_sides(buffers.large_copy, sets=1)), 2),
-        GATE: (captured(both_sides(buffers.gate)), 2 * SETS),
+        MEASURE: (captured(both_sides(buffers.measure)), 2 * SETS),
+        PRINT: (captured(both_sides(buffers.fingerprint)), 2 * SETS),
     }
     from_python = {
-        GATE_CALL: (both_sides(buffers.gate), 2 * SETS),
-        GATE_READ: (both_sides(buffers.gate_and_read), 2 * SETS),
+        MEASURE_CALL: (both_sides(buffers.measure), 2 * SETS),
+        MEASURE_READ: (both_sides(buffers.measure_and_read), 2 * SETS),
         EAGER: (both_sides(buffers.eager), 2 * SETS),
     }
     return microseconds_in_turn(on_the_gpu) | microseconds_in_turn(from_python)
@@ -167,12 +174,12 @@ def environment() -> dict[str, str]:
 def bars(times: dict[str, float]) -> list[dict[str, Any]]:
     """Return what the kernel must reach, what it reached, and whether that is enough."""
     reached = {
-        "bandwidth of rel_l1_gate over that of a copy": (
-            bandwidth(times, GATE) / bandwidth(times, COPY),
+        "bandwidth of rel_l1 over that of a copy": (
+            bandwidth(times, MEASURE) / bandwidth(times, COPY),
             0.8,
         ),
-        "speed of rel_l1_gate over that of the eager formula": (
-            times[EAGER] / times[GATE_CALL],
+        "speed of rel_l1 over that of the eager formula": (
+            times[EAGER] / times[MEASURE_CALL],
             4.0,
         ),
     }
@@ -217,7 +224,7 @@ def main() -> int:
         "shape": list(SHAPE),
         "dtype": str(DTYPE).removeprefix("torch."),
         "rounds": ROUNDS,
-        "bytes_per_call": MOVED_BYTES,
+        "bytes_per_call": BYTES,
         "microseconds_per_call": times,
         "gigabytes_per_second": {name: bandwidth(times, name) for name in BYTES},
         "bars": bars(times),

@@ -25,8 +25,10 @@ from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from omni_cache.passes import Analysis
-from omni_cache.passes.node import arithmetic, computation, describe_value
-from omni_cache.passes.residual import leaves
+from omni_cache.passes.cost import arithmetic
+from omni_cache.passes.order import computation
+from omni_cache.passes.values import describe_value
+from omni_cache.passes.views import leaves
 from rich.console import Console
 from rich.progress import track
 from torch import nn

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 import omni_cache
 from omni_cache import omni_cache_backend
-from omni_cache.runtime import StepRecord
+from omni_cache.runtime.trajectory import StepRecord
 
 STEPS = (0, 7, 14, 21)
 

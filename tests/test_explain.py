@@ -97,7 +97,7 @@ def test_flux_is_explained_in_words_and_in_figures(capsys: pytest.CaptureFixture
     for word in ("transformer_blocks", "FluxTransformerBlock", "residual", "modulated input"):
         assert word in text
     # What it says a trajectory will hold is what one holds.
-    foreseen = graph.analysis.residual_bytes + graph.analysis.signal_bytes
+    foreseen = graph.analysis.residual_bytes() + graph.analysis.signal_bytes
     omni_cache.enable(model, inner="eager")
     with torch.no_grad():
         model(**case.inputs())
@@ -189,7 +189,7 @@ def test_a_loop_in_pieces_names_the_line_that_keeps_it_from_being_captured() -> 
     assert f"{__file__}:{line} keeps the block loop out of every graph" in found.reason
 
 
-def test_a_loop_of_which_nothing_but_the_outcome_can_be_kept_is_told_of() -> None:
+def test_a_loop_of_which_nothing_but_the_outcome_can_be_kept_is_refused() -> None:
     class Replacing(Tiny):
         def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
             time = self.embed(timestep[:, None])
@@ -197,9 +197,9 @@ def test_a_loop_of_which_nothing_but_the_outcome_can_be_kept_is_told_of() -> Non
                 x = block(x, time).tanh()
             return x + 1
 
-    warning = "No stream that enters its blocks leaves them with something added"
-    assert warning in str(explain(Replacing(), *inputs(), cache_options=OWN))
-    assert warning not in str(explain(Tiny(), *inputs(), cache_options=OWN))
+    found = explain(Replacing(), *inputs(), cache_options=OWN)
+    assert not found.cached
+    assert "no output of the block loop is an input plus what the blocks add to it" in found.reason
 
 
 def test_a_branch_on_a_number_read_from_a_tensor_names_its_line_too() -> None:
@@ -273,7 +273,31 @@ def test_sizes_are_those_of_the_inputs_whatever_was_explained_before() -> None:
         (graph,) = explain(Tiny(), *inputs(tokens), cache_options=OWN).graphs
         assert f"f32[1, {tokens}, 8]" in graph.text
         assert graph.analysis is not None
-        assert graph.analysis.residual_bytes == tokens * 8 * 4
+        assert graph.analysis.residual_bytes() == tokens * 8 * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("flags", "depth", "width"),
+    [
+        ({}, 1, 4),
+        ({"forecast": "newton", "forecast_order": 2}, 3, 4),
+        ({"forecast": "taylor", "history_dtype": "bfloat16"}, 2, 2),
+    ],
+)
+def test_the_bytes_that_a_history_takes_are_foreseen(
+    flags: dict[str, Any], depth: int, width: int
+) -> None:
+    model = Tiny()
+    omni_cache.enable(model, **OWN, **flags, rel_l1_thresh=0.0, inner="eager")
+    (graph,) = explain(model, *inputs()).graphs
+    for step in range(4):
+        model(*inputs(step=step))
+
+    (trajectory,) = omni_cache.summary(model).trajectories
+    residual, signal = 6 * 8 * width * depth, 6 * 8 * 4
+    assert trajectory.memory_bytes == residual + signal
+    assert f"a trajectory holds {residual + signal} bytes: residual {residual} bytes" in graph.text
 
 
 def test_an_enabled_model_is_explained_with_its_own_flags() -> None:

@@ -172,7 +172,8 @@ def test_no_nan_is_reused(registered: Any) -> None:
     for time in (900.0, 600.0, 300.0):
         finite.append(bool(model(latents, torch.tensor([time]), prompt).isfinite().all()))
         # Not even kept, for gates that read nothing back from a device.
-        (kept,) = model._compiled_call_impl.state.latest.trajectories["branch 0"].residuals
+        (trajectory,) = model._compiled_call_impl.state.latest.trajectories.values()
+        (kept,) = trajectory.history.kept[0].residuals
         assert kept.isfinite().all()
     assert finite == [False, True, True]
     assert reasons(model) == [["first step", "non-finite residual", "below threshold"]]

@@ -78,9 +78,9 @@ def test_what_is_not_finite_is_never_reused() -> None:
         (trajectory,) = omni_cache.summary(model).trajectories
         return [step.reason if step.computed else "" for step in trajectory.steps]
 
-    # The signal tells at once, and is not known at the step after it either.
-    distance = "non-finite distance"
-    assert run("teacache", broken_step=1) == ["first step", distance, distance, ""]
-    assert run("teacache", broken_step=0) == ["first step", distance, "", ""]
+    # The signal tells at once, and what such a step leaves is not reused after it.
+    distance, residual = "non-finite distance", "non-finite residual"
+    assert run("teacache", broken_step=1) == ["first step", distance, residual, ""]
+    assert run("teacache", broken_step=0) == ["first step", residual, "", ""]
     # A strategy without a signal reuses a good residual, and never one that is not.
     assert run("magcache", broken_step=0) == ["first step", "non-finite residual", "", ""]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from diffusers_models import CASES, sample
 from one_trace import OneTrace, cached
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torch._dynamo import list_backends
 from torch._dynamo.exc import BackendCompilerFailed
 
 import omni_cache
-from omni_cache import MagCacheConfig, RegionError, TeaCacheConfig, UncachedWarning
+from omni_cache import MagCache, RegionError, TeaCache, UncachedWarning
 from omni_cache.options import FLAGS, CompileOptions
 from omni_cache.strategies import STRATEGIES
+from omni_cache.strategies.forecasts import Taylor
 
 parse = CompileOptions.parse
 
@@ -39,7 +41,8 @@ def fails_with(message: str) -> Any:
 
 
 def test_no_flags_mean_teacache_on_inductor() -> None:
-    assert parse() == parse({}) == CompileOptions(strategy=TeaCacheConfig())
+    strategy = TeaCache()
+    assert parse() == parse({}) == CompileOptions(guard=strategy.guard(), strategy=strategy)
     assert parse().inner == "inductor"
     assert not parse().strict
 
@@ -50,7 +53,14 @@ def test_a_strategy_is_chosen_by_name(name: str) -> None:
 
 
 def test_no_strategy_is_chosen_by_none() -> None:
-    assert parse({"cache": "none"}).strategy is None
+    found = parse({"cache": "none"})
+    assert (found.guard, found.strategy) == (None, None)
+
+
+def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
+    guard = TeaCache(forecast="newton").guard()
+    found = parse({"cache": guard, "inner": "eager"})
+    assert (found.guard, found.strategy, found.inner) == (guard, None, "eager")
 
 
 @pytest.mark.parametrize(
@@ -61,28 +71,48 @@ def test_no_strategy_is_chosen_by_none() -> None:
         ("teacache", "variant", "FLUX.1-dev"),
         ("teacache", "num_inference_steps", 30),
         ("teacache", "force_last_step", True),
-        ("teacache", "calibrate", True),
         ("magcache", "threshold", 0.1),
         ("magcache", "max_skip_steps", 2),
         ("magcache", "retention_ratio", 0.3),
         ("magcache", "num_inference_steps", 30),
         ("magcache", "mag_ratios", (1.0, 1.1)),
         ("magcache", "variant", "FLUX.1-dev"),
-        ("magcache", "calibrate", True),
+        *(
+            (cache, field, value)
+            for cache in STRATEGIES
+            for field, value in (
+                ("start", 0.1),
+                ("end", 0.9),
+                ("forecast", "newton"),
+                ("forecast", Taylor(2)),
+                ("forecast_order", 0),
+                ("forecast_axis", "step"),
+            )
+        ),
     ],
 )
-def test_every_field_of_a_config_is_a_flag(cache: str, field: str, value: Any) -> None:
+def test_every_field_of_a_strategy_is_a_flag(cache: str, field: str, value: Any) -> None:
     default = STRATEGIES[cache]()
     assert getattr(default, field) != value
-    assert parse({"cache": cache, field: value}).strategy == type(default)(**{field: value})
+    found, expected = parse({"cache": cache, field: value}), type(default)(**{field: value})
+    assert (found.strategy, found.guard) == (expected, expected.guard())
 
 
-def test_flags_beside_a_config_object_override_its_fields() -> None:
-    config = MagCacheConfig(threshold=0.1, max_skip_steps=2)
-    assert parse({"cache": config}).strategy == config
-    changed = parse({"cache": config, "max_skip_steps": 4}).strategy
-    assert changed == MagCacheConfig(threshold=0.1, max_skip_steps=4)
-    assert config.max_skip_steps == 2
+def test_every_field_of_a_strategy_is_tried_above() -> None:
+    (tried,) = [
+        mark.args[1]
+        for mark in test_every_field_of_a_strategy_is_a_flag.pytestmark  # type: ignore[attr-defined]
+    ]
+    for name, kind in STRATEGIES.items():
+        assert {field for cache, field, _ in tried if cache == name} == set(kind.field_names())
+
+
+def test_flags_beside_a_strategy_object_override_its_fields() -> None:
+    strategy = MagCache(threshold=0.1, max_skip_steps=2)
+    assert parse({"cache": strategy}).strategy == strategy
+    changed = parse({"cache": strategy, "max_skip_steps": 4}).strategy
+    assert changed == MagCache(threshold=0.1, max_skip_steps=4)
+    assert strategy.max_skip_steps == 2
 
 
 def test_the_options_of_a_user_are_left_as_they_are() -> None:
@@ -125,6 +155,23 @@ def test_modes_with_cuda_graphs_are_known(options: dict[str, Any], reuses: bool)
 
 
 @pytest.mark.parametrize(
+    ("options", "reuses"),
+    [
+        ({}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, True),
+        ({"inner": lambda gm, inputs: gm}, True),
+        ({"inner": "eager"}, False),
+        ({"inner_options": {"triton.cudagraphs": False}}, False),
+    ],
+)
+def test_cuda_graphs_that_inductors_own_configuration_asks_for_are_known(
+    options: dict[str, Any], reuses: bool
+) -> None:
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert parse(options).inner_reuses_memory is reuses
+
+
+@pytest.mark.parametrize(
     ("given", "expected"),
     [
         ("auto", None),
@@ -135,6 +182,27 @@ def test_modes_with_cuda_graphs_are_known(options: dict[str, Any], reuses: bool)
 )
 def test_region_takes_auto_or_names(given: Any, expected: Any) -> None:
     assert parse({"region": given}).region == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ("bfloat16", torch.bfloat16),
+        (torch.float16, torch.float16),
+        ("half", torch.float16),
+        ("float64", torch.float64),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_history_dtype_takes_a_floating_dtype_or_its_name(given: Any, expected: Any) -> None:
+    assert parse({"history_dtype": given}).history_dtype == expected
+
+
+@pytest.mark.parametrize("given", [None, "cpu", "cuda:1", torch.device("meta")])
+def test_history_device_takes_a_device_or_its_name(given: Any) -> None:
+    expected = None if given is None else torch.device(given)
+    assert parse({"history_device": given}).history_device == expected
 
 
 # --- wrong flags ---------------------------------------------------------------------------------
@@ -148,6 +216,9 @@ def test_region_takes_auto_or_names(given: Any, expected: Any) -> None:
         ("iner", "inner"),
         ("stict", "strict"),
         ("num_inference_step", "num_inference_steps"),
+        ("forcast", "forecast"),
+        ("history_dtyp", "history_dtype"),
+        ("history_devise", "history_device"),
     ],
 )
 def test_a_misspelt_flag_is_told_the_closest_name(flag: str, meant: str) -> None:
@@ -156,7 +227,7 @@ def test_a_misspelt_flag_is_told_the_closest_name(flag: str, meant: str) -> None
 
 
 def test_an_unknown_flag_is_told_what_there_is() -> None:
-    listed = ", ".join((*FLAGS, *TeaCacheConfig.field_names()))
+    listed = ", ".join((*FLAGS, *TeaCache.field_names()))
     with fails_with(f"unknown flag 'zzz'; allowed are: {listed}"):
         parse({"zzz": 1})
 
@@ -166,7 +237,7 @@ def test_an_unknown_flag_is_told_what_there_is() -> None:
     [
         ("teacache", "teacache", "threshold", "magcache"),
         ("magcache", "magcache", "rel_l1_thresh", "teacache"),
-        (MagCacheConfig(), "magcache", "rel_l1_thresh", "teacache"),
+        (MagCache(), "magcache", "rel_l1_thresh", "teacache"),
         ("none", "none", "threshold", "magcache"),
     ],
 )
@@ -184,7 +255,7 @@ def test_a_flag_of_another_strategy_is_told_its_owner(
     [
         ({"cache": "teacach"}, "cache='teacach' is not allowed (did you mean 'teacache'?); cache"),
         ({"cache": None}, "cache=None is not allowed (did you mean 'none'?); cache must be one of"),
-        ({"cache": TeaCacheConfig}, "or a strategy's config object"),
+        ({"cache": TeaCache}, "or a strategy object"),
         ({"inner": "inducto"}, "inner='inducto' is not allowed (did you mean 'inductor'?)"),
         ({"inner": 1}, "inner=1 is not allowed; inner must be one of "),
         ({"inner": "omni_cache"}, "inner='omni_cache' is not allowed"),
@@ -208,7 +279,27 @@ def test_a_flag_of_another_strategy_is_told_its_owner(
             "inner_options: inductor has no option 'epilogue_fusio', did you mean 'epil",
         ),
         ({"rel_l1_thresh": -1}, "rel_l1_thresh=-1 is not allowed; rel_l1_thresh must be a finite"),
-        ({"cache": MagCacheConfig(), "threshold": -1}, "threshold=-1 is not allowed"),
+        ({"cache": MagCache(), "threshold": -1}, "threshold=-1 is not allowed"),
+        *(
+            (
+                {"history_dtype": given},
+                f"history_dtype={given!r} is not allowed; history_dtype must",
+            )
+            for given in ("flot32", "int8", "", "nn", torch.int32, 3, True, [], float)
+        ),
+        ({"history_dtype": "int8"}, "None or one of 'float64', 'float32', 'bfloat16', 'float16'"),
+        *(
+            ({"history_device": given}, f"history_device={given!r} is not allowed; history_device")
+            for given in ("gpu", "", 1.5, [], torch.float32)
+        ),
+        ({"history_device": "gpu"}, "history_device must be None or a device, such as 'cpu'"),
+        ({"forecast": "newtn"}, "forecast='newtn' is not allowed; forecast must be one of 'hold'"),
+        ({"forecast_order": 2}, "forecast_order=2 is not allowed; forecast_order must be 0 for"),
+        ({"forecast": "taylor", "forecast_order": 0}, "forecast_order=0 is not allowed; forecast_"),
+        ({"forecast_axis": "time"}, "forecast_axis='time' is not allowed; forecast_axis must be"),
+        ({"start": 2}, "start=2 is not allowed; start must be a number from 0 to 1"),
+        ({"end": -1}, "end=-1 is not allowed; end must be a number from 0 to 1"),
+        ({"start": 0.9, "end": 0.1}, "start=0.9 is not allowed; start must be at most end, 0.1"),
         ({3: 4}, "unknown flag 3"),
     ],
 )
@@ -356,6 +447,7 @@ def test_flags_reach_the_gate() -> None:
         "half": cached(**mag, num_inference_steps=4),
         "28": cached(**mag),
         "named": cached(**always, region=["transformer_blocks"], strict=True),
+        "within": cached(**always, start=0.5, end=0.75, num_inference_steps=4),
     }
     trace = OneTrace(backends)
     compiled = torch.compile(model, backend=trace, fullgraph=True)
@@ -375,6 +467,7 @@ def test_flags_reach_the_gate() -> None:
     assert run("half")[0] == [True, True, False, False]
     assert run("28")[0] == [True] * 4
     assert run("named")[0] == [True, False, False, False]
+    assert run("within")[0] == [True, True, False, True]
 
     signals: dict[str, list[Tensor]] = {"time": [], "norm": []}
     modules = {

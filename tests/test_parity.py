@@ -21,7 +21,7 @@ from one_trace import OneTrace, cached
 from torch import Tensor, nn
 
 import omni_cache
-from omni_cache.runtime import TrajectorySummary
+from omni_cache.runtime.records import TrajectorySummary
 
 CASE = CASES["flux"]
 

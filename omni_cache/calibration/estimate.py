@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from omni_cache.calibration.observe import MagnitudeRatios, SignalAndOutput
 from omni_cache.pipelines import disable, enable, is_enabled
-from omni_cache.runtime.generation import recording
+from omni_cache.runtime.contexts import Observer, observing
 
 
 def estimate_mag_ratios(
@@ -31,10 +32,12 @@ def estimate_mag_ratios(
         ValueError: ``target`` is enabled, or a flag is wrong.
         RuntimeError: ``generate`` ran no complete generation through the cache.
     """
-    measured = _measure(target, generate, "magcache", num_inference_steps, flags)
+    observer = MagnitudeRatios()
+    # A ratio of 2 is an error of 1, which a threshold of 0 never lets pass: every step is computed.
+    never = {"cache": "magcache", "mag_ratios": [2.0], "threshold": 0.0}
+    _observe(target, generate, observer, {**never, **flags}, num_inference_steps)
     series: dict[str, list[list[float]]] = defaultdict(list)
-    for branch, steps in measured:
-        ratios = [step["mag_ratio"] for step in steps if "mag_ratio" in step]
+    for (_, branch), ratios in observer.series.items():
         if len(ratios) == num_inference_steps:
             series[branch].append(ratios)
     if not series:
@@ -67,13 +70,11 @@ def estimate_coefficients(
     """
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
         raise ValueError(f"degree={degree!r} is not allowed; degree must be an integer >= 0")
-    measured = _measure(target, generate, "teacache", num_inference_steps, flags)
-    pairs = [
-        (step["signal_change"], step["output_change"])
-        for _, steps in measured
-        for step in steps
-        if "output_change" in step
-    ]
+    observer = SignalAndOutput()
+    # Measured on the signal that fitted coefficients are going to be used with.
+    never = {"cache": "teacache", "coefficients": [1.0, 0.0], "rel_l1_thresh": 0.0}
+    _observe(target, generate, observer, {**never, **flags}, num_inference_steps)
+    pairs = [pair for each in observer.series.values() for pair in each]
     points = np.array([pair for pair in pairs if np.isfinite(pair).all()])
     if len(points) <= degree:
         raise RuntimeError(
@@ -83,31 +84,24 @@ def estimate_coefficients(
     return [float(each) for each in np.polyfit(points[:, 0], points[:, 1], degree)]
 
 
-def _measure(
+def _observe(
     target: Any,
     generate: Callable[[], object],
-    cache: str,
-    num_inference_steps: int,
+    observer: Observer,
     flags: dict[str, Any],
-) -> list[tuple[str, list[dict[str, float]]]]:
-    """Measurements of every guidance branch that ``generate`` ran, with the branch's name."""
+    num_inference_steps: int,
+) -> None:
+    """Show an observer every step that ``generate`` runs."""
     if is_enabled(target):
         raise ValueError(
             "target is enabled, and would be left disabled; call omni_cache.disable(target) first"
         )
-    enable(target, cache=cache, calibrate=True, num_inference_steps=num_inference_steps, **flags)
+    enable(target, num_inference_steps=num_inference_steps, **flags)
     try:
-        with recording() as runs:
+        with observing(observer):
             generate()
     finally:
         disable(target)
-    # Models that take turns within a generation continue each other's trajectories.
-    joined: dict[tuple[int, str], list[dict[str, float]]] = defaultdict(list)
-    for run in runs:
-        for trajectory in run.trajectories.values():
-            steps = joined[run.generation_id, trajectory.branch]
-            steps += (step.measured for step in trajectory.steps)
-    return [(branch, steps) for (_, branch), steps in joined.items()]
 
 
 def _nothing_measured(num_inference_steps: int) -> str:

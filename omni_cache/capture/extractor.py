@@ -13,6 +13,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from omni_cache.capture.function import with_own_code
+from omni_cache.capture.ranks import groups_of_module
 from omni_cache.errors import NO_GRADIENTS, UncachedWarning
+from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
 from omni_cache.passes import FINITE, RegionError
-from omni_cache.runtime import CompiledPart, Executor, GuardedParts
+from omni_cache.runtime.decision import Guarded
+from omni_cache.runtime.executor import Executor
+from omni_cache.runtime.placement import Placement
 
 
 @dataclass
@@ -152,7 +157,7 @@ def extract(extractor: Extractor, module: nn.Module, *args: Any, **kwargs: Any) 
 
 
 class ExtractedModel:
-    """Calls of a model as its extractor takes them apart, under a guard.
+    """Calls of one model as its extractor takes them apart, under a guard.
 
     Args:
         extractor: of the model's class.
@@ -171,36 +176,49 @@ class ExtractedModel:
         flags: CompileOptions,
         **compile_flags: Any,
     ) -> None:
-        assert flags.strategy is not None  # without a cache there is nothing to take apart
+        assert flags.guard is not None  # without a cache there is nothing to take apart
         if flags.region is not None:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
+        if flags.history_dtype is not None:
+            dtype = repr(flags.history_dtype)
+            allowed = "left out for a model with an extractor, whose blocks choose the dtype"
+            raise ValueError(_refusal("history_dtype", dtype, allowed))
         self._extractor = extractor
-        self._strategy = flags.strategy.bind(model_class.__name__)
-        signal = None if self._strategy.signal is None else flags.signal or self._strategy.signal
+        self._model_class = model_class.__name__
+        source = flags.guard.source_of(self._model_class)
+        signal = None if source is None else flags.signal or source
         if signal not in (*_SIGNALS, None):
             raise ValueError(_refusal("signal", repr(signal), _ONLY_GRAPHS))
         self._signal = None if signal is None else _SIGNALS[signal]
-        self._flags = flags
+        self._flags, self._guard = flags, flags.guard
         self._run_blocks = _compiled_blocks(model_class, flags, compile_flags)
-        # One for models of one stream, one for those of two.
-        self._executors = [self._executor(_STREAMS[:count]) for count in (1, 2)]
+        # One for calls with one stream, one for those with two.
+        self._executors: dict[Sequence[str], Executor] = {}
         self._has_warned = False
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call a module of the class; returns what its ``forward`` would."""
-        if torch.is_grad_enabled():
-            if self._flags.strict:
+        """Call the module; returns what its ``forward`` would."""
+        try:
+            if torch.is_grad_enabled():
                 raise RegionError(NO_GRADIENTS)
+            if not self._executors:
+                groups = groups_of_module(module, self._flags.process_group)
+                for streams in (_STREAMS[:1], _STREAMS):
+                    self._executors[streams] = self._executor(streams, groups)
+        except RegionError as error:
+            if self._flags.strict:
+                raise
             if not self._has_warned:
                 self._has_warned = True
-                message = f"{type(module).__name__} runs uncached: {NO_GRADIENTS}"
+                message = f"{type(module).__name__} runs uncached: {error}"
                 warnings.warn(message, UncachedWarning, stacklevel=2)
             return module.forward(*args, **kwargs)
         context = extract(self._extractor, module, *args, **kwargs)
-        executor = self._executors[context.encoder_hidden_states is not None]
+        has_one = context.encoder_hidden_states is None
+        executor = self._executors[_STREAMS[:1] if has_one else _STREAMS]
         return executor(context)[-1]
 
-    def _executor(self, streams: Sequence[str]) -> Executor:
+    def _executor(self, streams: Sequence[str], groups: Sequence[Any]) -> Executor:
         made = [f"{stream}_made" for stream in streams]
         residuals = [f"{stream}_residual" for stream in streams]
         inputs = [*streams, *([] if self._signal is None else [self._signal])]
@@ -223,27 +241,37 @@ class ExtractedModel:
             result = context.postprocess(left[0])
             return [*tree_leaves(result), result]
 
-        def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
-            entered, changes = values[: len(streams)], values[len(streams) :]
-            pairs = zip(entered, changes, strict=True)
-            return epilogue(context, *(old.to(change.dtype) + change for old, change in pairs))
+        depth = self._guard.depth
+        history = [[f"{name}_{age}" for name in residuals] for age in range(depth)]
 
-        return Executor(
-            GuardedParts(
-                CompiledPart(prologue, ["context"], inputs),
-                CompiledPart(body, ["context", *streams], [*made, *residuals, FINITE]),
-                CompiledPart(epilogue, ["context", *made]),
-                CompiledPart(reuse, ["context", *streams, *residuals]),
-                residuals,
-                self._signal,
+        def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
+            entered, kept, row = values[: len(streams)], values[len(streams) : -1], values[-1]
+            weights = row[0].unbind()
+            left = []
+            for place, old in enumerate(entered):
+                changes = kept[place :: len(streams)]
+                terms = (w * each for w, each in zip(weights, changes, strict=True))
+                left.append(reduce(torch.add, terms, old.to(changes[0].dtype)))
+            return epilogue(context, *left)
+
+        parts = GuardedParts(
+            CompiledPart(prologue, ["context"], inputs),
+            CompiledPart(body, ["context", *streams], [*made, *residuals, FINITE]),
+            CompiledPart(epilogue, ["context", *made]),
+            CompiledPart(
+                reuse,
+                ["context", *streams, *(name for names in history for name in names), "weights"],
             ),
-            self._strategy,
-            inputs=["context"],
-            static=[False],
-            copy_residuals=False,  # they are made outside of what is compiled
-            kind=(self._flags, self._extractor),
-            timestep=None,
-            placed_by_call=True,
+            residuals,
+            history,
+            "weights",
+            self._signal,
+        )
+        # The blocks may write into what they are given.
+        program = Program(parts, ["context"], [False], copies_signal=True)
+        guarded = Guarded("blocks", self._extractor, depth, self._flags.history_device, groups)
+        return Executor(
+            program, Placement(guarded, self._model_class, None, None, inputs=(), by_call=True)
         )
 
 
@@ -262,14 +290,10 @@ def _compiled_blocks(
     """What runs blocks, compiled with the inner compiler; in pieces where they break."""
     if flags.inner == "eager":
         return _run_blocks
-    options = dict(flags.inner_options or {})
-    if flags.inner == "inductor":
-        from torch._inductor import list_mode_options
-
-        options = {**list_mode_options(flags.mode or "default"), **options}
+    options = flags.inductor_patches if flags.inner == "inductor" else flags.inner_options
     run = with_own_code(_run_blocks, model_class, {**vars(flags), **compile_flags})
     compiled: Callable[..., Any] = torch.compile(
-        run, backend=flags.inner, options=options or None, **compile_flags
+        run, backend=flags.inner, options=dict(options) if options else None, **compile_flags
     )
     return compiled
 

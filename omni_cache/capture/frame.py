@@ -1,15 +1,21 @@
-"""What Dynamo is compiling when it calls the backend: which module, which piece of it."""
+"""What Dynamo is compiling when it calls the backend: of which module, which piece of it."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from types import CodeType
+from typing import Any
 
-import torch
+from torch import nn
 from torch.fx import GraphModule
 
-from omni_cache.passes import timestep_name
-from omni_cache.runtime import bound_call
+from omni_cache.dynamo import Frame, break_of, callers, traced_frame
+from omni_cache.passes import BlockLoop, timestep_name
+from omni_cache.runtime.calls import bound_call
 
 
 @dataclass(frozen=True)
@@ -17,53 +23,145 @@ class TracedFrame:
     """What Dynamo is compiling now.
 
     Attributes:
-        model: the module that is called, as far as it is known, None for a function without one.
-        model_class: its class; behind a break, that of the module whose code goes on.
-        parameters: names of the parameters of the module's ``forward``, in order.
+        name: what messages call it: the class of the module that is called, else the function.
+        model: that module, None for a function that is no module's.
+        variables: what the names in the traced function stand for.
+        arguments: what the call is made with, by the names of the parameters.
         is_piece: whether the graph is only a piece of it, between graph breaks.
         is_resumed: whether it is a piece behind a graph break.
-        timestep: the timestep, where it is a Python number: the first graph is specialised on it,
-            so that it is no input.
+        is_block: whether it is a block of the model that is called, traced by itself.
     """
 
-    model: torch.nn.Module | None = None
-    model_class: str | None = None
-    parameters: tuple[str, ...] = ()
+    name: str = "a model"
+    model: nn.Module | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     is_piece: bool = False
     is_resumed: bool = False
-    timestep: float | None = None
+    is_block: bool = False
 
     @classmethod
     def current(cls, gm: GraphModule) -> TracedFrame:
         """The frame that a graph was traced in."""
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        ended = getattr(gm, "compile_subgraph_reason", None)
-        is_piece = bool(ended is not None and ended.graph_break)
-        try:
-            frame = InstructionTranslator.current_tx().output.root_tx
-        except AttributeError:  # called by hand, not by Dynamo
+        is_piece = break_of(gm) is not None
+        frame = traced_frame()
+        if frame is None:  # called by hand, not by Dynamo
             return cls(is_piece=is_piece)
-        is_resumed = frame.f_code.co_name.startswith("torch_dynamo_resume_in")
-        is_piece = is_piece or is_resumed
-        given = dict(frame.f_locals)
-        model = next((each for each in given.values() if isinstance(each, torch.nn.Module)), None)
-        if model is None:
-            return cls(is_piece=is_piece, is_resumed=is_resumed)
+        model = _module_of(frame)
         call = bound_call()
-        if call is not None and call.module is not model:
-            # A module of the model that was called, traced on its own behind a break.
-            is_piece = is_resumed = True
-        parameters = tuple(inspect.signature(model.forward).parameters)
-        positional = zip(parameters, given.get("args", ()), strict=False)
-        given = {**dict(positional), **given.get("kwargs", {}), **given}
-        name = timestep_name(name for name, value in given.items() if value is not None)
-        time = given.get(name) if name is not None else None
-        return cls(
-            model=model if call is None else call.module,
-            model_class=type(model).__name__,
-            parameters=parameters,
-            is_piece=is_piece,
-            is_resumed=is_resumed,
-            timestep=float(time) if isinstance(time, float | int) else None,
+        # A module of the model that was called may be traced on its own behind a break.
+        is_resumed = frame.is_resumed or (
+            call is not None and model is not None and call.module is not model
         )
+        around = None
+        if call is not None:
+            model = call.module
+        else:
+            # Within a model whose own code Dynamo has given up.
+            around = outermost_module()
+            is_piece = is_piece or around not in (None, model)
+        return cls(
+            name=f"{frame.code.co_name}()" if model is None else type(model).__name__,
+            model=model,
+            variables={**frame.global_values, **frame.values},
+            arguments=_arguments(frame, model),
+            is_piece=is_piece or is_resumed,
+            is_resumed=is_resumed,
+            is_block=around is not None and model is not None and _is_block(model, around),
+        )
+
+    @property
+    def timestep(self) -> float | None:
+        """The timestep of the call, where it is a Python number.
+
+        The first graph is specialised on it, so that it is no input.
+        """
+        name = timestep_name(name for name, value in self.arguments.items() if value is not None)
+        value = None if name is None else self.arguments[name]
+        return float(value) if isinstance(value, float | int) else None
+
+    def owner(self, loop: BlockLoop) -> type[nn.Module] | None:
+        """The class of the module whose call runs a block loop; None where nothing tells.
+
+        It is the innermost one that is called around the largest list.
+        """
+        main = max(loop.lists, key=lambda each: each.arithmetic)
+        block = main.blocks[0]
+        called = list(block.nodes[0].meta["nn_module_stack"].values())
+        in_block = re.compile(rf"\b{main.path.rpartition('.')[2]}\W+{block.index}\b")
+        around = list(takewhile(lambda each: in_block.search(each[0]) is None, called))
+        if around:
+            kind = around[-1][1]
+        else:
+            # The module whose own code is traced is not among those that this code calls.
+            root = re.match(r"[LG]\['(\w+)'\]", called[0][0])
+            kind = type(self.variables.get(root[1]) if root else self.model)
+        return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None
+
+    def parameters(self, owner: type[nn.Module] | None) -> tuple[str, ...]:
+        """Names of the positional parameters of the call, for inputs that come as ``*args``.
+
+        Args:
+            owner: whose call runs the blocks; a module that takes ``*args`` hands them on to it.
+        """
+        if self.model is None:
+            return ()
+        own = positional_parameters(self.model.forward)
+        return own if own or owner is None else positional_parameters(owner.forward)[1:]
+
+
+def outermost_module() -> nn.Module | None:
+    """The module whose call is the first one within the compiled function that runs now."""
+    found = None
+    for frame in callers():
+        found = _method_of(frame.f_code, frame.f_locals) or found
+    return found
+
+
+def _method_of(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
+    """The module whose method some code is; None where it is none's, or a graph's."""
+    first = values.get(code.co_varnames[0]) if code.co_argcount else None
+    is_module = isinstance(first, nn.Module) and not isinstance(first, GraphModule)
+    return first if is_module and hasattr(type(first), code.co_name) else None
+
+
+def _is_block(module: nn.Module, model: nn.Module) -> bool:
+    """Whether a module is an element of that list of a model which has the most weights."""
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    return bool(lists) and any(module is each for each in max(lists, key=weights_of))
+
+
+def weights_of(module: nn.Module) -> int:
+    """The number of elements of a module's parameters."""
+    return sum(each.numel() for each in module.parameters())
+
+
+def positional_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's positional parameters, in order; without ``*args``."""
+    parameters = inspect.signature(function).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(each.name for each in parameters if each.kind in positional)
+
+
+def _module_of(frame: Frame) -> nn.Module | None:
+    """The module whose method a frame runs, or whose call an enabled one makes."""
+    code, values = frame.code, frame.values
+    if frame.is_resumed:
+        given: Iterator[Any] = iter([values.get("self"), *values.values()])
+        return next((each for each in given if isinstance(each, nn.Module)), None)
+    call = bound_call()
+    if call is not None and any(value is call.module for value in values.values()):
+        return call.module
+    return _method_of(code, values)
+
+
+def _arguments(frame: Frame, model: nn.Module | None) -> dict[str, Any]:
+    """A call's arguments by name, those that come as ``*args`` and ``**kwargs`` included."""
+    code, given = frame.code, dict(frame.values)
+    rest = iter(code.co_varnames[code.co_argcount + code.co_kwonlyargcount :])
+    if code.co_flags & inspect.CO_VARARGS:
+        parameters = () if model is None else positional_parameters(model.forward)
+        given.update(zip(parameters, given.pop(next(rest), ()), strict=False))
+    if code.co_flags & inspect.CO_VARKEYWORDS:
+        given.update(given.pop(next(rest), {}))
+    return given

@@ -10,101 +10,130 @@ import gc
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
-import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported, UserError
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx import GraphModule
 
-from omni_cache.runtime import bound_call
-
-UNCAPTURED = (Unsupported, UserError, GuardOnDataDependentSymNode, FailOnRecompileLimitHit)
-"""What Dynamo raises when it is asked for one graph and has none; nothing of the call has run."""
-
-
-def in_pieces() -> AbstractContextManager[None]:
-    """Where a model with graph breaks is compiled and called.
-
-    Tensors whose size depends on data do not break it further. Where such a break lies in a loop,
-    Dynamo captures nothing of the function around it, which is often the one with the blocks.
-    """
-    capturing: AbstractContextManager[None] = torch._dynamo.config.patch(
-        capture_dynamic_output_shape_ops=True
-    )
-    return capturing
+from omni_cache.dynamo import LimitError, NoGraphError, compiled
+from omni_cache.passes import RegionError
+from omni_cache.runtime.calls import bound_call
 
 
 class CapturedFunction:
     """A function compiled as one graph, or in pieces from the first call on that has breaks.
 
+    A call that needs more graphs than Dynamo makes runs the function as it is; those that have one
+    go on with it.
+
     Args:
         function: what to compile.
+        backend: as for :func:`omni_cache.dynamo.compiled`.
         fullgraph: True to raise at a break, False to ask for pieces from the start.
-        flags: of ``torch.compile``.
+        dynamic: as in ``torch.compile``.
     """
 
     def __init__(
-        self, function: Callable[..., Any], fullgraph: bool | None = None, **flags: Any
+        self,
+        function: Callable[..., Any],
+        backend: Callable[[GraphModule, list[Any]], Any],
+        fullgraph: bool | None = None,
+        dynamic: bool | None = None,
     ) -> None:
         self._function = function
-        self._whole: Callable[..., Any] | None = None
-        if fullgraph is not False:
-            self._whole = torch.compile(function, fullgraph=True, **flags)
-        self._pieces: Callable[..., Any] | None = None
-        if not fullgraph:
-            self._pieces = torch.compile(function, **flags)
+        self._fullgraph = fullgraph
+        self._limits: list[str] = []
+        self._breaks = fullgraph is False
+        say = self._limits.append
+        self._whole = compiled(function, backend, True, dynamic, say)
+        # A break makes Dynamo give up code, which others have to be captured whole from.
+        pieces = with_own_code(function, "in_pieces")
+        self._pieces = compiled(pieces, backend, False, dynamic, say)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; as one graph, or from now on in pieces."""
-        known_to_break = self._pieces is not None and self._function in _broken
-        if self._whole is not None and not known_to_break:
+        call = bound_call()
+        if not self._breaks:
             try:
                 return self._whole(*args, **kwargs)
-            except UNCAPTURED:
-                if self._pieces is None:
+            except (LimitError, *NoGraphError) as error:
+                if self._fullgraph:
                     raise
+                at_limit = isinstance(error, LimitError)
+            if at_limit:
+                result = self._function(*args, **kwargs)
+                if call is not None:
+                    call.refusals.append(RegionError(self._limits[-1]))
+                return result
             # The attempt leaves cycles that hold the call's tensors. Who keeps which inputs tells
             # one generation from another.
             gc.collect()
-        assert self._pieces is not None  # there is the one or the other
-        call = bound_call()
         if call is not None:
             call.in_pieces = True
-        with in_pieces():
-            result = self._pieces(*args, **kwargs)
+        result = self._pieces(*args, **kwargs)
         # Only now, because what a mistaken call raises looks like a break to Dynamo.
-        _broken.add(self._function)
+        self._breaks = True
+        if call is not None and self._limits and not call.is_cached:
+            call.refusals.insert(0, RegionError(self._limits[-1]))
         return result
 
 
-_broken: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
-"""Functions known to have breaks. Asked for one graph again, Dynamo would run some as they are."""
-
-
 def with_own_code(
-    function: Callable[..., Any], module_class: type[nn.Module], flags: Mapping[str, Any]
+    function: Callable[..., Any],
+    purpose: str | type[nn.Module],
+    flags: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """A copy of a function with a code object of its own for a class of modules and its flags.
+    """A copy of a function with a code object of its own for a purpose.
 
-    Dynamo compiles one code object only so many times, whatever the backend, and would leave what
-    is compiled after that as it is.
+    Dynamo keeps what it compiles with the code object, whatever the backend: it compiles one only
+    so many times, and gives it up for good at a graph break in a loop, of whichever module.
 
     Args:
-        function: one of the module level, without closure.
-        module_class: whose modules the copy is for.
-        flags: what they are compiled with. Copies for equal ones are one and the same.
+        function: what to copy, with what it wraps. Given back as it is where that is no plain
+            function, or one that Dynamo is told to treat in a way of its own.
+        purpose: what the copy is for, such as the modules of a class.
+        flags: what it is compiled with. Copies for equal ones are one and the same.
     """
-    assert isinstance(function, FunctionType)
-    key = (function, module_class, repr(sorted(flags.items(), key=lambda item: item[0])))
+    if not isinstance(function, FunctionType) or _is_marked(function):
+        return function
+    key = (function, purpose, repr(sorted((flags or {}).items(), key=lambda item: item[0])))
     copy = _copies.get(key)
     if copy is None:
-        name = f"{function.__name__.strip('_')}_{module_class.__name__}_{next(_numbers)}"
-        code = function.__code__.replace(co_name=name)
-        copy = _copies[key] = FunctionType(code, function.__globals__)
+        # Dynamo's logs name functions. A method keeps its name, by which tracebacks know it.
+        is_method = "." in function.__qualname__
+        purpose_name = purpose if isinstance(purpose, str) else purpose.__name__
+        named = f"{function.__name__.strip('_')}_{purpose_name}_{next(_numbers)}"
+        copy = _copies[key] = _copy(function, function.__name__ if is_method else named)
     return copy
+
+
+def _copy(function: FunctionType, name: str) -> FunctionType:
+    inner = getattr(function, "__wrapped__", None)
+    closure = function.__closure__
+    if isinstance(inner, FunctionType) and closure:
+        own = _copy(inner, inner.__name__)
+        closure = tuple(CellType(own) if _holds(cell, inner) else cell for cell in closure)
+    code = function.__code__.replace(co_name=name)
+    copy = FunctionType(code, function.__globals__, name, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    vars(copy).update(vars(function))
+    return copy
+
+
+def _holds(cell: CellType, function: FunctionType) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # empty
+        return False
+
+
+def _is_marked(function: Callable[..., Any]) -> bool:
+    """Whether a decorator of ``torch.compiler`` is on a function, or on what it wraps."""
+    if any(name.startswith("_torchdynamo") for name in getattr(function, "__dict__", ())):
+        return True
+    inner = getattr(function, "__wrapped__", None)
+    return inner is not None and _is_marked(inner)
 
 
 _numbers = itertools.count()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from omni_cache.capture.frame import outermost_module, weights_of
+from omni_cache.errors import UncachedWarning
 from omni_cache.passes import (
     BlockLoop,
     NoBlockLoopError,
@@ -14,7 +19,8 @@ from omni_cache.passes import (
     UnknownNameError,
     is_static_input,
 )
-from omni_cache.runtime import Call, bound_call
+from omni_cache.runtime.calls import Call, bound_call
+from omni_cache.runtime.model_state import states_of_module
 
 
 def refused(compiled: Callable[..., Any], error: RegionError) -> Callable[..., Any]:
@@ -54,7 +60,7 @@ _ELSEWHERE = (NoBlockLoopError, UnknownNameError)
 """What is wrong with a piece where another piece has the block loop."""
 
 
-def check_piece(loop: BlockLoop, whole: torch.nn.Module) -> None:
+def check_piece(loop: BlockLoop, whole: nn.Module) -> None:
     """Refuse a piece of a model that holds half of its loop, or none but a list beside it."""
     if _is_beside_the_loop(loop, whole):
         raise NoBlockLoopError(
@@ -71,14 +77,42 @@ def check_piece(loop: BlockLoop, whole: torch.nn.Module) -> None:
         )
 
 
-def _is_beside_the_loop(loop: BlockLoop, whole: torch.nn.Module) -> bool:
+def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., Any]:
+    """A block that Dynamo compiles by itself; that the loop is given up is said once a model.
+
+    Nothing binds a call here, and several models may share what is compiled, so that the model is
+    looked for among the callers.
+    """
+
+    def run(*args: Any) -> Any:
+        model = outermost_module()
+        if model is not None and (strict or model not in _told):
+            _told.add(model)
+            for state in states_of_module(model):
+                state.forget()  # or summary would show a generation before
+            if strict:
+                raise RegionError(_BLOCK_BY_BLOCK)
+            message = f"{type(model).__name__} runs uncached: {_BLOCK_BY_BLOCK}"
+            warnings.warn(message, UncachedWarning, stacklevel=2)
+        return compiled(*args)
+
+    return run
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of which has been said that they run block by block."""
+
+_BLOCK_BY_BLOCK = (
+    "Dynamo compiles its blocks one by one, because it has given up the code around them at a "
+    "graph break, met in this model or in another one of the same code (one with hooks, say). "
+    "omni_cache.enable compiles code of its own for the model; omni_cache.explain names a break"
+)
+
+
+def _is_beside_the_loop(loop: BlockLoop, whole: nn.Module) -> bool:
     """Whether a model has a list of far more weights than the blocks of one of its pieces."""
     read = {each for node in loop.nodes for each in node.all_input_nodes if is_static_input(each)}
     values = [each.meta.get("example_value") for each in read]
     weights = sum(each.numel() for each in values if isinstance(each, torch.Tensor))
-    lists = (each for each in whole.modules() if isinstance(each, torch.nn.ModuleList))
-    return 2 * weights < max((_weights(each) for each in lists), default=0)
-
-
-def _weights(module: torch.nn.Module) -> int:
-    return sum(each.numel() for each in module.parameters())
+    lists = (each for each in whole.modules() if isinstance(each, nn.ModuleList))
+    return 2 * weights < max((weights_of(each) for each in lists), default=0)

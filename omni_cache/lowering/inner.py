@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch._dynamo import lookup_backend
 from torch.fx import GraphModule
 
+from omni_cache.dynamo import lookup_backend, prepare_for_part, run_inductor
 from omni_cache.options import CompileOptions
 
 
@@ -22,22 +21,14 @@ def compile_part(
         example_inputs: real or fake values of its inputs.
         flags: say which compiler, with which mode and options.
     """
-    tracing = torch._guards.TracingContext.try_get()
-    if tracing is not None:
-        # AOTAutograd leaves the metadata of the graph before here, and would take it for this
-        # one's.
-        tracing.fw_metadata = None
+    prepare_for_part()
     extra = {
         key: value
         for key, value in (("mode", flags.mode), ("options", flags.inner_options))
         if value is not None
     }
     if flags.inner == "inductor":
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = {**list_mode_options(flags.mode or "default"), **(flags.inner_options or {})}
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-        return compiled  # type: ignore[no-any-return]
+        return run_inductor(gm, example_inputs, flags.inductor_patches)
     inner = flags.inner if callable(flags.inner) else lookup_backend(flags.inner)
-    return inner(gm, list(example_inputs), **extra)
+    compiled: Callable[..., Any] = inner(gm, list(example_inputs), **extra)
+    return compiled

@@ -2,44 +2,40 @@
 
 Enabling compiles each denoising transformer in place, so that it keeps its type and attributes, and
 listens to what the pipeline says of its loop: new timesteps in its scheduler are a new generation
-of so many steps, ``transformer.cache_context`` names the branch. All that it adds are two
-attributes of the transformer, which ``disable`` takes away and which no copy of it inherits.
+of so many steps, ``transformer.cache_context`` names the branch. All that it adds are three
+attributes of the transformer, which ``disable`` takes away and which no copy of it inherits: what
+runs in place of its ``__call__``, of its ``forward`` and of its ``cache_context``.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from omni_cache.backend import omni_cache_backend
 from omni_cache.capture.extractor import ExtractedModel, Extractor, find_extractor
 from omni_cache.capture.function import CapturedFunction, with_own_code
 from omni_cache.capture.pieces import refusal_in_pieces
+from omni_cache.dynamo import leave_uncompiled
 from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
-from omni_cache.runtime import (
-    Call,
-    Generation,
-    ModelState,
-    Summary,
-    bind,
-    branch,
-    expected_state,
-    in_generation,
-    states_of_module,
-    summarise,
-)
+from omni_cache.pipelines.loop import TRANSFORMERS, PipelineLoop, running_loop
+from omni_cache.runtime.calls import Call, bind, bound_call
+from omni_cache.runtime.contexts import Generation, branch
+from omni_cache.runtime.model_state import ModelState, expected_state, states_of_module
+from omni_cache.runtime.records import Summary, summarise
 from omni_cache.strategies import Strategy
-
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Names under which pipelines keep their denoising transformers."""
 
 COMPILE_FLAGS = ("dynamic", "fullgraph")
 """Flags of ``enable`` that go to ``torch.compile``."""
@@ -63,21 +59,23 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     Raises:
         TypeError: ``target`` is no module and has no transformer.
         ValueError: a flag is unknown or has a value that is not allowed, or asks of a model with a
-            registered extractor what only a graph has.
+            registered extractor what only a graph has. All transformers of a pipeline are then as
+            they were before.
     """
     compile_flags: dict[str, Any] = {key: flags.pop(key) for key in COMPILE_FLAGS if key in flags}
     strategy = CompileOptions.parse({"cache": cache, **flags}, beside=COMPILE_FLAGS).strategy
-    # Dynamo compares options; a config object has plain numbers where a flag may be a tensor.
+    # Of a strategy only the guard is compiled, so that other thresholds compile nothing anew.
     options = {key: value for key, value in flags.items() if key in FLAGS}
-    options["cache"] = NO_CACHE if strategy is None else strategy.for_compilation()
+    options["cache"] = NO_CACHE if strategy is None else strategy.guard()
     models = _models(target)
-    calls = [_enable_module(module, options, compile_flags) for module in models.values()]
-    for call in calls:
+    # All of them or none: what may fail comes before the first one is touched.
+    calls = [_call_for(module, options, compile_flags) for module in models.values()]
+    for module, call in zip(models.values(), calls, strict=True):
+        _install(call, module)
         call.configure(strategy)
     if not isinstance(target, nn.Module):
-        loop = _PipelineLoop(target, models.values())
         for call in calls:
-            call.follow(loop)
+            call.belongs_to(target)
     return target
 
 
@@ -97,16 +95,16 @@ def disable(target: Any) -> Any:
 
 def is_enabled(target: Any) -> bool:
     """Whether ``enable`` has been called on a pipeline or module, and not yet ``disable``."""
-    return any(_cached_call(module) is not None for module in _models(target).values())
+    return any(module in _enabled for module in _models(target).values())
 
 
 def enabled_flags(module: nn.Module) -> dict[str, Any] | None:
     """The flags that a module is enabled with; None where it is not."""
-    call = _cached_call(getattr(module, "_orig_mod", module))
+    call = _enabled.get(getattr(module, "_orig_mod", module))
     if call is None:
         return None
     flags = {key: value for key, value in call.flags.items() if key in FLAGS}
-    return flags if call.state.config is None else {**flags, "cache": call.state.config}
+    return flags if call.state.strategy is None else {**flags, "cache": call.state.strategy}
 
 
 def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
@@ -121,14 +119,14 @@ def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
         ValueError: ``num_inference_steps`` is no integer >= 1.
     """
     models = _models(target)
-    coming = Generation(num_inference_steps, experts=len(models) > 1)
+    Generation(num_inference_steps)  # refuses what is no number of steps
     states = [state for _, state in _states(target)]
     if not states and num_inference_steps is not None:
         states = [expected_state(module) for module in models.values()]
     for state in states:
         state.forget()
         if num_inference_steps is not None:
-            state.announce(coming)
+            state.expected_steps = num_inference_steps
     return target
 
 
@@ -165,54 +163,10 @@ def _models(target: Any) -> dict[str, nn.Module]:
 def _states(target: Any) -> list[tuple[str, ModelState]]:
     states: list[tuple[str, ModelState]] = []
     for name, module in _models(target).items():
-        call = _cached_call(module)
+        call = _enabled.get(module)
         own = [call.state] if call is not None else states_of_module(module)
         states += [(name, state) for state in own]
     return states
-
-
-class _PipelineLoop:
-    """The denoising loop of a pipeline, as far as its scheduler tells.
-
-    Every scheduler makes a new tensor of timesteps when a loop begins, so looking at it is enough:
-    a scheduler may be replaced, copied or saved at any time, and needs no disabling.
-    """
-
-    def __init__(self, pipeline: Any, models: Iterable[nn.Module]) -> None:
-        self.pipeline = weakref.ref(pipeline)
-        self._models = [weakref.ref(module) for module in models]
-        self._heard = self._timesteps()
-
-    def listen(self) -> None:
-        """Announce a generation to the pipeline's models if the scheduler has begun one."""
-        timesteps = self._timesteps()
-        if timesteps is None or timesteps is self._heard:
-            return
-        self._heard = timesteps
-        # An image-to-image loop begins in the middle of the scheduler's steps.
-        first = getattr(self._scheduler(), "begin_index", None) or 0
-        coming = Generation(max(1, len(timesteps) - first), experts=len(self._models) > 1)
-        for model in self._models:
-            module = model()
-            call = None if module is None else _cached_call(module)
-            if call is not None:
-                call.state.announce(coming)
-
-    def steps_made(self) -> int | None:
-        """How far the scheduler has come; None where it does not count."""
-        # It counts from its first step on, some from the first scaling of the latents.
-        counted: int | None = getattr(self._scheduler(), "step_index", None)
-        return counted or None
-
-    def _scheduler(self) -> Any:
-        return getattr(self.pipeline(), "scheduler", None)
-
-    def _timesteps(self) -> Any:
-        scheduler = self._scheduler()
-        # A scheduler is made with the timesteps of its training, and has no number of steps then.
-        if getattr(scheduler, "num_inference_steps", None) is None:
-            return None
-        return getattr(scheduler, "timesteps", None)
 
 
 class _CachedCall:
@@ -224,12 +178,25 @@ class _CachedCall:
         self.flags = {**options, **compile_flags}
         self.extractor = find_extractor(module)
         self.state = ModelState()
-        self.before = vars(module).get("_compiled_call_impl")
-        self.loops: list[_PipelineLoop] = []
+        current = _enabled.get(module)
+        self.pipelines: list[weakref.ref[Any]] = [] if current is None else current.pipelines
+        # What the module had before it was enabled, unless somebody has set it since.
+        before, forward = (vars(module).get(name) for name in ("_compiled_call_impl", "forward"))
+        if isinstance(before, _CachedCall):
+            before = before.before
+        if isinstance(forward, _CachedForward):
+            forward = forward.before
+        self.before: Any = before
         # By weak reference: a module that owned itself would be freed by the cycle collector only.
         self._module = weakref.ref(module)
+        self.forward = _CachedForward(module, forward, self.flags)
         self._parameters = tuple(inspect.signature(module.forward).parameters)
-        self._run = _runner(module, self.extractor, options, compile_flags)
+        self._run = _runner(_call, module, self.extractor, options, compile_flags)
+        self._run_forward = (
+            self._run
+            if isinstance(self._run, ExtractedModel)
+            else _runner(_call_forward, module, None, options, compile_flags)
+        )
         self._has_warned = False
 
     def is_for(
@@ -239,36 +206,53 @@ class _CachedCall:
         same_flags = self.flags == {**options, **compile_flags}
         return same_flags and self.extractor is find_extractor(module)
 
-    def follow(self, loop: _PipelineLoop) -> None:
-        """Listen to a pipeline's loop, in place of what was heard from the pipeline before."""
-        pipeline = loop.pipeline()
-        others = (each for each in self.loops if each.pipeline() not in (None, pipeline))
-        self.loops = [*others, loop]
+    def belongs_to(self, pipeline: Any) -> None:
+        """Take the pipeline's loops into account."""
+        others = (each for each in self.pipelines if each() not in (None, pipeline))
+        self.pipelines = [*others, weakref.ref(pipeline)]
 
     def configure(self, strategy: Strategy | None) -> None:
-        """Let gates read these values from the next generation on."""
-        if self.state.config != strategy:
+        """Let calls follow another strategy, from the next generation on."""
+        if self.state.strategy != strategy:
             self.state.forget()
-            self.state.config = strategy
+            self.state.strategy = strategy
 
     # For a compiled function that calls the module: it has nothing to trace here.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        alive = [loop for loop in self.loops if loop.pipeline() is not None]
-        # In a generation, which of several pipelines calls is for the caller to say.
-        if len(alive) == 1 or not in_generation():
-            for loop in alive:
-                loop.listen()
-        self.state.hear(tuple(loop.steps_made() for loop in self.loops))
-        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         module = self._module()
         assert module is not None  # somebody calls it
-        call = Call(module, self.state, arguments)
+        return self._cached(self._run, module, module, args, kwargs)
+
+    def call_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's ``forward`` runs, where that is called past its ``__call__``."""
+        module = self._module()
+        assert module is not None  # somebody calls its method
+        first = module if isinstance(self._run_forward, ExtractedModel) else self.forward
+        return self._cached(self._run_forward, module, first, args, kwargs)
+
+    def _cached(
+        self,
+        run: Callable[..., Any],
+        module: nn.Module,
+        first: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        call = Call(module, self.state, arguments, self._loop(module))
         with bind(call):
-            result = self._run(module, *args, **kwargs)
-        if call.in_pieces or call.refusals:
+            result = run(first, *args, **kwargs)
+        if call.refusals or call.in_pieces:
             self._say_what_is_uncached(call)
         return result
+
+    def _loop(self, module: nn.Module) -> PipelineLoop | None:
+        """The loop that calls: that of the caller, else of the only pipeline that there is."""
+        if not self.pipelines:
+            return None
+        alive = [pipeline for each in self.pipelines if (pipeline := each()) is not None]
+        return running_loop(module, sys._getframe(1), alive[0] if len(alive) == 1 else None)
 
     def _say_what_is_uncached(self, call: Call) -> None:
         """Warn, once, or raise if no piece of the model is cached or some of its blocks are not."""
@@ -281,6 +265,68 @@ class _CachedCall:
             self._has_warned = True
             name = f"{'a part of ' if call.is_cached else ''}{type(call.module).__name__}"
             warnings.warn(f"{name} runs uncached: {refusal}", UncachedWarning, stacklevel=2)
+
+
+class _CachedForward:
+    """``forward`` of an enabled module, for samplers that call it past ``__call__``.
+
+    A class-conditional model's ``forward_with_cfg`` calls ``self.forward``, and some samplers are
+    handed ``model.forward``. What runs within a cached call of the module is the class's own.
+    """
+
+    def __init__(self, module: nn.Module, before: Any, flags: dict[str, Any]) -> None:
+        self.before = before
+        self._module = weakref.ref(module)
+        self._function = with_own_code(type(module).forward, type(module), flags)
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_within_call():
+            return self.original(*args, **kwargs)
+        return self._cached(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _cached(self, *args: Any, **kwargs: Any) -> Any:
+        return _enabled[self._owner()].call_forward(*args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what ``forward`` was before: the instance's, or the class's in code of its own."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return self._function(self._module(), *args, **kwargs)
+
+    # The same on every call of what Dynamo traces: all of a cached call is within it.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _is_within_call(self) -> bool:
+        module, call = self._owner(), bound_call()
+        return module not in _enabled or (call is not None and call.module is module)
+
+    def _owner(self) -> nn.Module:
+        module = self._module()
+        assert module is not None  # somebody calls its method, or copies it
+        return module
+
+    # A copy of the module is not enabled: it gets the method that the module had before.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.before is not None:
+            return copy.deepcopy(self.before, memo)
+        module = self._owner()
+        return _forward_of_class(memo.get(id(module), module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.before is not None:
+            return copy.copy, (self.before,)
+        return _forward_of_class, (self._owner(),)
+
+
+def _forward_of_class(module: nn.Module) -> Any:
+    return type(module).forward.__get__(module)
+
+
+# Dynamo would compile these frames for all modules alike, and give up one for all.
+for _method in (_CachedForward.__call__, _CachedForward.original):
+    leave_uncompiled(_method.__code__)
 
 
 class _NamedContext:
@@ -311,53 +357,81 @@ class _NamedContext:
         return getattr, (self._owner(), "cache_context")
 
 
-def _cached_call(module: nn.Module) -> _CachedCall | None:
-    call = module._compiled_call_impl
-    return call if isinstance(call, _CachedCall) else None
+_enabled: weakref.WeakKeyDictionary[nn.Module, _CachedCall] = weakref.WeakKeyDictionary()
+"""Modules that are enabled. What is set on them may be overwritten, by ``Module.compile`` say."""
 
 
-def _enable_module(
+def _call_for(
     module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
 ) -> _CachedCall:
-    current = _cached_call(module)
+    """What runs calls of a module with these flags: what runs them now, or something new."""
+    current = _enabled.get(module)
     if current is not None and current.is_for(module, options, compile_flags):
         return current
+    return _CachedCall(module, options, compile_flags)
+
+
+def _install(call: _CachedCall, module: nn.Module) -> None:
+    if _enabled.get(module) is call:
+        return
     _disable_module(module)
-    call = module._compiled_call_impl = _CachedCall(module, options, compile_flags)
-    if current is not None:
-        call.loops = current.loops
+    _enabled[module] = call
+    attributes = vars(module)
+    attributes["_compiled_call_impl"] = call
+    # Over the class's methods, for this instance alone.
+    attributes["forward"] = call.forward
     if hasattr(module, "cache_context"):
-        # Over the class's method, for this instance alone.
-        vars(module)["cache_context"] = _NamedContext(module)
-    return call
+        attributes["cache_context"] = _NamedContext(module)
 
 
 def _disable_module(module: nn.Module) -> None:
+    call = _enabled.pop(module, None)
+    if call is None:
+        return
+    call.state.forget()
     attributes = vars(module)
-    call = _cached_call(module)
-    if call is not None:
-        call.state.forget()
-        del attributes["_compiled_call_impl"]
-        if call.before is not None:
-            attributes["_compiled_call_impl"] = call.before
+    # What others have put in place of it since is theirs.
+    for name, ours, before in (
+        ("_compiled_call_impl", call, call.before),
+        ("forward", call.forward, call.forward.before),
+    ):
+        if attributes.get(name) is ours:
+            del attributes[name]
+            if before is not None:
+                attributes[name] = before
     if isinstance(attributes.get("cache_context"), _NamedContext):
         del attributes["cache_context"]
 
 
 def _runner(
+    entry: Callable[..., Any],
     module: nn.Module,
     extractor: Extractor | None,
     options: dict[str, Any],
     compile_flags: dict[str, Any],
 ) -> Callable[..., Any]:
-    """What calls a module under a guard, given the module and its arguments."""
+    """What calls a module under a guard, given what the entry takes and the call's arguments."""
     if extractor is not None and options["cache"] != NO_CACHE:
         flags = CompileOptions.parse(options)
         return ExtractedModel(extractor, type(module), flags, **compile_flags)
     # Models of one class with equal flags share what is compiled.
-    entry = with_own_code(_call, type(module), {**options, **compile_flags})
-    return CapturedFunction(entry, backend=omni_cache_backend, options=options, **compile_flags)
+    own = with_own_code(entry, type(module), {**options, **compile_flags})
+    return CapturedFunction(own, _Backend(options), **compile_flags)
+
+
+@dataclass(frozen=True)
+class _Backend:
+    """The backend with its flags; equal ones share what is compiled."""
+
+    options: dict[str, Any]
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return omni_cache_backend(gm, example_inputs, options=self.options)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _call_forward(forward: _CachedForward, *args: Any, **kwargs: Any) -> Any:
+    return forward.original(*args, **kwargs)

@@ -1,20 +1,22 @@
 """The caching strategies, by the name that users write."""
 
-from omni_cache.strategies.base import BoundStrategy, Decision, Gate, Step, Strategy
-from omni_cache.strategies.magcache import MagCacheConfig
-from omni_cache.strategies.teacache import TeaCacheConfig
+from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
+from omni_cache.strategies.magcache import MagCache
+from omni_cache.strategies.strategy import Guard, Policy, Strategy
+from omni_cache.strategies.teacache import TeaCache
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    config.name: config for config in (TeaCacheConfig, MagCacheConfig)
-}
+STRATEGIES: dict[str, type[Strategy]] = {each.name: each for each in (TeaCache, MagCache)}
 
 __all__ = [
     "STRATEGIES",
-    "BoundStrategy",
-    "Decision",
+    "Forecast",
     "Gate",
-    "MagCacheConfig",
-    "Step",
+    "Guard",
+    "MagCache",
+    "Policy",
+    "Signal",
     "Strategy",
-    "TeaCacheConfig",
+    "TeaCache",
+    "Time",
+    "Verdict",
 ]

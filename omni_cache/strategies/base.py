@@ -1,147 +1,129 @@
-"""What a strategy is: a named triple of signal, gate and forecast.
+"""What a strategy is made of: a signal, a gate, a forecast. All of it is values and pure functions.
 
-A strategy is a frozen config that a user writes; bound to a model it becomes a factory of gates,
-one for each trajectory. A gate sees one call after another and says compute or reuse. It knows
-tensors and step numbers; it knows nothing of graphs, generations or models. The forecast of every
-strategy here is hold: a reused step takes over the residual of the last computed one.
+    signal    WHAT is compared between calls, and how: a few sums, measured in one launch
+    gate      WHEN to compute: (state, time, measurement) -> verdict with both next states
+    forecast  WHAT STANDS IN for the residual: a row of weights over the residuals that are kept
+
+Nothing here knows graphs, generations or models, and nothing changes itself: who calls a gate keeps
+its state.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
-from typing_extensions import Self
+
+DEFAULT_STEPS = 28
+"""Number of inference steps that a gate that schedules by it assumes when nobody says."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What a gate says of one call.
+class Time(NamedTuple):
+    """Where a call lies on its trajectory: its step, and its timestep or sigma where it is known.
 
-    ``distance`` is this step's change and ``accumulated`` the change since the last computed step,
-    as the strategy measures them; None where it did not measure.
+    Steps count over the whole schedule, so that image-to-image begins in the middle of them.
     """
 
-    compute: bool
+    index: int  # type: ignore[assignment]  # hides a method that nobody needs here
+    value: float | None = None
+
+
+class Verdict(NamedTuple):
+    """What a gate says of one call. The caller commits one of the two states.
+
+    ``distance`` is this step's change and ``accumulated`` the change since the last computed step,
+    as the gate measures them; None where it measured nothing.
+    """
+
+    reuse: bool
     reason: str
+    if_reused: Any
+    if_computed: Any
     distance: float | None = None
     accumulated: float | None = None
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a gate may know of the call that it decides on.
+class Signal(Protocol):
+    """What is compared between calls."""
 
-    Attributes:
-        index: how many calls of this trajectory went before.
-        num_inference_steps: how many there will be in all, or None when nobody has said.
-        can_reuse: whether there is a residual to reuse.
-        signal: the signal of this call, any shape, or None for a strategy that needs none.
-        read: brings a small 1-D tensor to the host as floats. It is the one device-to-host read
-            that a call may cost, so a gate calls it once at most.
-    """
+    @property
+    def against(self) -> Literal["last call", "last computed call"]:
+        """The call whose signal this one's is compared with."""
 
-    index: int
-    num_inference_steps: int | None
-    can_reuse: bool
-    signal: Tensor | None
-    read: Callable[[Tensor], list[float]]
+    @property
+    def sums(self) -> int:
+        """How many numbers a measurement has."""
+
+    def measure(self, now: Tensor, before: Tensor, along: Sequence[Tensor]) -> Tensor:
+        """Compare two signals on their device.
+
+        Args:
+            now: the signal of this call, any shape.
+            before: of the call that it is compared with, of the same shape and dtype.
+            along: small tensors whose means are wanted on the host with the measurement.
+
+        Returns:
+            ``(sums + len(along),)``: sums that may be added up over ranks, then the means.
+        """
+
+    def distance(self, sums: Sequence[float]) -> float:
+        """The distance of the two signals, from the sums."""
 
 
 class Gate(ABC):
-    """Decides for one trajectory, call after call."""
+    """When to compute. Pure, and written with ``+ * abs < &`` and `where`.
+
+    The same lines therefore decide on Python floats and on float64 tensors inside a graph.
+    """
+
+    measures: ClassVar[bool]
+    """Whether it decides by a measurement of the signal."""
+    schedules: bool = False
+    """Whether it decides by the number of steps."""
 
     @abstractmethod
-    def decide(self, step: Step) -> Decision:
-        """Decide on a call. A gate that cannot decide computes."""
+    def begin(self) -> Any:
+        """The state that a trajectory begins with: a NamedTuple of a few numbers."""
+
+    def foretell(self, at: Time, total: int | None) -> str | None:
+        """Why a step is computed whatever is measured; None where the measurement decides."""
+        return None
 
     @abstractmethod
-    def overrule(self) -> None:
-        """Learn that the call just decided on is computed, although the gate said reuse."""
-
-    @abstractmethod
-    def fork(self) -> Gate:
-        """An independent copy, for a decision that may have to be forgotten."""
-
-    def observe(self, residuals: tuple[Tensor, ...], output: Tensor) -> dict[str, float]:
-        """Look at a computed call's residuals and the model's output; used by calibration.
-
-        Returns:
-            Measurements to record with the step, by name.
-        """
-        return {}
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the tensors that the gate keeps between calls."""
-        return 0
-
-
-class BoundStrategy(ABC):
-    """A strategy for one model: tables looked up, ready to make gates."""
-
-    config: Any
-    """What the user wrote: a :class:`Strategy`."""
-
-    signal: str | None
-    """Which signal the graph must deliver (see ``passes.find_signal``), None for none."""
-
-    @property
-    def num_inference_steps(self) -> int | None:
-        """Steps of a generation, where neither a context nor a pipeline says."""
-        steps: int | None = self.config.num_inference_steps
-        return steps
-
-    @property
-    def observes(self) -> bool:
-        """Whether gates want to see every computed call (calibration)."""
-        return bool(self.config.calibrate)
-
-    def configured(self, config: Strategy) -> Self:
-        """The same strategy with the same tables, and other values of the run-time fields."""
-        other = copy(self)
-        other.config = config
-        return other
-
-    @abstractmethod
-    def make_gate(self, branch: str, branch_position: int) -> Gate:
-        """A gate for a trajectory.
+    def decide(self, state: Any, at: Time, total: int | None, distance: float | None) -> Verdict:
+        """Decide on a call.
 
         Args:
-            branch: name of the guidance branch.
-            branch_position: 0 for the first branch of a generation, 1 for the second, ...
+            state: what the call before committed, or `begin`.
+            at: where the call lies.
+            total: how many steps there are, None when nobody has said.
+            distance: of the signals, None where nothing was measured.
         """
 
 
-@dataclass(frozen=True)
-class Strategy(ABC):
-    """Base of the configs that users write. Subclasses validate their fields on construction."""
+class Forecast(Protocol):
+    """What stands in for the residual: ``sum_i weights[i] * kept[i]``."""
 
-    name: ClassVar[str]
-    has_signal: ClassVar[bool]
-    """Whether it decides by a signal."""
-    run_time: ClassVar[tuple[str, ...]]
-    """The fields that only gates read, so that another value needs no compilation."""
+    @property
+    def depth(self) -> int:
+        """How many computed residuals it wants kept."""
 
-    @abstractmethod
-    def bind(self, model_class: str | None) -> BoundStrategy:
-        """Look up what is published for a model class (None when it is unknown)."""
+    @property
+    def reads_values(self) -> bool:
+        """Whether it weighs by `Time.value`, and not by the step alone."""
 
-    def for_compilation(self) -> Self:
-        """The config with its run-time fields at their defaults: what a compiled graph is of."""
-        defaults = {each.name: each.default for each in fields(self) if each.name in self.run_time}
-        return replace(self, **defaults)
+    def weights(self, kept: Sequence[Time], now: Time) -> tuple[float, ...]:
+        """One weight for each kept residual.
 
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """The names of the strategy's flags."""
-        return tuple(field.name for field in fields(cls))
+        Args:
+            kept: times of the computed steps whose residuals are kept, newest first; at least one
+                and at most ``depth``.
+            now: the time to forecast for.
+        """
 
 
 def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
@@ -155,12 +137,12 @@ def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a real, finite number (a bool is none)."""
+    """Whether a value is a real, finite number; a bool is not."""
     return _is_a(value, Real) and math.isfinite(value)
 
 
 def is_count(value: Any, least: int) -> bool:
-    """Whether a value is an integer of at least ``least`` (a bool is none)."""
+    """Whether a value is an integer of at least ``least``; a bool is not."""
     return _is_a(value, Integral) and value >= least
 
 
@@ -173,7 +155,8 @@ def finite_numbers(flag: str, given: Any, allowed: str) -> tuple[float, ...]:
     """A sequence, array or 1-D tensor of at least one finite number, as floats.
 
     Raises:
-        ValueError: ``given`` is none; the message names the flag, what was given and ``allowed``.
+        ValueError: ``given`` is something else; the message names the flag, what was given and
+            ``allowed``.
     """
     try:
         numbers = () if isinstance(given, str) else tuple(float(each) for each in given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -70,6 +70,19 @@ def magcache_table(model_class: str | None, variant: str | None = None) -> MagCa
     return MagCacheTable(entry["transformer_class"], entry["variant"], ratios, entry["source"])
 
 
+def teacache_signal(model_class: str | None, variant: str | None = None) -> str:
+    """The signal of the polynomial of a model class; "auto" where none is published.
+
+    Says nothing of a choice, which whoever takes the polynomial is told.
+
+    Raises:
+        ValueError: as :func:`teacache_table`.
+    """
+    entries = _published("teacache_coefficients", model_class, variant)
+    signal: str = entries[0]["signal"] if entries else "auto"
+    return signal
+
+
 @cache
 def load_table(name: str) -> tuple[dict[str, Any], ...]:
     """All entries of a packaged table, as they stand in its JSON file."""
@@ -77,25 +90,34 @@ def load_table(name: str) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(text)["tables"])
 
 
+def _published(
+    table: str, model_class: str | None, variant: str | None
+) -> Sequence[dict[str, Any]]:
+    """The entries of a class, the first of which is used; only one where a variant is named."""
+    entries = [each for each in load_table(table) if each["transformer_class"] == model_class]
+    if variant is None:
+        return entries
+    named = [each for each in entries if each["variant"] == variant]
+    if not named:
+        known = ", ".join(repr(each["variant"]) for each in entries) or "none"
+        raise ValueError(
+            f"variant={variant!r} is not published for {model_class}; published are: {known}"
+        )
+    return named
+
+
 def _choose(
     table: str, content: tuple[str, ...], model_class: str | None, variant: str | None
 ) -> dict[str, Any] | None:
-    entries = [each for each in load_table(table) if each["transformer_class"] == model_class]
-    variants = [each["variant"] for each in entries]
-    if variant is not None:
-        if variant not in variants:
-            known = ", ".join(map(repr, variants)) or "none"
-            raise ValueError(
-                f"variant={variant!r} is not published for {model_class}; published are: {known}"
-            )
-        return entries[variants.index(variant)]
+    entries = _published(table, model_class, variant)
     if not entries:
         return None
     first = entries[0]
     if any(each.get(key) != first.get(key) for each in entries for key in content):
+        variants = ", ".join(repr(each["variant"]) for each in entries)
         warnings.warn(
             f"several tables are published for {model_class}; {first['variant']!r} is used. Choose "
-            f"with variant=..., one of: {', '.join(map(repr, variants))}",
+            f"with variant=..., one of: {variants}",
             stacklevel=3,
         )
     return first

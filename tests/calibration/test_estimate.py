@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +14,11 @@ from eager_reference import capture_residual
 from torch import Tensor, nn
 
 import omni_cache
-from omni_cache import MagCacheConfig, UncachedWarning
+from omni_cache import UncachedWarning
 from omni_cache.calibration import estimate_coefficients, estimate_mag_ratios
+from omni_cache.calibration.observe import MagnitudeRatios
+from omni_cache.runtime.contexts import Observed, Run
+from omni_cache.strategies import Time
 
 STEPS = 5
 PIXART, FLUX = CASES["pixart"], CASES["flux"]
@@ -83,16 +86,18 @@ def test_ratios_are_averaged_over_generations_and_kept_apart_by_branch(pixart: n
     for name in seeds:
         assert ratios[name] == pytest.approx(list(expected[name]), rel=1e-4)
     # They are what mag_ratios takes.
-    assert omni_cache.MagCacheConfig(mag_ratios=ratios).mag_ratios == {
+    assert omni_cache.MagCache(mag_ratios=ratios).mag_ratios == {
         name: tuple(values) for name, values in ratios.items()
     }
 
 
-def test_a_float64_model_is_measured_in_float32(pixart: nn.Module) -> None:
-    residual = torch.randn(1, 6, 8, dtype=torch.float64)
-    gate = MagCacheConfig(calibrate=True).bind(None).make_gate("cond", 0)
-    gate.observe((residual,), residual)
-    assert gate.observe((residual * 2,), residual)["mag_ratio"] == pytest.approx(2)
+def test_a_float64_model_is_measured_in_float32() -> None:
+    residual, run = torch.randn(1, 6, 8, dtype=torch.float64), cast("Run", object())
+    observer = MagnitudeRatios()
+    for step in range(2):
+        made = (residual * (step + 1),)
+        observer(Observed(run, 0, "cond", Time(step), None, made, residual))
+    assert observer.series[0, "cond"] == [1.0, pytest.approx(2)]
 
 
 def test_coefficients_fit_the_changes_of_signal_and_output() -> None:
@@ -115,7 +120,7 @@ def test_coefficients_fit_the_changes_of_signal_and_output() -> None:
     expected = np.polyfit(signal_changes, output_changes, 1)
     at = np.array(signal_changes)
     assert np.polyval(found, at) == pytest.approx(np.polyval(expected, at), rel=1e-3)
-    assert omni_cache.TeaCacheConfig(coefficients=found).coefficients == tuple(found)
+    assert omni_cache.TeaCache(coefficients=found).coefficients == tuple(found)
 
 
 ESTIMATORS: list[Callable[..., Any]] = [estimate_mag_ratios, estimate_coefficients]

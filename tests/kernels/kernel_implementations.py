@@ -1,7 +1,7 @@
 """The ways to run each kernel that the numerics tests hold to the reference."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,10 +15,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Implementation:
-    """The three kernels as one implementation has them, and the device they want tensors on."""
+    """The kernels as one implementation has them, and the device they want tensors on."""
 
     device: torch.device
-    rel_l1_gate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    rel_l1: Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]
+    fingerprint: Callable[[Tensor], Tensor]
+    rel_l1_gate: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     magnitude_gate: Callable[[Tensor, Tensor, float, int], Tensor]
     magnitude_stats: Callable[[Tensor, Tensor], Tensor]
 
@@ -26,6 +28,8 @@ class Implementation:
 def operators_on(device: str) -> Implementation:
     return Implementation(
         torch.device(device),
+        kernels.rel_l1,
+        kernels.fingerprint,
         kernels.rel_l1_gate,
         kernels.magnitude_gate,
         kernels.magnitude_stats,
@@ -34,11 +38,15 @@ def operators_on(device: str) -> Implementation:
 
 def interpreted() -> Implementation:
     """Return the Triton kernels, run by the interpreter on a grid of at most three programs."""
-    from omni_cache.kernels import magnitude, rel_l1
+    from omni_cache.kernels import contents, distance, magnitude, scratch
 
+    device = torch.device("cpu")
+    alone = {"scratch": scratch.new_scratch(device), "programs": 3}
     return Implementation(
-        torch.device("cpu"),
-        partial(rel_l1.launch, programs=3),
+        device,
+        partial(distance.launch, **alone),
+        partial(contents.launch, **alone),
+        partial(distance.launch_gate, **alone),
         magnitude.launch_gate,
-        partial(magnitude.launch_stats, programs=3),
+        partial(magnitude.launch_stats, **alone),
     )

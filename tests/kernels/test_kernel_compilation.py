@@ -1,7 +1,7 @@
 """Every kernel compiles to machine code for every supported GPU, on a machine without one."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from kernel_implementations import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from omni_cache.kernels import magnitude, rel_l1  # noqa: E402
+from omni_cache.kernels import contents, distance, magnitude  # noqa: E402
 from omni_cache.kernels.grid import WARPS, tile_shape  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -39,7 +39,7 @@ def compile_for(
     target: str,
     kernel: Any,
     pointers: dict[str, str],
-    constants: dict[str, int],
+    constants: dict[str, Any],
     *,
     integers: str = "i32",
     aligned: bool = True,
@@ -59,9 +59,11 @@ def compile_for(
         else:
             signature[parameter.name] = parameter.annotation_type or integers
     attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, kind in enumerate(signature.values())
-        if aligned and (kind == integers or kind.startswith("*"))
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter, kind in zip(kernel.params, signature.values(), strict=True)
+        if aligned
+        and not parameter.do_not_specialize
+        and (kind == integers or kind.startswith("*"))
     }
     compiled: dict[str, Any] = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
@@ -71,29 +73,73 @@ def compile_for(
     return compiled
 
 
-def rel_l1_gate_for(target: str, dtype: torch.dtype, layout: str, **options: Any) -> dict[str, Any]:
-    shapes = {
-        "contiguous": (1, 4096 * 3072, 1),
-        "rows": (4096, 3072, 1),
-        "transposed": (4096, 3072, 4096),
+SHAPES = {
+    "contiguous": (1, 4096 * 3072, 1),
+    "rows": (4096, 3072, 1),
+    "transposed": (4096, 3072, 4096),
+}
+"""Rows, columns and the step from column to column."""
+
+
+def rel_l1_for(
+    target: str, dtype: torch.dtype, layout: str, riders: Sequence[str] = (), **options: Any
+) -> dict[str, Any]:
+    columns = {"current_column": 1, "previous_column": 1}
+    units = {
+        "contiguous": {"rows": 1, "inner_rows": 1} | columns,
+        "rows": columns,
+        "transposed": {},
     }
+    tile_rows, tile_columns = tile_shape(*SHAPES[layout], dtype)
+    pointers = {
+        "current_ptr": TYPES[dtype],
+        "previous_ptr": TYPES[dtype],
+        "scratch_ptr": "i32",
+        "numbers_ptr": "fp64",
+    }
+    pointers |= {f"along_{i}_ptr": kind for i, kind in enumerate(riders)}
+    absent = {f"along_{i}_ptr": None for i in range(len(riders), 4)}
+    tile = {"TILE_ROWS": tile_rows, "TILE_COLUMNS": tile_columns}
+    constants = {"PARTIALS": 1024} | absent | tile | units[layout]
+    return compile_for(target, distance.rel_l1_kernel, pointers, constants, **options)
+
+
+def fingerprint_for(target: str, dtype: torch.dtype, layout: str, **options: Any) -> dict[str, Any]:
     units = {
         "contiguous": {"rows": 1, "inner_rows": 1, "column_stride": 1},
         "rows": {"column_stride": 1},
         "transposed": {},
     }
-    tile_rows, tile_columns = tile_shape(*shapes[layout], dtype)
+    tile_rows, tile_columns = tile_shape(*SHAPES[layout], dtype)
+    pointers = {
+        "bits_ptr": f"i{8 * dtype.itemsize}",
+        "scratch_ptr": "i32",
+        "numbers_ptr": "fp64",
+    }
+    tile = {"TILE_ROWS": tile_rows, "TILE_COLUMNS": tile_columns}
+    constants = {"PARTIALS": 1024} | tile | units[layout]
+    return compile_for(target, contents.fingerprint_kernel, pointers, constants, **options)
+
+
+def rel_l1_gate_for(target: str, dtype: torch.dtype, layout: str, **options: Any) -> dict[str, Any]:
+    columns = {"current_column": 1, "previous_column": 1}
+    units = {
+        "contiguous": {"rows": 1, "inner_rows": 1} | columns,
+        "rows": columns,
+        "transposed": {},
+    }
+    tile_rows, tile_columns = tile_shape(*SHAPES[layout], dtype)
     pointers = {
         "current_ptr": TYPES[dtype],
         "previous_ptr": TYPES[dtype],
         "accumulated_ptr": "fp64",
-        "workspace_ptr": "fp32",
+        "scratch_ptr": "i32",
         "coefficients_ptr": "fp64",
         "verdict_ptr": "fp64",
     }
     tile = {"TILE_ROWS": tile_rows, "TILE_COLUMNS": tile_columns}
     constants = {"COEFFICIENTS": 5, "PARTIALS": 1024} | tile | units[layout]
-    return compile_for(target, rel_l1.rel_l1_gate_kernel, pointers, constants, **options)
+    return compile_for(target, distance.rel_l1_gate_kernel, pointers, constants, **options)
 
 
 def magnitude_stats_for(
@@ -103,7 +149,7 @@ def magnitude_stats_for(
     pointers = {
         "residual_ptr": TYPES[dtype],
         "previous_ptr": TYPES[dtype],
-        "workspace_ptr": "fp64",
+        "scratch_ptr": "i32",
         "stats_ptr": "fp32",
     }
     constants = {"PARTIALS": 1024, "TILE_TOKENS": tile_tokens, "TILE_COLUMNS": tile_columns}
@@ -115,6 +161,41 @@ def magnitude_stats_for(
 def machine_code(compiled: dict[str, Any]) -> bytes:
     code: bytes = compiled["cubin"] if "cubin" in compiled else compiled["hsaco"]
     return code
+
+
+@EVERY_TARGET
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", ["contiguous", "rows"])
+def test_rel_l1_compiles(target: str, dtype: torch.dtype, layout: str) -> None:
+    assert machine_code(rel_l1_for(target, dtype, layout)).startswith(b"\x7fELF")
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize(
+    "riders", [["fp32"], ["i64", "u1"], ["bf16", "fp16", "fp64"], ["u8", "i8", "i16", "i32"]]
+)
+def test_rel_l1_compiles_with_riders_of_any_dtype(target: str, riders: list[str]) -> None:
+    compiled = rel_l1_for(target, torch.bfloat16, "contiguous", riders)
+    assert machine_code(compiled).startswith(b"\x7fELF")
+
+
+@EVERY_TARGET
+def test_rel_l1_compiles_for_unaligned_strided_and_huge_tensors(target: str) -> None:
+    compiled = rel_l1_for(target, torch.bfloat16, "transposed", integers="i64", aligned=False)
+    assert machine_code(compiled).startswith(b"\x7fELF")
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "rows"])
+def test_fingerprint_compiles(target: str, dtype: torch.dtype, layout: str) -> None:
+    assert machine_code(fingerprint_for(target, dtype, layout)).startswith(b"\x7fELF")
+
+
+@EVERY_TARGET
+def test_fingerprint_compiles_for_unaligned_strided_and_huge_tensors(target: str) -> None:
+    compiled = fingerprint_for(target, torch.int16, "transposed", integers="i64", aligned=False)
+    assert machine_code(compiled).startswith(b"\x7fELF")
 
 
 @EVERY_TARGET
@@ -151,10 +232,27 @@ def test_magnitude_gate_compiles(target: str) -> None:
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["contiguous", "rows"])
-def test_rel_l1_gate_moves_sixteen_bytes_per_access(dtype: torch.dtype, layout: str) -> None:
+def test_rel_l1_gate_reads_sixteen_bytes_per_access(dtype: torch.dtype, layout: str) -> None:
     ptx = rel_l1_gate_for("sm_90", dtype, layout)["ptx"]
     assert ptx.count("ld.global.v4.b32") == 2
-    assert ptx.count("st.global.v4.b32") == 1
+    assert "st.global.v4" not in ptx
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", ["contiguous", "rows"])
+@pytest.mark.parametrize("riders", [[], ["fp32", "i64"]])
+def test_rel_l1_reads_sixteen_bytes_per_access(
+    dtype: torch.dtype, layout: str, riders: list[str]
+) -> None:
+    ptx = rel_l1_for("sm_90", dtype, layout, riders)["ptx"]
+    assert ptx.count("ld.global.v4.b32") == 2
+    assert "st.global.v4" not in ptx
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_fingerprint_reads_sixteen_bytes_per_access(dtype: torch.dtype) -> None:
+    ptx = fingerprint_for("sm_90", dtype, "contiguous")["ptx"]
+    assert re.findall(r"ld\.global\.v\S+", ptx) in (["ld.global.v4.b32"], ["ld.global.v2.b64"])
 
 
 @EVERY_DTYPE
@@ -162,13 +260,18 @@ def test_magnitude_stats_read_sixteen_bytes_per_access(dtype: torch.dtype) -> No
     assert magnitude_stats_for("sm_90", dtype, 1)["ptx"].count("ld.global.v4.b32") == 2
 
 
-def test_the_last_program_is_found_by_an_integer_atomic_that_acquires_and_releases() -> None:
-    ptx = rel_l1_gate_for("sm_90", torch.bfloat16, "contiguous")["ptx"]
+@pytest.mark.parametrize("compiled_for", [rel_l1_for, rel_l1_gate_for, fingerprint_for])
+def test_the_last_program_is_found_by_an_integer_atomic_that_acquires_and_releases(
+    compiled_for: Callable[..., dict[str, Any]],
+) -> None:
+    ptx = compiled_for("sm_90", torch.bfloat16, "contiguous")["ptx"]
     assert re.findall(r"\b(?:atom|red)\.\S+", ptx) == ["atom.global.gpu.acq_rel.add.u32"]
 
 
 @pytest.mark.parametrize(
-    "kernel", [rel_l1.rel_l1_gate_kernel, magnitude.magnitude_gate_kernel], ids=lambda k: k.__name__
+    "kernel",
+    [distance.rel_l1_gate_kernel, magnitude.magnitude_gate_kernel],
+    ids=lambda k: k.__name__,
 )
 def test_the_threshold_is_a_run_time_argument_in_double_precision(kernel: Any) -> None:
     (threshold,) = (p for p in kernel.params if p.name == "threshold")

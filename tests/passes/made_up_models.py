@@ -285,23 +285,39 @@ class PostNorm(Model):
             return self.norm2(x + self.attn(x) * time[:, None])
 
 
-class PostNormUntimed(PostNorm):
+class TextPostNorm(DualStream):
+    """Normalises the text after its additions, and the image never; both are read afterwards."""
+
+    class block(DualBlock):  # noqa: N801
+        def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+            x, text = super().forward(x, text, time)
+            return x, self.norm(text)
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, text = block(x, text, time)
+        return self.join(x, text)
+
+    def join(self, x: Tensor, text: Tensor) -> Tensor:
+        return x + text.mean(dim=1, keepdim=True)
+
+
+class TextPostNormWrittenOver(TextPostNorm):
+    """Goes on to write into the text that the last block returned."""
+
+    def join(self, x: Tensor, text: Tensor) -> Tensor:
+        return super().join(x, text.add_(1))
+
+
+class Untimed(Model):
     """Time is added to the hidden states before the blocks, which know nothing of it."""
 
     class block(Block):  # noqa: N801
         def forward(self, x: Tensor, time: Tensor) -> Tensor:
-            return self.norm2(x + self.attn(x))
+            return x + self.attn(self.norm2(x))
 
     def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
         return super().loop(x + time[:, None], time, text)
-
-
-class PostNormWrittenOver(PostNorm):
-    """Goes on to write into what the last block returned."""
-
-    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-        x = super().loop(x, time, text)
-        return x.add_(1)
 
 
 class InPlaceAcrossTheCut(Model):

@@ -154,9 +154,10 @@ class Description:
         """How a stream lies between blocks; only an image can be a picture."""
         return "tokens" if self.layout == "picture" and stream != "image" else self.layout
 
-    def held(self, stream: str) -> bool:
-        """Whether nothing of what enters the loop is left in a stream as it leaves."""
-        return self.norm == "after the addition"
+    @property
+    def is_residual(self) -> bool:
+        """Whether what leaves the loop is what entered it plus something."""
+        return self.norm != "after the addition"
 
 
 @st.composite

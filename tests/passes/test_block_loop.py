@@ -204,6 +204,165 @@ def test_operations_constants_shapes_dtypes_and_wiring_tell_blocks_apart(
     assert len(set(all_structures)) == len(all_structures) == 7
 
 
+@torch.library.custom_op("first_namespace::scale", mutates_args=())
+def first_scale(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@torch.library.custom_op("second_namespace::scale", mutates_args=())
+def second_scale(x: Tensor) -> Tensor:
+    return 3 * x
+
+
+first_scale.register_fake(torch.empty_like)
+second_scale.register_fake(torch.empty_like)
+
+
+def test_operators_of_one_name_in_two_namespaces_are_two(sketch: Sketch, x: Node) -> None:
+    for name in ("first", "second"):
+        scale = getattr(torch.ops, f"{name}_namespace").scale
+        for kind, target in (("packet", scale), ("overload", scale.default)):
+            for place in (0, 1):
+                with sketch.module(f"{name}_{kind}.{place}"):
+                    x = sketch(target, x)
+    found = structures(sketch, x)
+    assert len(set(found)) == 4
+    assert all(one == other for one, other in zip(found[::2], found[1::2], strict=True))
+
+
+def test_local_functions_of_one_name_are_two(sketch: Sketch, x: Node) -> None:
+    def local(factor: int) -> object:
+        return lambda x: factor * x
+
+    first, second = local(2), local(3)
+    targets = (first, second, first)
+    results = [
+        blocks(sketch, f"list_{place}", x, 1, lambda sketch, x, target=target: sketch(target, x))
+        for place, target in enumerate(targets)
+    ]
+    one, other, again = structures(sketch, *results)
+    assert one == again
+    assert one != other
+
+
+def test_layouts_and_weights_of_what_comes_in_tell_blocks_apart(sketch: Sketch, x: Node) -> None:
+    turned = sketch("transpose", sketch.input("turned", 1, WIDTH, 4), 1, 2)
+    cpu = sketch.input("cpu", 1, 4, WIDTH)
+    cpu.meta["example_value"] = torch.empty(1, 4, WIDTH)
+    assert turned.meta["example_value"].shape == x.meta["example_value"].shape
+    operands = [x, turned, sketch.weight(1, 4, WIDTH), cpu, sketch("exp", x)]
+    found = structures(
+        sketch,
+        *(blocks(sketch, f"list_{i}", each, 1, scaled(2.0)) for i, each in enumerate(operands)),
+    )
+    assert len(set(found[:4])) == 4
+    assert found[0] == found[4]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_operands_in_one_memory_matter_where_a_block_writes(sketch: Sketch, writes: bool) -> None:
+    def written(first: Node, second: Node) -> object:
+        target = "add_" if writes else "add"
+        return lambda sketch, x: sketch(torch.mul, sketch(target, first, 1), second)
+
+    made = sketch("exp", sketch.input("made", 2, 4, WIDTH))
+    halves = [sketch("select", made, 0, index) for index in (0, 1)]
+    others = [sketch("exp", sketch.input(f"other_{index}", 4, WIDTH)) for index in (0, 1)]
+    results = [
+        blocks(sketch, "shared", halves[0], 1, written(*halves)),
+        blocks(sketch, "apart", others[0], 1, written(*others)),
+        blocks(sketch, "twice", others[0], 1, written(others[0], others[0])),
+    ]
+    shared, apart, twice = structures(sketch, *results)
+    assert (shared == apart) is not writes
+    assert twice not in (shared, apart)
+
+
+class ModesDiffer(Model):
+    """The middle one of three blocks runs in another mode, or inside another transform."""
+
+    def __init__(self, mode: object) -> None:
+        super().__init__(depth=4)
+        self.mode = mode
+
+    def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            if index in (1, 2):
+                with self.mode():
+                    update = block(x, time) - x
+            else:
+                update = block(x, time) - x
+            x = x + update
+        return x
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.enable_grad,
+        lambda: nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH),
+    ],
+    ids=["autocast", "grad", "attention kernels"],
+)
+def test_modes_tell_blocks_apart(mode: object) -> None:
+    traced = trace(ModesDiffer(mode), **inputs())
+    first, second, third, fourth = (
+        block.structure for block in traced.guarded.analysis.loop.blocks
+    )
+    assert second == third
+    assert first == fourth
+    assert first != second
+
+
+def test_two_autocasts_are_two_modes() -> None:
+    def structure(dtype: torch.dtype) -> str:
+        traced = trace(ModesDiffer(lambda: torch.autocast("cpu", dtype)), **inputs())
+        return traced.guarded.analysis.loop.blocks[1].structure
+
+    assert structure(torch.bfloat16) == structure(torch.bfloat16)
+    assert structure(torch.bfloat16) != structure(torch.float16)
+
+
+def test_a_vmap_around_a_block_tells_it_apart(sketch: Sketch, x: Node) -> None:
+    found = []
+    functorch = torch._C._functorch
+    for index, size in enumerate((0, 4, 4, 5)):
+        graph = sketch.graph
+        if size:
+            graph.call_function(functorch._vmap_increment_nesting, (size, "error"))
+        found.append(blocks(sketch, f"list_{index}", x, 1, scaled(2.0)))
+        if size:
+            graph.call_function(functorch._vmap_decrement_nesting, ())
+    none, four, again, five = structures(sketch, *found)
+    assert four == again
+    assert len({none, four, five}) == 3
+
+
+class Checkpointed(Model):
+    """Each block calls its layers through a higher-order operator; its graph is an operand."""
+
+    def __init__(self, factors: tuple[float, ...]) -> None:
+        super().__init__(depth=len(factors))
+        for block, factor in zip(self.blocks, factors, strict=True):
+            block.factor = factor
+
+    class block(Block):  # noqa: N801
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            def inner(x: Tensor) -> Tensor:
+                return self.factor * self.mlp(x)
+
+            x = x + self.attn(self.norm1(x) + time[:, None])
+            return x + torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)
+
+
+def test_what_a_higher_order_operator_runs_tells_blocks_apart() -> None:
+    traced = trace(Checkpointed((0.25, 0.25, 0.5)), **inputs())
+    one, same, other = (block.structure for block in traced.guarded.analysis.loop.blocks)
+    assert one == same
+    assert one != other
+
+
 # --- how a model can hold and call its blocks ----------------------------------------------------
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from diffusers_models import REPRESENTATIVES
-from omni_cache.passes.node import arithmetic, computation
-from omni_cache.passes.residual import leaves
+from omni_cache.passes.cost import arithmetic
+from omni_cache.passes.order import computation
+from omni_cache.passes.views import leaves
 from twelve import captured, model
 
 MIXED = {"z_image": 0.5, "chroma": 0.8}
@@ -55,7 +56,7 @@ def test_the_signal_is_the_modulated_input(name: str) -> None:
     assert analysis.signal is not None
     assert analysis.signal.kind == "modulated input"
     assert analysis.timestep is not None
-    assert analysis.signal_bytes == analysis.residual_bytes
+    assert analysis.signal_bytes == analysis.residual_bytes()
 
 
 def test_blocks_of_sd3_have_three_structures() -> None:

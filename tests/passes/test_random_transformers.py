@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omni_cache.passes.node import computation
-from omni_cache.passes.split import Part, is_guard
+from omni_cache.passes import RegionError
+from omni_cache.passes.build import Part, is_guard
+from omni_cache.passes.order import computation
 from random_transformers import Description, Transformer, descriptions, inputs
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -41,10 +42,10 @@ def is_cut_without_loss(described: Description, traced: Trace) -> None:
     guarded = traced.guarded
     whole = Counter((node.name, node.target) for node in computation(traced.gm.graph))
     assert copied(guarded.prologue) + copied(guarded.body) + copied(guarded.epilogue) == whole
-    assert copied(guarded.reuse) == copied(guarded.epilogue)
+    # What reuse adds may take a name that a node has in the epilogue.
+    assert targets(copied(guarded.reuse)) == targets(copied(guarded.epilogue))
     # Both streams may leave as one.
-    held = {pair.held for pair in guarded.analysis.pairs}
-    assert held == set(map(described.held, described.read_after))
+    assert not any(pair.held for pair in guarded.analysis.pairs)
     assert len(guarded.analysis.pairs) <= len(described.read_after)
 
 
@@ -53,6 +54,14 @@ def copied(part: Part) -> Counter[Any]:
     return Counter(
         (node.name, node.target) for node in computation(part.module.graph) if not is_guard(node)
     )
+
+
+def targets(nodes: Counter[Any]) -> Counter[Any]:
+    """The same without the names."""
+    counted: Counter[Any] = Counter()
+    for (_, target), count in nodes.items():
+        counted[target] += count
+    return counted
 
 
 def reuses_by_the_formula(
@@ -68,12 +77,7 @@ def reuses_by_the_formula(
     earlier_entry = model.carried(earlier_entry)
     entry = model.carried(model.enter(**now)[0])
     expected = model.leave(
-        {
-            name: earlier_exit[name]
-            if described.held(name)
-            else entry[name] + (earlier_exit[name] - earlier_entry[name])
-            for name in entry
-        }
+        {name: entry[name] + (earlier_exit[name] - earlier_entry[name]) for name in entry}
     )
     values = traced.values()
     residuals = {name: values[name] for name in traced.guarded.residuals}
@@ -115,6 +119,10 @@ def test_random_transformers_are_found_cut_computed_and_reused_right() -> None:
         seen.add(described)
         model = Transformer(described)
         given = inputs(described)
+        if not described.is_residual:
+            with pytest.raises(RegionError, match="whatever its latents"):
+                trace(model, **given, signal=signal)
+            return
         with torch.no_grad():
             traced = trace(model, **given, signal=signal)
             finds_the_loop(described, traced)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from made_up_models import IMAGE, WIDTH, Block, Model, inputs
 from omni_cache.passes import RegionError, Signal, analyse, find_timestep
-from omni_cache.passes.node import argument_name, module_path
+from omni_cache.passes.names import argument_name, module_path
 from torch import Tensor
 from torch.fx import Node
 from tracing import Trace, trace
@@ -61,23 +61,6 @@ def test_it_has_the_shape_that_the_block_gives_to_the_stream(kind: type[Model]) 
     signal = signal_of(trace(kind(), **inputs()))
     assert signal.kind == "modulated input"
     assert not any("attention" in node.name for node in signal.moved)
-
-
-def test_what_conditions_the_blocks_is_not_taken_for_a_stream_without_a_residual() -> None:
-    class LargeTime(made_up.PostNorm):
-        """The time is larger than the stream, and nothing of the stream comes out unchanged."""
-
-        class block(Block):  # noqa: N801
-            def forward(self, x: Tensor, time: Tensor) -> Tensor:
-                return self.norm2(x + self.attn(x) * time[:, :IMAGE])
-
-        def loop(self, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
-            return super().loop(x, time[:, None].repeat(1, 2 * IMAGE, 1), text)
-
-    signal = signal_of(trace(LargeTime(), **inputs()))
-    assert signal.kind == "modulated input"
-    value = signal.node.meta["example_value"]
-    assert value.shape[1:] == (IMAGE, WIDTH)
 
 
 def test_only_what_it_needs_moves_to_the_prologue() -> None:
@@ -188,7 +171,7 @@ def test_of_several_outputs_it_is_the_largest() -> None:
             r"signal='blocks.0.norm3': no 'blocks.0.norm3' runs in the graph",
         ),
         ("project", r"signal='project': that module runs after the block loop"),
-        ("blocks.1", r"nothing that only the block loop computes"),
+        ("blocks.1", r"the signal needs the whole block loop"),
     ],
 )
 def test_a_module_that_cannot_be_it_is_refused(path: str, reason: str) -> None:
@@ -249,7 +232,7 @@ def test_a_timestep_embedding_needs_a_timestep() -> None:
 
 def test_a_timestep_embedding_must_enter_the_loop() -> None:
     with pytest.raises(RegionError, match=r"no timestep embedding enters"):
-        trace(made_up.PostNormUntimed(), **inputs(), signal="timestep_embedding")
+        trace(made_up.Untimed(), **inputs(), signal="timestep_embedding")
 
 
 # --- the timestep --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omni_cache.passes import (
+    WEIGHTS,
     GuardedGraph,
     Part,
     RegionError,
@@ -49,9 +50,22 @@ class Trace:
         """The outputs by way of prologue, body and epilogue."""
         return run(self.guarded.epilogue, self.values())
 
-    def reused(self, values: Mapping[str, Any]) -> list[Tensor]:
-        """The outputs by way of the residuals in ``values``."""
-        return run(self.guarded.reuse, values)
+    def reused(self, values: Mapping[str, Any], weights: Tensor | None = None) -> list[Tensor]:
+        """The outputs by way of the history in ``values``, which is held if no weights are given.
+
+        ``weights`` are (1 or B, depth).
+        """
+        return run(
+            self.guarded.reuse, {**values, WEIGHTS: self.hold() if weights is None else weights}
+        )
+
+    def hold(self) -> Tensor:
+        """The row of weights that takes the newest residuals as they are."""
+        part = self.guarded.reuse
+        examples = dict(zip(part.inputs, part.example_inputs, strict=True))
+        weights = torch.zeros(1, len(self.guarded.history), dtype=examples[WEIGHTS].dtype)
+        weights[:, 0] = 1
+        return weights
 
 
 def run(part: Part, values: Mapping[str, Any]) -> list[Any]:
@@ -66,6 +80,9 @@ def trace(
     signal: str | None = "auto",
     parameters: tuple[str, ...] = (),
     dynamic: bool | None = None,
+    depth: int = 1,
+    history_dtype: torch.dtype | None = None,
+    per_sample: bool = False,
     **kwargs: Any,
 ) -> Trace:
     """Capture ``model(*args, **kwargs)`` as one graph, and analyse and split it.
@@ -80,7 +97,7 @@ def trace(
         try:
             before = graph_text(gm.graph)
             analysis = analyse(gm.graph, region=region, signal=signal, parameters=parameters)
-            guarded = split(gm, analysis)
+            guarded = split(gm, analysis, depth, history_dtype, per_sample)
             traces.append(Trace(gm, guarded, before, guarded_text(guarded), {}))
         except RegionError as error:
             # Dynamo would wrap it.

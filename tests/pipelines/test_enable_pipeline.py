@@ -126,8 +126,8 @@ def test_nothing_is_held_after_the_last_step(pipe: Any) -> None:
     assert run is not None
     (trajectory,) = run.trajectories.values()
     assert trajectory.memory_bytes > 0
-    assert trajectory.residuals is None
-    assert trajectory.gate is None
+    assert trajectory.history.kept == []
+    assert trajectory.signal is None
 
 
 def test_a_target_without_a_transformer_is_refused_by_name() -> None:

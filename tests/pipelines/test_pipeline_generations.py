@@ -117,7 +117,7 @@ def test_every_branch_of_every_model_has_a_trajectory(name: str) -> None:
         for trajectory in model._compiled_call_impl.state.latest.trajectories.values():
             # All is freed with the last step, for experts that had theirs before, too.
             assert trajectory.memory_bytes > 0
-            assert (trajectory.residuals, trajectory.gate) == (None, None)
+            assert (trajectory.history.kept, trajectory.signal) == ([], None)
 
     counters.clear()
     kind.generate(pipe, steps=5)
@@ -135,7 +135,7 @@ def test_experts_keep_their_own_residuals_and_count_their_steps_together() -> No
         assert reasons == [
             ["first step", "retention", "below threshold", "below threshold"],
             # It has nothing to reuse at first, but it is past the first quarter.
-            ["no residual", "below threshold", "below threshold", "max_skip_steps"],
+            ["first step", "below threshold", "below threshold", "max_skip_steps"],
         ]
         # The step after a computed one is as far off as the ratio of just that step says.
         assert high.steps[2].distance == pytest.approx(abs(1 - RATIOS[2]))

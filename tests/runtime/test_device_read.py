@@ -1,14 +1,17 @@
 """Decisions where tensors lie on a device, driven on the CPU by denying the host a look at them.
 
-One copy to the host per call brings verdict and timestep together, so the call's trajectory must be
-guessed before it is known. Schedules and predictions must be those of the path that need not guess.
+One read per call brings measurement, timestep and contents of inputs together, so the call's place
+must be guessed before it is known. Schedules and predictions must be those of the path that need
+not guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from toy_transformer import (
     CHANNELS,
     MAGCACHE,
     STRATEGIES,
+    TEACACHE,
     TOKENS,
     Loop,
     ToyTransformer,
@@ -30,35 +34,84 @@ from toy_transformer import (
     same,
 )
 
-from omni_cache.runtime import executor
+import omni_cache
+from omni_cache.runtime import decision, executor, history, inference, placement
+from omni_cache.strategies import signals
 
 BRANCHES = {1: ("cond",), 2: ("cond", "uncond"), 3: ("cond", "uncond", "reference")}
+MAGCACHE_ALWAYS = {**MAGCACHE, "threshold": 1e9, "max_skip_steps": 99, "retention_ratio": 0.0}
+ALWAYS = {"teacache": ALWAYS_REUSE, "magcache": MAGCACHE_ALWAYS}
+READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+"""The ways of a tensor to the host."""
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @contextmanager
 def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Let the host see no tensor; yields how many copies to the host each call has made."""
-    copies: list[int] = []
-    bring, run = executor._Read.__call__, executor.Executor.__call__
+    """Let the host see no tensor but by a read; yields how many reads each call has made."""
+    reads: list[int] = []
+    inside = False
 
-    def counting_bring(read: executor._Read, verdict: Tensor) -> list[float]:
-        copies[-1] += 1
-        return bring(read, verdict)
+    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(read)
+        def counted(*args: Any) -> Any:
+            if inside:
+                reads[-1] += 1
+            return read(*args)
 
-    def counting_run(self: executor.Executor, *args: Any) -> Any:
-        copies.append(0)
-        return run(self, *args)
+        return counted
 
+    def watched(function: Callable[..., Any], begins: bool = False) -> Callable[..., Any]:
+        @wraps(function)
+        def watching(*args: Any) -> Any:
+            nonlocal inside
+            if begins:
+                reads.append(0)
+            before, inside = inside, True
+            try:
+                return function(*args)
+            finally:
+                inside = before
+
+        return watching
+
+    def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def unwatched(*args: Any) -> Any:
+            nonlocal inside
+            before, inside = inside, False
+            try:
+                return function(*args)
+            finally:
+                inside = before
+
+        return unwatched
+
+    class Unread(inference.Content):
+        @elsewhere
+        def __init__(self, tensor: Tensor, is_shared: bool = False) -> None:
+            super().__init__(tensor, is_shared)
+            self.numbers = None
+
+    see = inference.host_value
     with monkeypatch.context() as patch:
-        patch.setattr(executor._Read, "__call__", counting_bring)
-        patch.setattr(executor.Executor, "__call__", counting_run)
-        patch.setattr(executor, "_host_value", lambda value: None)
-        yield copies
+        for name in READS:
+            patch.setattr(Tensor, name, counting(getattr(Tensor, name)))
+        patch.setattr(executor.Executor, "__call__", watched(executor.Executor.__call__, True))
+        patch.setattr(decision.Step, "_commit", watched(decision.Step._commit))
+        # What kernels do on the CPU says nothing of what they do on a device.
+        patch.setattr(signals, "rel_l1", elsewhere(signals.rel_l1))
+        patch.setattr(history.Kept, "__post_init__", lambda self: None)
+        patch.setattr(inference, "Content", Unread)
+        patch.setattr(inference.Inputs, "on_device", True)
+        patch.setattr(placement, "host_value", lambda t: None if isinstance(t, Tensor) else see(t))
+        yield reads
 
 
-def generations(loops: list[Loop], **flags: Any) -> tuple[list[Tensor], list[list[list[bool]]]]:
+def generations(
+    loops: Sequence[Loop], **flags: Any
+) -> tuple[list[Tensor], list[list[list[bool]]], ToyTransformer]:
     """All predictions of loops that go over one model, and the schedule of each."""
     model = ToyTransformer()
     cached = compiled(model, **flags)
@@ -66,7 +119,20 @@ def generations(loops: list[Loop], **flags: Any) -> tuple[list[Tensor], list[lis
     for loop in loops:
         predictions += loop.run(cached)
         schedules.append(computed(model))
-    return predictions, schedules
+    return predictions, schedules, model
+
+
+def test_the_pretence_counts_every_read_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_device(monkeypatch) as reads:
+        measure = decision.Step._measure
+
+        def curious(step: decision.Step, view: Any) -> Any:
+            assert float(torch.zeros(())) == 0.0
+            return measure(step, view)
+
+        monkeypatch.setattr(decision.Step, "_measure", curious)
+        Loop().run(compiled(ToyTransformer()))
+    assert reads == [2] * 8
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -75,84 +141,186 @@ def test_schedules_and_predictions_are_those_of_the_host(
     branches: int, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loops = [Loop(BRANCHES[branches], seed=seed) for seed in (0, 1, 0)]
-    expected, expected_schedules = generations(loops, **STRATEGIES[strategy])
+    expected, expected_schedules, _ = generations(loops, **STRATEGIES[strategy])
 
-    with pretended_device(monkeypatch) as copies:
-        predictions, schedules = generations(loops, **STRATEGIES[strategy])
+    with pretended_device(monkeypatch) as reads:
+        predictions, schedules, _ = generations(loops, **STRATEGIES[strategy])
 
     assert schedules == expected_schedules
     assert same(predictions, expected)
     assert any(False in schedule for schedule in schedules[-1])
-    assert len(copies) == len(predictions)
-    assert set(copies) == {1}  # the timestep at least, and never twice
-
-
-def test_a_known_place_costs_a_host_decided_strategy_no_copy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loop = Loop(BRANCHES[2], explicit=True)
-    expected, expected_schedules = generations([loop], **MAGCACHE)
-
-    with pretended_device(monkeypatch) as copies:
-        predictions, schedules = generations([loop], **MAGCACHE)
-
-    assert (same(predictions, expected), schedules) == (True, expected_schedules)
-    assert set(copies) == {0}
-
-
-def test_a_known_place_costs_a_measuring_strategy_one_copy(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    loop = Loop(BRANCHES[2], explicit=True)
-    expected, expected_schedules = generations([loop])
-
-    with pretended_device(monkeypatch) as copies:
-        predictions, schedules = generations([loop])
-
-    assert (same(predictions, expected), schedules) == (True, expected_schedules)
-    assert copies == [0, 0] + [1] * 14  # nothing to compare at the first step
+    assert len(reads) == len(predictions)
+    assert set(reads) == {1}  # the timestep at least, and never twice
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_branch_that_ends_early_costs_one_computed_step_at_most(
+@pytest.mark.parametrize("explicit", [False, True], ids=["inferred", "named"])
+@pytest.mark.parametrize("axis", ["sigma", "step"])
+def test_forecasts_are_those_of_the_host(
+    axis: str, explicit: bool, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forecast over timesteps has them, whoever else needs them or not."""
+
+    class Uneven(Loop):
+        @property
+        def timesteps(self) -> list[float]:
+            return [1000.0, 950.0, 700.0, 640.0, 400.0, 380.0, 150.0, 20.0]
+
+    loops = [Uneven(BRANCHES[2], explicit=explicit)]
+    flags = {"forecast": "newton", "forecast_order": 2, "forecast_axis": axis}
+    expected, expected_schedules, _ = generations(loops, **STRATEGIES[strategy], **flags)
+
+    with pretended_device(monkeypatch) as reads:
+        predictions, schedules, model = generations(loops, **STRATEGIES[strategy], **flags)
+
+    assert (schedules, same(predictions, expected)) == (expected_schedules, True)
+    assert max(reads) <= 1
+    if explicit and axis == "step":
+        assert reads[6:] == [int(strategy == "teacache")] * 10
+    else:
+        known = [each.timestep for each in omni_cache.summary(model).trajectories[0].steps]
+        assert known == loops[0].timesteps
+
+
+def test_a_known_place_costs_a_host_decided_strategy_no_read_once_it_knows_its_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which inputs change is learned from the first calls, whose contents are compared."""
+    loop = Loop(BRANCHES[2], explicit=True)
+    expected, expected_schedules, _ = generations([loop], **MAGCACHE)
+
+    with pretended_device(monkeypatch) as reads:
+        predictions, schedules, _ = generations([loop], **MAGCACHE)
+
+    assert (same(predictions, expected), schedules) == (True, expected_schedules)
+    assert reads == [0, 0] + [1] * 2 * inference.LEARNED + [0] * 10
+
+
+def test_a_known_place_costs_a_measuring_strategy_one_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = Loop(BRANCHES[2], explicit=True)
+    expected, expected_schedules, _ = generations([loop])
+
+    with pretended_device(monkeypatch) as reads:
+        predictions, schedules, _ = generations([loop])
+
+    assert (same(predictions, expected), schedules) == (True, expected_schedules)
+    assert reads == [0, 0] + [1] * 14  # nothing to compare at the first step
+
+
+# --- every kind of loop ---------------------------------------------------------------------------
+
+Run = Callable[[Callable[..., Tensor], Sequence[float], int], None]
+
+
+def each_call(generation: bool, branch: bool, anew: bool, index: bool = False) -> Run:
+    """A loop over two branches: what it names, and whether it makes its prompts anew."""
+
+    def run(model: Callable[..., Tensor], timesteps: Sequence[float], seed: int) -> None:
+        prompts = {name: gaussian((seed, name), 1, 5, CHANNELS) for name in BRANCHES[2]}
+        latents = gaussian(seed, 1, TOKENS, CHANNELS)
+        with omni_cache.generation(len(timesteps)) if generation else contextlib.nullcontext():
+            for step, timestep in enumerate(timesteps):
+                noises = []
+                for name, prompt in prompts.items():
+                    place = omni_cache.branch(name, step if index else None)
+                    with place if branch else contextlib.nullcontext():
+                        words = prompt.clone() if anew else prompt
+                        noises.append(model(latents, torch.tensor([timestep]), words))
+                latents = latents - torch.stack(noises).mean(0) / len(timesteps)
+
+    return run
+
+
+LOOPS: dict[str, Run] = {
+    f"{'anew' if anew else 'kept'}, {named}": each_call(*told, anew, indexed)
+    for anew in (False, True)
+    for named, told, indexed in (
+        ("bare", (False, False), False),
+        ("a generation", (True, False), False),
+        ("branches", (False, True), False),
+        ("branches and steps", (False, True), True),
+        ("both", (True, True), False),
+    )
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", LOOPS)
+def test_every_kind_of_loop_is_decided_as_on_the_host_with_one_read_at_most(
+    kind: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> list[list[list[str]]]:
+        model = ToyTransformer()
+        cached = compiled(model, **STRATEGIES[strategy])
+        found = []
+        for seed in (0, 1):
+            LOOPS[kind](cached, Loop().timesteps, seed)
+            found.append(reasons(model))
+        return found
+
+    expected = run()
+    torch._dynamo.reset()
+    with pretended_device(monkeypatch) as reads:
+        found = run()
+    assert found == expected
+    assert len(reads) == 2 * 2 * 8
+    assert max(reads) <= 1
+
+
+# --- guesses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ALWAYS)
+def test_a_branch_that_ends_early_costs_no_step(
     strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guidance that stops half-way: the guess, another branch, is wrong once."""
-    flags = {**STRATEGIES[strategy], "threshold": 1e9} if strategy == "magcache" else ALWAYS_REUSE
+    """Guidance that stops half-way: the branch that goes on is known by its prompt."""
     model = ToyTransformer()
-    cached = compiled(model, **flags)
+    cached = compiled(model, **ALWAYS[strategy])
     prompts = [gaussian(name, 1, 5, CHANNELS) for name in BRANCHES[2]]
     latents = gaussian(0, 1, TOKENS, CHANNELS)
 
-    with pretended_device(monkeypatch) as copies:
+    with pretended_device(monkeypatch) as reads:
         for step in range(7):
             for prompt in prompts[: 2 if step < 3 else 1]:
                 cached(latents.clone(), torch.tensor([1000.0 - step]), prompt)
 
-    assert max(copies) == 1
-    if strategy == "teacache":
-        # Its one copy was spent on the wrong branch.
-        assert reasons(model)[0][4] == "unexpected call"
-        assert computed(model) == [
-            [True, False, False, False, True, False, False],
-            [True, False, False],
-        ]
-    else:
-        assert reasons(model)[0][1:] == [*["below threshold"] * 2, "max_skip_steps"] * 2
+    assert set(reads) == {1}
+    assert computed(model) == [[True] + [False] * 6, [True, False, False]]
 
 
-def test_a_second_step_with_new_inputs_computes_without_a_copy_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_wrong_guess_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two branches of the same words: the second is expected, and ends half-way."""
     model = ToyTransformer()
     cached = compiled(model, **ALWAYS_REUSE)
-    with pretended_device(monkeypatch) as copies:
-        for step in range(4):
-            prompt, latents = gaussian("p", 1, 5, CHANNELS), gaussian(0, 1, TOKENS, CHANNELS)
-            cached(latents, torch.tensor([1000.0 - step]), prompt, None)
+    prompt, latents = gaussian("cond", 1, 5, CHANNELS), gaussian(0, 1, TOKENS, CHANNELS)
 
-    assert set(copies) == {1}
-    assert computed(model) == [[True, True, False, False]]
+    with pretended_device(monkeypatch) as reads:
+        for step in range(7):
+            for _ in range(2 if step < 4 else 1):
+                cached(latents.clone(), torch.tensor([1000.0 - step]), prompt)
+
+    assert set(reads) == {1}
+    assert reasons(model)[0][4:6] == ["below threshold", "unexpected call"]
+
+
+def test_prompts_made_anew_are_known_by_their_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule(words: Sequence[str]) -> list[list[bool]]:
+        model = ToyTransformer()
+        cached = compiled(model, **ALWAYS_REUSE)
+        for step, name in enumerate(words):
+            prompt, latents = gaussian(name, 1, 5, CHANNELS), gaussian(step, 1, TOKENS, CHANNELS)
+            cached(latents, torch.tensor([1000.0 - step]), prompt)
+        return computed(model)
+
+    for words in ("pppp", "ppqq", "pqqq", "pqpq", "pqrs"):
+        expected = schedule(words)
+        with pretended_device(monkeypatch) as reads:
+            assert schedule(words) == expected, words
+        assert set(reads) == {1}
+    assert schedule("pppp") == [[True, False, False, False]]
 
 
 @pytest.mark.parametrize("calls", range(1, 6))
@@ -161,16 +329,64 @@ def test_abandoned_loop_is_not_reused(calls: int, monkeypatch: pytest.MonkeyPatc
     expected = loop.run(compiled(ToyTransformer(), **ALWAYS_REUSE))
 
     cached = compiled(ToyTransformer(), **ALWAYS_REUSE)
-    with pretended_device(monkeypatch):
+    with pretended_device(monkeypatch) as reads:
         with interrupted():
             replace(loop, prompts=("one", "two"), seed=1, calls=calls).run(cached)
         assert same(loop.run(cached), expected)
+    assert set(reads) == {1}
 
 
-def test_non_finite_residual_comes_over_with_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device the flag must not cost a copy of its own."""
-    read = executor._Read()
-    read.want("finite", torch.tensor(False))
-    assert read.known("finite") is None
-    assert read(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
-    assert read.known("finite") == 0.0
+# --- what is not finite ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ALWAYS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_that_a_residual_is_not_finite_comes_over_with_what_is_read(
+    value: float, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the flag must not cost a read of its own."""
+    model = ToyTransformer()
+    cached = compiled(model, **ALWAYS[strategy])
+    healthy = model.blocks[1].out.bias.clone()
+    latents, prompt = gaussian(0, 1, TOKENS, CHANNELS), gaussian("cond", 1, 5, CHANNELS)
+    finite = []
+    with pretended_device(monkeypatch) as reads:
+        for step in range(4):
+            model.blocks[1].out.bias.copy_(healthy)
+            if step == 0:
+                model.blocks[1].out.bias[0] = value
+            prediction = cached(latents.clone(), torch.tensor([900.0 - step]), prompt)
+            finite.append(prediction.isfinite().all())
+    assert torch.stack(finite).tolist() == [False, True, True, True]
+    assert reasons(model) == [
+        ["first step", "non-finite residual", "below threshold", "below threshold"]
+    ]
+    assert set(reads) == {1}
+
+
+@pytest.mark.parametrize("forecast", ["hold", "newton"])
+def test_an_older_residual_that_is_not_finite_is_left_out_of_a_forecast(
+    forecast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[list[list[str]], list[Tensor]]:
+        model = ToyTransformer()
+        cached = compiled(model, **TEACACHE, forecast=forecast)
+        healthy, predictions = model.blocks[1].out.bias.clone(), []
+        prompt = gaussian("cond", 1, 5, CHANNELS)
+        for step in range(8):
+            model.blocks[1].out.bias.copy_(healthy)
+            if step == 0:
+                model.blocks[1].out.bias[0] = torch.nan
+            latents = gaussian(0, 1, TOKENS, CHANNELS)
+            predictions.append(cached(latents, torch.tensor([900.0 - 50 * step]), prompt))
+        return reasons(model), predictions
+
+    expected, predictions = run()
+    torch._dynamo.reset()
+    with pretended_device(monkeypatch) as reads:
+        found, on_device = run()
+    assert found == expected
+    assert same(on_device[1:], predictions[1:])
+    assert all(each.isfinite().all() for each in on_device[1:])
+    assert "below threshold" in found[0][2:4]
+    assert set(reads) == {1}

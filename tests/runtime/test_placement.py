@@ -26,7 +26,7 @@ from toy_transformer import (
 )
 
 import omni_cache
-from omni_cache.runtime.generation import MAX_BRANCHES
+from omni_cache.runtime.place import MAX_BRANCHES
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -109,7 +109,7 @@ def test_the_first_number_counts_as_the_first_step() -> None:
     calls(900.0)
 
     assert calls.timesteps == [[1000.0, 900.0]]
-    assert reasons(calls.model) == [["first step", "graph changed"]]
+    assert reasons(calls.model) == [["first step", "below threshold"]]
 
 
 @pytest.mark.parametrize(
@@ -142,22 +142,20 @@ def test_a_branch_may_end_and_a_branch_may_begin() -> None:
     calls.run((700.0, 600.0), ("cond",))
     calls.run((500.0,), ("cond", "another"))
 
-    # The second place is taken by other words than before: nobody can tell what that means.
-    assert calls.timesteps == [[500.0]]
+    # Other words than before are another branch, whatever the order.
     calls.run((400.0, 300.0), ("cond", "another"))
-    assert calls.schedule == [[FIRST, FIRST, REUSED], [FIRST, REUSED]]
+    assert calls.schedule == [[FIRST] + [REUSED] * 6, [FIRST, REUSED], [FIRST, REUSED, REUSED]]
 
 
 def test_more_calls_at_one_timestep_than_a_step_can_have_branches() -> None:
     calls = Calls()
     names = [f"prompt {number}" for number in range(MAX_BRANCHES + 1)]
-    calls.run((900.0, 800.0), names)
+    with pytest.warns(UserWarning, match="more than 16 calls at one step") as seen:
+        calls.run((900.0, 800.0), names)
 
-    # Never reused: whose turn it is cannot be told.
-    assert calls.timesteps == [[800.0]]
-    assert calls.schedule == [[FIRST]]
-    calls.run((700.0,), names[:1])
-    assert calls.schedule == [[FIRST, FIRST]]
+    # The last one has no place; it is computed.
+    assert len(seen) == 1
+    assert calls.schedule == [[FIRST, REUSED]] * MAX_BRANCHES
 
 
 def test_without_timestep_and_context_every_call_is_computed_and_one_warning_says_why() -> None:
@@ -268,7 +266,7 @@ def test_a_step_index_reaches_the_strategy() -> None:
             with omni_cache.branch("cond", step_index=index):
                 calls(None)
 
-    assert reasons(calls.model) == [["retention", "retention", "below threshold"]]
+    assert reasons(calls.model) == [["first step", "retention", "below threshold"]]
 
 
 def test_a_step_index_that_goes_back_starts_the_generation_over() -> None:
@@ -322,8 +320,9 @@ def test_a_loop_after_the_announced_one_is_not_taken_for_its_continuation() -> N
     with omni_cache.branch("cond"):
         calls.run((900.0, 500.0))
         assert calls.schedule == [[FIRST, REUSED]]
-        calls.run((900.0, 700.0, 500.0))
-        assert calls.schedule == [[FIRST, REUSED, REUSED]]
+        with pytest.warns(UserWarning, match="after the last of 2 steps"):
+            calls.run((900.0, 700.0, 500.0))
+        assert reasons(calls.model) == [["first step", "below threshold", "after the last step"]]
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -126,16 +126,15 @@ def test_generations_of_different_length_are_told_apart_by_the_timestep_alone(fo
         timesteps = [1000.0 - 992 * step // steps for step in range(steps)]
         loop = [(timestep, "ab") for timestep in timesteps]
         witness.loop(loop, number, FORMS[form], prompts)
-        # The first number compiles a graph of its own.
+        # The first number compiles a graph of its own, in which other tensors enter the blocks.
         firsts = 2 if number == 0 and form.startswith("a Python") else 1
         assert witness.schedule == [[FIRST] * firsts + [REUSED] * (steps - firsts)] * 2
 
 
-def test_where_every_number_compiles_a_graph_of_its_own_every_step_computes() -> None:
+def test_where_every_number_compiles_a_graph_of_its_own_residuals_fit_all_of_them() -> None:
     witness = Witness(dynamic=False, **ALWAYS_REUSE)
     witness.loop([(timestep, "a") for timestep in (900.0, 700.0, 500.0)], form=float)
-    assert witness.schedule == [[FIRST] * 3]
-    assert reasons(witness.model) == [["first step", "graph changed", "graph changed"]]
+    assert witness.schedule == [[FIRST, REUSED, REUSED]]
 
 
 ORDERS = {
@@ -170,10 +169,9 @@ def test_a_branch_that_was_left_out_computes_and_counts_the_steps_of_the_loop(fl
     branches = ("a", "a", "ab", "ab", "a", "ab")
     witness.loop([(900.0 - 100 * step, each) for step, each in enumerate(branches)])
 
-    back = reasons(witness.model)[1][2]
-    assert back == {"teacache": "first step", "magcache": "no residual"}[flags["cache"]]
-    state = omni_cache.runtime.states_of_module(witness.model)[0]
-    assert {each.step_index for each in state.latest.trajectories.values()} == {len(branches)}
+    assert reasons(witness.model)[1][2] == "a step was left out"
+    trajectories = omni_cache.summary(witness.model).trajectories
+    assert {each.steps[-1].index for each in trajectories} == {len(branches) - 1}
 
 
 def test_branches_that_share_a_prompt_are_told_apart_by_their_order() -> None:
@@ -184,8 +182,9 @@ def test_branches_that_share_a_prompt_are_told_apart_by_their_order() -> None:
     branches = ("cond", "uncond", "perturbed")
     witness.loop([(900.0 - 100 * step, branches) for step in range(4)], prompts=prompts)
 
-    # Which of the two the second step begins with is unclear, so all of it computes.
-    assert witness.schedule == [[FIRST, FIRST, REUSED, REUSED]] * 3
+    # Which of the two the second step begins with is unclear, so both compute it.
+    unclear = [FIRST, FIRST, REUSED, REUSED]
+    assert witness.schedule == [unclear, [FIRST, REUSED, REUSED, REUSED], unclear]
 
 
 @pytest.mark.parametrize("order", ["abc", "bca", "cab"])
@@ -211,7 +210,8 @@ def test_evaluations_at_one_timestep_have_a_trajectory_each(branches: str) -> No
         witness.loop([(timestep, branches) for timestep in HEUN], generation)
 
     assert len(witness.schedule) == 2 * len(branches)
-    assert witness.schedule[-1] == [FIRST, REUSED, REUSED]
+    # The second call of such a twin may be the other one's.
+    assert witness.schedule[-1] == [FIRST, FIRST, REUSED]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -269,12 +269,12 @@ def test_a_generation_of_one_step_is_not_gone_on_with(named: bool, second: float
             witness.loop([(timestep, "a")], number, prompts=prompts)
 
 
-def test_inputs_made_anew_for_every_step_cost_the_second_step_alone() -> None:
+def test_inputs_made_anew_for_every_step_are_known_by_their_contents() -> None:
     witness = Witness()
     for step in range(5):
         witness("a", torch.tensor([900.0 - step]), gaussian("a", 1, 5, CHANNELS))
 
-    assert witness.schedule == [[FIRST, FIRST, REUSED, REUSED, REUSED]]
+    assert witness.schedule == [[FIRST, REUSED, REUSED, REUSED, REUSED]]
 
 
 def test_latents_that_a_multistep_scheduler_keeps_are_no_sign_of_another_branch() -> None:

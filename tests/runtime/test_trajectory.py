@@ -31,7 +31,7 @@ from toy_transformer import (
 )
 
 import omni_cache
-from omni_cache.runtime import states_of_module
+from omni_cache.runtime.model_state import states_of_module
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -228,8 +228,8 @@ def test_compilations_with_other_flags_do_not_share_residuals() -> None:
         for cached in (often, often, seldom, seldom):
             cached(latents, None, prompt)
 
-    changed, reused = "graph changed", "below threshold"
-    assert reasons(model) == [["first step", reused, changed, reused]]
+    # Each has a trajectory of its own.
+    assert reasons(model) == [["first step", "below threshold"]] * 2
 
 
 def test_equal_graphs_share_residuals() -> None:
@@ -263,8 +263,7 @@ def test_a_residual_that_is_not_finite_is_not_reused(strategy: str, value: float
             model.blocks[1].out.bias[0] = value
         prediction = cached(latents.clone(), torch.tensor([900.0 - step]), prompt)
         finite.append(bool(prediction.isfinite().all()))
-        kept = states_of_module(model)[0].latest.trajectories["branch 0"].residuals
-        assert all(each.isfinite().all() for each in kept)
+        assert all(each().isfinite().all() for each in held(model))
 
     assert finite == [False, True, True, True]
     expected = ["first step", "non-finite residual", "below threshold", "below threshold"]
@@ -285,7 +284,7 @@ def test_a_signal_that_is_not_finite_computes(value: float) -> None:
         assert bool(prediction.isfinite().all()) == (step != 1)
 
     assert computed(model) == [[True, True, True, False, False]]
-    assert reasons(model)[0][1:3] == ["non-finite distance"] * 2
+    assert reasons(model)[0][1:3] == ["non-finite distance", "non-finite residual"]
 
 
 # --- what is freed --------------------------------------------------------------------------------
@@ -307,7 +306,8 @@ def held(model: nn.Module) -> list[weakref.ref[Tensor]]:
     return [
         weakref.ref(residual)
         for trajectory in state.latest.trajectories.values()
-        for residual in trajectory.residuals or ()
+        for kept in trajectory.history.kept
+        for residual in kept.residuals
     ]
 
 
@@ -390,9 +390,9 @@ def test_all_is_freed_with_the_model(enabled: bool) -> None:
         omni_cache.enable(model, inner="eager", **ALWAYS_REUSE)
         Loop().run(model)
         state = model._compiled_call_impl.state
-        residuals = state.latest.trajectories["branch 0"].residuals
-        references = [weakref.ref(each) for each in residuals]
-        del state, residuals
+        (trajectory,) = state.latest.trajectories.values()
+        references = [weakref.ref(each) for each in trajectory.history.kept[0].residuals]
+        del state, trajectory
     else:
         Loop().run(compiled(model, **ALWAYS_REUSE))
         references = held(model)

@@ -1,39 +1,38 @@
-"""MagCache's gate against the rule written out, over random ratios and settings."""
+"""MagCache's gate against the rule written out, and against diffusers' own hook."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers.hooks.mag_cache import nearest_interp
-from hypothesis import assume, given
+from diffusers.hooks import mag_cache as peer
+from driving import computed, drive, reasons
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from toy_transformer import CHANNELS, TOKENS, ToyTransformer, compiled, gaussian
 
-from omni_cache import MagCacheConfig
-from omni_cache.strategies import Decision, Gate, Step
-from omni_cache.strategies.magcache import nearest_interpolation
-
-
-def no_read(tensor: torch.Tensor) -> list[float]:
-    raise AssertionError("MagCache decides on the host and reads nothing from the device")
+import omni_cache
+from omni_cache import MagCache
+from omni_cache.strategies import Gate, Time, Verdict
+from omni_cache.strategies.gates import Ratio, nearest_interpolation
 
 
-def decide(gate: Gate, index: int, total: int | None, can_reuse: bool) -> Decision:
-    return gate.decide(
-        Step(
-            index=index,
-            num_inference_steps=total,
-            can_reuse=can_reuse,
-            signal=None,
-            read=no_read,
-        )
-    )
+def make_gate(branch: str = "cond", position: int = 0, **flags: Any) -> Gate:
+    return MagCache(**flags).policy(None).gate(branch, position)
 
 
-def decide_all(config: MagCacheConfig, total: int, branch: str = "cond") -> list[Decision]:
-    """The decisions on a whole generation, in which every computed step leaves a residual."""
-    gate = config.bind(None).make_gate(branch, 0)
-    return [decide(gate, index, total, can_reuse=index > 0) for index in range(total)]
+def drive_all(gate: Gate, total: int, told: bool = True) -> list[Verdict]:
+    """The verdicts on a whole generation, in which every computed step leaves a residual."""
+    return drive(gate, [None] * total, total if told else None)
+
+
+def rounds_a_half(length: int, steps: int) -> bool:
+    """Whether a step lies half-way between two ratios, where rounding is a matter of precision."""
+    doubled = [2 * step * (length - 1) for step in range(steps)]
+    return steps > 1 and any(d % (steps - 1) == 0 and d // (steps - 1) % 2 for d in doubled)
 
 
 def published_rule(
@@ -41,7 +40,7 @@ def published_rule(
 ) -> tuple[list[bool], list[float]]:
     """For each step whether it is computed, and the accumulated error before any reset."""
     accumulated_ratio, error, skipped = 1.0, 0.0, 0
-    computed, errors = [], []
+    found, errors = [], []
     for step, ratio in enumerate(ratios):
         skip = False
         if step >= int(retention_ratio * len(ratios) + 0.5):
@@ -52,38 +51,86 @@ def published_rule(
             skip = step > 0 and error <= threshold and skipped <= max_skip_steps
             if not skip:
                 accumulated_ratio, error, skipped = 1.0, 0.0, 0
-        computed.append(not skip)
-    return computed, errors
+        found.append(not skip)
+    return found, errors
 
 
+def hooked(config: peer.MagCacheConfig) -> list[bool]:
+    """For each step whether diffusers' hook computes it."""
+    state, schedule = peer.MagCacheState(), []
+    manager: Any = SimpleNamespace(_context="cond", get_state=lambda: state)
+    hook = peer.MagCacheHeadHook(manager, config)
+    hidden = torch.zeros(1, 1, 1)
+    metadata: Any = SimpleNamespace(
+        hidden_states_argument_name="hidden_states",
+        _get_parameter_from_args_kwargs=lambda *_: hidden,
+        return_encoder_hidden_states_index=None,
+    )
+    hook._metadata = metadata
+    hook.fn_ref = SimpleNamespace(original_forward=lambda *_: hidden)
+    for step in range(config.num_inference_steps):
+        state.step_index = step
+        hook.new_forward(torch.nn.Identity(), hidden)
+        schedule.append(state.should_compute)
+        state.previous_residual = hidden
+    return schedule
+
+
+@settings(max_examples=1000)
 @given(
     ratios=st.lists(st.floats(0.5, 1.5), min_size=1, max_size=60),
+    steps=st.integers(1, 60),
     threshold=st.floats(0, 1),
     max_skip_steps=st.integers(0, 8),
     retention_ratio=st.floats(0, 1),
 )
 def test_decides_as_the_rule_says(
-    ratios: list[float], threshold: float, max_skip_steps: int, retention_ratio: float
+    ratios: list[float], steps: int, threshold: float, max_skip_steps: int, retention_ratio: float
 ) -> None:
-    config = MagCacheConfig(
+    gate = make_gate(
         threshold=threshold,
         max_skip_steps=max_skip_steps,
         retention_ratio=retention_ratio,
         mag_ratios=ratios,
     )
-    decisions = decide_all(config, len(ratios))
-    computed, errors = published_rule(ratios, threshold, max_skip_steps, retention_ratio)
-    assert [each.compute for each in decisions] == computed
-    measured = [each.accumulated for each in decisions if each.accumulated is not None]
-    assert measured == pytest.approx(errors)
+    verdicts = drive_all(gate, steps)
+    each_step = [ratios[round(float(at))] for at in np.linspace(0, len(ratios) - 1, steps)]
+    if rounds_a_half(len(ratios), steps) or steps == 1:
+        each_step = list(nearest_interpolation(tuple(ratios), steps))
+    schedule, errors = published_rule(each_step, threshold, max_skip_steps, retention_ratio)
+    assert computed(verdicts) == schedule
+    # The same bits.
+    assert [each.accumulated for each in verdicts if each.accumulated is not None] == errors
+
+
+@settings(max_examples=1000)
+@given(
+    ratios=st.lists(st.floats(0.8, 1.2), min_size=1, max_size=40),
+    steps=st.integers(1, 40),
+    threshold=st.floats(0, 0.5),
+    max_skip_steps=st.integers(0, 8),
+    retention_ratio=st.floats(0, 1),
+)
+def test_decides_as_the_hook_of_diffusers(
+    ratios: list[float], steps: int, threshold: float, max_skip_steps: int, retention_ratio: float
+) -> None:
+    assume(not rounds_a_half(len(ratios), steps))
+    flags: dict[str, Any] = {
+        "threshold": threshold,
+        "max_skip_steps": max_skip_steps,
+        "retention_ratio": retention_ratio,
+    }
+    # In double precision, so that none of its decisions hangs on rounding.
+    theirs = torch.tensor(ratios, dtype=torch.float64)
+    config = peer.MagCacheConfig(mag_ratios=theirs, num_inference_steps=steps, **flags)
+    gate = make_gate(mag_ratios=ratios, **flags)
+    assert computed(drive_all(gate, steps)) == hooked(config)
 
 
 def test_reasons_say_why() -> None:
     ratios = [1.0, 1.0, 1.0, 1.1, 1.0, 1.0, 1.5, 1.0]
-    config = MagCacheConfig(
-        threshold=0.25, max_skip_steps=2, retention_ratio=0.25, mag_ratios=ratios
-    )
-    assert [each.reason for each in decide_all(config, len(ratios))] == [
+    gate = make_gate(threshold=0.25, max_skip_steps=2, retention_ratio=0.25, mag_ratios=ratios)
+    assert reasons(drive_all(gate, len(ratios))) == [
         "first step",
         "retention",
         "below threshold",
@@ -96,51 +143,56 @@ def test_reasons_say_why() -> None:
 
 
 def test_no_residual_computes_and_starts_anew() -> None:
-    config = MagCacheConfig(mag_ratios=[1.0, 1.05, 1.05], retention_ratio=0)
-    gate = config.bind(None).make_gate("cond", 0)
-    decide(gate, 0, 3, can_reuse=False)
-    lost = decide(gate, 1, 3, can_reuse=False)
-    assert (lost.compute, lost.reason) == (True, "no residual")
-    after = decide(gate, 2, 3, can_reuse=True)
-    assert (after.compute, after.accumulated) == (False, pytest.approx(0.05))
+    gate = make_gate(mag_ratios=[1.0, 1.05, 1.05], retention_ratio=0)
+    *_, lost, after = drive(gate, [None] * 3, 3, lost=(0, 1))
+    assert (lost.reuse, lost.reason) == (False, "no residual")
+    assert (after.reuse, after.accumulated) == (True, pytest.approx(0.05))
 
 
-def test_a_fork_is_forgotten_and_an_overruled_step_starts_anew() -> None:
-    config = MagCacheConfig(mag_ratios=[1.05] * 9, retention_ratio=0, threshold=1, max_skip_steps=9)
-    gate = config.bind(None).make_gate("cond", 0)
-    decide(gate, 0, 9, can_reuse=False)
-    decide(gate, 1, 9, can_reuse=True)
-    forked = decide(gate.fork(), 2, 9, can_reuse=True)
-    assert decide(gate, 2, 9, can_reuse=True) == forked
-    gate.overrule()
-    assert decide(gate, 3, 9, can_reuse=True).accumulated == pytest.approx(0.05)
+def test_deciding_twice_is_deciding_once_and_an_overruled_step_starts_anew() -> None:
+    gate = make_gate(mag_ratios=[1.05] * 9, retention_ratio=0, threshold=1, max_skip_steps=9)
+    state = Ratio(1.05, 1, 0.05)
+    verdict = gate.decide(state, Time(2), 9, None)
+    assert verdict == gate.decide(state, Time(2), 9, None)
+    assert verdict.reuse
+    after = gate.decide(verdict.if_computed, Time(3), 9, None)
+    assert after.accumulated == pytest.approx(0.05)
 
 
 def test_steps_beyond_the_last_ratio_are_computed() -> None:
-    config = MagCacheConfig(mag_ratios=[1.0, 1.05], retention_ratio=0, threshold=1)
-    gate = config.bind(None).make_gate("cond", 0)
-    decisions = [decide(gate, index, 2, can_reuse=index > 0) for index in range(4)]
-    assert [each.compute for each in decisions] == [True, False, True, True]
-    assert [each.reason for each in decisions[2:]] == ["no ratio"] * 2
+    gate = make_gate(mag_ratios=[1.0, 1.05], retention_ratio=0, threshold=1)
+    verdicts = drive(gate, [None] * 4, 2)
+    assert computed(verdicts) == [True, False, True, True]
+    assert reasons(verdicts)[2:] == ["no ratio"] * 2
 
 
+@torch.no_grad()
 def test_a_number_of_steps_that_was_assumed_and_exceeded_is_told() -> None:
-    gate = MagCacheConfig(mag_ratios=[1.0]).bind(None).make_gate("cond", 0)
-    assert not decide(gate, 27, None, can_reuse=True).compute
-    with pytest.warns(UserWarning, match=r"28 were assumed.*num_inference_steps="):
-        assert decide(gate, 28, None, can_reuse=True).compute
+    model = ToyTransformer()
+    cached = compiled(model, cache="magcache", mag_ratios=[1.0], max_skip_steps=99)
+    prompt = gaussian("cond", 1, 5, CHANNELS)
+
+    def run(steps: int) -> list[bool]:
+        with omni_cache.generation(), omni_cache.branch("cond"):
+            for step in range(steps):
+                cached(gaussian(step, 1, TOKENS, CHANNELS), torch.tensor([99.0 - step]), prompt)
+        (trajectory,) = omni_cache.summary(model).trajectories
+        return [each.computed for each in trajectory.steps]
+
+    assert run(28) == [True] * 3 + [False] * 25
+    with pytest.warns(UserWarning, match=r"28 were assumed.*num_inference_steps=") as told:
+        schedules = [run(30) for _ in range(2)]
+    assert len(told) == 1
+    assert schedules == [[True] * 3 + [False] * 25 + [True] * 2] * 2
 
 
 def test_each_branch_follows_its_own_ratios() -> None:
-    config = MagCacheConfig(
+    policy = MagCache(
         mag_ratios={"cond": [1.0, 1.0], "uncond": [1.0, 1.5]}, retention_ratio=0
-    )
-    bound = config.bind(None)
+    ).policy(None)
 
     def second_step_computes(branch: str, position: int) -> bool:
-        gate = bound.make_gate(branch, position)
-        decide(gate, 0, 2, can_reuse=False)
-        return decide(gate, 1, 2, can_reuse=True).compute
+        return computed(drive_all(policy.gate(branch, position), 2))[1]
 
     assert not second_step_computes("cond", 1)
     assert second_step_computes("uncond", 0)
@@ -150,14 +202,26 @@ def test_each_branch_follows_its_own_ratios() -> None:
     assert not second_step_computes("branch 2", 2)
 
 
-@pytest.mark.parametrize(("told", "assumed"), [(10, 10), (None, 28)])
-def test_28_steps_are_assumed_when_nobody_says(told: int | None, assumed: int) -> None:
-    config = MagCacheConfig(retention_ratio=0.5, mag_ratios=[1.0])
-    gate = config.bind(None).make_gate("cond", 0)
-    reasons = [decide(gate, index, told, can_reuse=True).reason for index in range(assumed)]
+@pytest.mark.parametrize(("told", "assumed"), [(True, 10), (False, 28)])
+def test_28_steps_are_assumed_when_nobody_says(told: bool, assumed: int) -> None:
+    gate = make_gate(retention_ratio=0.5, mag_ratios=[1.0])
+    found = reasons(drive_all(gate, assumed, told))
     retained = ["first step", *["retention"] * (assumed // 2 - 1)]
-    assert reasons[: len(retained)] == retained
-    assert "retention" not in reasons[len(retained) :]
+    assert found[: len(retained)] == retained
+    assert "retention" not in found[len(retained) :]
+
+
+def test_the_steps_outside_of_start_and_end_are_computed() -> None:
+    gate = make_gate(retention_ratio=0, mag_ratios=[1.0], max_skip_steps=99, start=0.25, end=0.75)
+    within = ["below threshold"] * 6
+    expected = ["first step", *["before start"] * 2, *within, *["after end"] * 3]
+    assert reasons(drive_all(gate, 12)) == expected
+
+
+def test_what_was_skipped_before_the_end_counts_no_more_after_it() -> None:
+    gate = make_gate(retention_ratio=0, mag_ratios=[1.05] * 4, threshold=1, end=0.5)
+    *_, last = drive_all(gate, 4)
+    assert last.if_computed == last.if_reused == gate.begin()
 
 
 # --- interpolation -------------------------------------------------------------------------------
@@ -177,8 +241,7 @@ def test_ratios_are_interpolated_as_published(length: int, steps: int) -> None:
 @given(st.integers(2, 60), st.integers(1, 120))
 def test_ratios_are_interpolated_as_diffusers_does(length: int, steps: int) -> None:
     # Half-way between two entries, diffusers rounds what single precision has made of the half.
-    doubled = [2 * step * (length - 1) for step in range(steps)]
-    assume(steps == 1 or not any(d % (steps - 1) == 0 and d // (steps - 1) % 2 for d in doubled))
+    assume(not rounds_a_half(length, steps))
     ratios = [float(index) for index in range(length)]
-    expected = nearest_interp(torch.tensor(ratios), steps).tolist()
+    expected = peer.nearest_interp(torch.tensor(ratios), steps).tolist()
     assert list(nearest_interpolation(tuple(ratios), steps)) == expected

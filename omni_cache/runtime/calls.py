@@ -1,14 +1,8 @@
-"""Which model instance a call is for.
-
-One compiled graph may serve several instances, so state hangs on an instance: on the one that
-``enable`` bound, else on the identity of a parameter that the graph is called with.
-"""
+"""The call of an enabled module that the graphs of this context run for."""
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from omni_cache.passes import RegionError, timestep_name
-from omni_cache.runtime.generation import ModelState
+from omni_cache.runtime.model_state import ModelState
+from omni_cache.runtime.place import Loop, Place
 
 
 @dataclass
@@ -29,6 +24,9 @@ class Call:
         module: the module.
         state: its state.
         arguments: what its ``forward`` is called with, by name.
+        loop: the announced loop that it belongs to, None where there is none.
+        place: where it lies, once one of its graphs has found out.
+        commits: what is to be done when the call has ended well.
         in_pieces: whether Dynamo was asked for the pieces between graph breaks.
         refusals: why those of the pieces that have run uncached are not cached.
         is_cached: whether a guarded graph has run.
@@ -37,6 +35,9 @@ class Call:
     module: nn.Module
     state: ModelState
     arguments: Mapping[str, Any]
+    loop: Loop | None = None
+    place: Place | None = None
+    commits: list[Callable[[], None]] = field(default_factory=list)
     in_pieces: bool = False
     refusals: list[RegionError] = field(default_factory=list)
     is_cached: bool = False
@@ -56,48 +57,22 @@ class Call:
 
 
 _call: ContextVar[Call | None] = ContextVar("omni_cache_call", default=None)
-_by_parameter: dict[int, ModelState] = {}
-_lock = threading.Lock()
 
 
 @contextmanager
 def bind(call: Call) -> Iterator[None]:
-    """Say which call of which instance the graphs in this context run for."""
+    """Say which call the graphs in this context run for; what they did counts once it ends well."""
     token = _call.set(call)
     try:
         yield
     finally:
         _call.reset(token)
+        # Taken out, because what commits refers to the call.
+        commits, call.commits = call.commits, []
+    for commit in commits:
+        commit()
 
 
 def bound_call() -> Call | None:
     """The call that the current context is bound to."""
     return _call.get()
-
-
-def state_of_parameter(parameter: Tensor) -> ModelState:
-    """The state of the instance that owns a parameter; it lives as long as the parameter."""
-    key = id(parameter)
-    state = _by_parameter.get(key)
-    if state is None:
-        with _lock:
-            state = _by_parameter.get(key)
-            if state is None:
-                state = _by_parameter[key] = ModelState()
-                weakref.finalize(parameter, _by_parameter.pop, key, None)
-    return state
-
-
-def expected_state(module: nn.Module) -> ModelState:
-    """The state that the first cached call of a module will find, whichever weight it looks by."""
-    state = ModelState()
-    for parameter in module.parameters():
-        if _by_parameter.setdefault(id(parameter), state) is state:
-            weakref.finalize(parameter, _by_parameter.pop, id(parameter), None)
-    return state
-
-
-def states_of_module(module: nn.Module) -> list[ModelState]:
-    """The states that calls of a module have left, for bare use; empty if it never ran cached."""
-    found = (_by_parameter.get(id(each)) for each in module.parameters())
-    return list(dict.fromkeys(each for each in found if each is not None))

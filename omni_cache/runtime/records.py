@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from omni_cache.runtime.generation import ModelState
+from omni_cache.runtime.model_state import ModelState
 from omni_cache.runtime.trajectory import StepRecord
 
 
@@ -70,10 +70,10 @@ class Summary:
         for each in self.trajectories:
             name = f"{each.model} {each.branch}".strip()
             held = f"{name}\n{each.memory_bytes / 2**20:.1f} MiB held"
-            for index, step in enumerate(each.steps):
+            for row, step in enumerate(each.steps):
                 table.add_row(
-                    held if index == 0 else "",
-                    str(index),
+                    held if row == 0 else "",
+                    str(step.index),
                     _number(step.timestep),
                     "computed" if step.computed else "reused",
                     _number(step.distance),
@@ -93,13 +93,13 @@ class Summary:
 
 
 def summarise(states: Iterable[tuple[str, ModelState]]) -> Summary:
-    """Summarise the latest generation of named model states."""
+    """Summarise the latest generation of named model states, also while others run."""
     return Summary(
         tuple(
             TrajectorySummary(name, each.branch, tuple(each.steps), each.memory_bytes)
             for name, state in states
             if state.latest is not None
-            for each in state.latest.trajectories.values()
+            for each in list(state.latest.trajectories.values())
         )
     )
 

@@ -1,0 +1,70 @@
+"""The lowering in which the host decides: every part of a guarded graph is compiled on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from omni_cache.lowering.inner import compile_part
+from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
+from omni_cache.options import CompileOptions
+from omni_cache.passes import WEIGHTS, Analysis, Part, is_static_input, split
+from omni_cache.passes.order import memory_root, written_nodes
+
+
+def compile_program(
+    gm: GraphModule, analysis: Analysis, example_inputs: Sequence[Any], flags: CompileOptions
+) -> Program:
+    """Split a graph at its region, and compile the parts.
+
+    Args:
+        gm: the graph.
+        analysis: of it.
+        example_inputs: its inputs, as Dynamo passes them.
+        flags: with a guard.
+    """
+    assert flags.guard is not None
+    guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
+    rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
+    row = rows.get(WEIGHTS)
+    parts = GuardedParts(
+        prologue=_compile_named(guarded.prologue, examples, flags),
+        body=_compile_named(guarded.body, examples, flags),
+        epilogue=_compile_named(guarded.epilogue, examples, flags),
+        reuse=_compile_named(guarded.reuse, examples, flags),
+        residuals=guarded.residuals,
+        history=guarded.history,
+        weights=WEIGHTS,
+        signal=guarded.signal,
+        weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
+    )
+    return Program(
+        parts,
+        list(examples),
+        [is_static_input(node) for node in placeholders],
+        reuses_memory=flags.inner_reuses_memory,
+        copies_signal=_is_shared(analysis),
+    )
+
+
+def _is_shared(analysis: Analysis) -> bool:
+    """Whether others may write into the signal: the caller into an input, or a node in place."""
+    if analysis.signal is None:
+        return False
+    root = memory_root(analysis.signal.node)
+    written = (each for node in analysis.graph.nodes for each in written_nodes(node))
+    return root.op == "placeholder" or any(memory_root(each) is root for each in written)
+
+
+def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:
+    """Compile a part with the whole graph's own inputs where it has them, fake values elsewhere."""
+    inputs = [
+        examples.get(name, traced)
+        for name, traced in zip(part.inputs, part.example_inputs, strict=True)
+    ]
+    return CompiledPart(compile_part(part.module, inputs, flags), part.inputs, part.outputs)

@@ -1,0 +1,170 @@
+"""A guarded model as a program: its parts, and where their values lie in one flat list.
+
+    values: the model's inputs | the prologue's outputs | the body's outputs
+                                                        | the history and its weights
+
+Graphs and extractors each make one. It knows nothing of strategies or calls, and holds no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from omni_cache.passes import FINITE
+
+PartFunction = Callable[..., Any]
+Values = list[Any]
+
+
+@dataclass(frozen=True)
+class CompiledPart:
+    """A part of a guarded model as a callable over positional inputs; values go by their names."""
+
+    run: PartFunction
+    inputs: Sequence[str]
+    outputs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class GuardedParts:
+    """A guarded model, compiled.
+
+    Attributes:
+        prologue: what comes before the block loop.
+        body: the block loop; it also makes the residuals, and `FINITE` says if they all were.
+        epilogue: what comes after it.
+        reuse: the epilogue on partners and forecast residuals instead of the body's outputs.
+        residuals: names of those outputs of the body that a computed step leaves to reused ones.
+        history: for each entry of the history, newest first, the names of its residuals in
+            ``reuse``.
+        weights: name of the row of weights in ``reuse``.
+        weights_dtype: its dtype.
+        signal: name of the prologue's output that the gate compares, None where it needs none.
+    """
+
+    prologue: CompiledPart
+    body: CompiledPart
+    epilogue: CompiledPart
+    reuse: CompiledPart
+    residuals: Sequence[str]
+    history: Sequence[Sequence[str]]
+    weights: str
+    signal: str | None
+    weights_dtype: torch.dtype = torch.float32
+
+
+class Computed(NamedTuple):
+    """What a computed step returns: the model's flat outputs, the residuals, if all are finite."""
+
+    result: Any
+    residuals: tuple[Tensor, ...]
+    finite: Tensor
+
+
+class Program:
+    """The parts of a guarded model over one flat list of values.
+
+    Args:
+        parts: the parts, compiled.
+        inputs: names of the whole model's inputs, in order.
+        static: which of them are parameters or buffers.
+        reuses_memory: whether a part's outputs are overwritten by its next call.
+        copies_signal: whether the signal is memory that somebody else may write into.
+    """
+
+    def __init__(
+        self,
+        parts: GuardedParts,
+        inputs: Sequence[str],
+        static: Sequence[bool],
+        reuses_memory: bool = False,
+        copies_signal: bool = False,
+    ) -> None:
+        self._parts = parts
+        self._reuses_memory = reuses_memory
+        self._copies_signal = copies_signal or reuses_memory
+        body = parts.body
+        slots = {name: slot for slot, name in enumerate([*inputs, *parts.prologue.outputs])}
+        self.slots = slots
+        after_body = {**slots, **_numbered(body.outputs, len(slots))}
+        held = [*(name for names in parts.history for name in names), parts.weights]
+        self._prologue_inputs = _picker(parts.prologue, slots)
+        self._body_inputs = _picker(body, slots)
+        self._epilogue_inputs = _picker(parts.epilogue, after_body)
+        self._reuse_inputs = _picker(parts.reuse, {**slots, **_numbered(held, len(slots))})
+        self._residuals = [body.outputs.index(name) for name in parts.residuals]
+        self._finite = body.outputs.index(FINITE)
+        self._signal = None if parts.signal is None else slots[parts.signal]
+        # What the body reads decides the shape of what it returns, held values included.
+        read = {slots[name] for name in (*body.inputs, *parts.reuse.inputs) if name in slots}
+        if self._signal is not None:
+            read.add(self._signal)
+        self._shaped = sorted(slot for slot in read if slot >= len(static) or not static[slot])
+        # The last weight, because a signal may have moved the first ones out of the body.
+        weights = [slot for slot in read if slot < len(static) and static[slot]]
+        self.identity = max(weights, default=None)
+
+    def begin(self, args: Sequence[Any]) -> Values:
+        """Run what comes before the block loop."""
+        values = list(args)
+        values += self._parts.prologue.run(*self._prologue_inputs(values))
+        return values
+
+    def signal(self, values: Values) -> Tensor | None:
+        """The signal, as it may be kept until the next call."""
+        if self._signal is None:
+            return None
+        signal: Tensor = values[self._signal]
+        return signal.clone() if self._copies_signal else signal
+
+    def shaped(self, values: Values) -> list[Tensor]:
+        """The tensors whose shapes decide the residuals'."""
+        return [each for slot in self._shaped if isinstance(each := values[slot], Tensor)]
+
+    def compute(self, values: Values) -> Computed:
+        """Run the block loop, and what comes after it."""
+        made = self._parts.body.run(*self._body_inputs(values))
+        result = self._parts.epilogue.run(*self._epilogue_inputs([*values, *made]))
+        residuals, finite = [made[slot] for slot in self._residuals], made[self._finite]
+        if self._reuses_memory:
+            residuals, finite = [each.clone() for each in residuals], finite.clone()
+        return Computed(result, tuple(residuals), finite)
+
+    def reuse(self, values: Values, history: Sequence[Tensor], weights: tuple[float, ...]) -> Any:
+        """Run what comes after the block loop, on residuals that are forecast from earlier ones.
+
+        Args:
+            values: as `begin` left them.
+            history: the residuals of each entry of the history, newest first.
+            weights: one for each entry.
+        """
+        row = _row(weights, self._parts.weights_dtype, history[0].device)
+        return self._parts.reuse.run(*self._reuse_inputs([*values, *history, row]))
+
+
+@lru_cache(maxsize=256)
+def _row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Weights as a tensor ``(1, depth)``; the few that a schedule repeats are copied once."""
+    with torch.inference_mode(False):
+        return torch.tensor([weights], dtype=dtype, device=device)
+
+
+def _numbered(names: Sequence[str], first: int) -> dict[str, int]:
+    return {name: first + offset for offset, name in enumerate(names)}
+
+
+def _picker(
+    part: CompiledPart, slots: dict[str, int]
+) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes a part's inputs out of the list of values."""
+    wanted = [slots[name] for name in part.inputs]
+    if len(wanted) > 1:
+        return itemgetter(*wanted)
+    return lambda values: tuple(values[slot] for slot in wanted)

@@ -1,0 +1,123 @@
+"""A strategy: what a user writes, as flags, and the two objects that it makes of itself.
+
+The ``Guard`` is what a graph is compiled for; the ``Policy`` is what the calls of one model follow,
+so that other thresholds compile nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from omni_cache.strategies.base import Forecast, Gate, Signal, is_count, is_number, require
+from omni_cache.strategies.forecasts import make_forecast
+
+
+@dataclass(frozen=True)
+class PublishedSource:
+    """The signal that the published table of a model's class names."""
+
+    variant: str | None
+    find: Callable[[str | None, str | None], str]
+
+    def __repr__(self) -> str:
+        # What is compiled for equal guards is shared by their text.
+        return f"PublishedSource({self.variant!r})"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a graph is compiled for. Equal guards share what is compiled.
+
+    Attributes:
+        source: which signal the graph delivers (see ``passes.find_signal``), None for none.
+        depth: how many residuals the reused step takes.
+    """
+
+    source: str | PublishedSource | None
+    depth: int
+
+    def source_of(self, model_class: str | None) -> str | None:
+        """The signal for a model's class."""
+        source = self.source
+        if isinstance(source, PublishedSource):
+            return source.find(model_class, source.variant)
+        return source
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the calls of one model follow.
+
+    Attributes:
+        signal: what is compared, None for a gate that measures nothing.
+        gate: makes the gate of a branch, from its name and its position in the generation.
+        forecast: what stands in for the residual.
+        num_inference_steps: steps of a generation, where neither a context nor a pipeline says.
+    """
+
+    signal: Signal | None
+    gate: Callable[[str, int], Gate]
+    forecast: Forecast
+    num_inference_steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(ABC):
+    """Base of the strategies that users write. Subclasses check their fields on construction.
+
+    Attributes:
+        num_inference_steps (int, optional): steps of a generation, where neither a pipeline nor a
+            context says.
+        start (float, default 0): share of the steps before which all are computed.
+        end (float, default 1): share of the steps from which on all are computed.
+        forecast (str, default "hold"): what stands in for the residual: "hold", "newton", "taylor",
+            or a :class:`Forecast`.
+        forecast_order (int, optional): order of the forecast; 1 by default.
+        forecast_axis (str, default "sigma"): what "newton" extrapolates in: "sigma", the timestep
+            argument, or "step", its index.
+    """
+
+    name: ClassVar[str]
+    has_signal: ClassVar[bool]
+    """Whether it decides by a signal."""
+
+    num_inference_steps: int | None = None
+    start: float = 0.0
+    end: float = 1.0
+    forecast: str | Forecast = "hold"
+    forecast_order: int | None = None
+    forecast_axis: str = "sigma"
+
+    def __post_init__(self) -> None:
+        steps = self.num_inference_steps
+        allowed = "an integer >= 1 or None"
+        require(steps is None or is_count(steps, 1), "num_inference_steps", steps, allowed)
+        for flag in ("start", "end"):
+            share = getattr(self, flag)
+            require(is_number(share) and 0 <= share <= 1, flag, share, "a number from 0 to 1")
+        require(self.start <= self.end, "start", self.start, f"at most end, {self.end!r}")
+        self.forecasting()
+
+    def forecasting(self) -> Forecast:
+        """The forecast that the flags name."""
+        return make_forecast(self.forecast, self.forecast_order, self.forecast_axis)
+
+    @abstractmethod
+    def guard(self) -> Guard:
+        """What graphs are compiled for."""
+
+    @abstractmethod
+    def policy(self, model_class: str | None) -> Policy:
+        """What calls of a model class follow (None where the class is unknown).
+
+        Raises:
+            ValueError: the strategy lacks numbers for this class.
+        """
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """The names of the strategy's flags."""
+        return tuple(field.name for field in fields(cls))

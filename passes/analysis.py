@@ -1,0 +1,160 @@
+"""The analysis: the steps that find what the split needs, in their order. Changes nothing.
+
+block loop -> region -> residual pairs -> signal -> what the body takes in -> checks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .block_loop import BlockLoop, candidate_loops
+from .order import Dependencies, dependencies
+from .region import (
+    Region,
+    RegionError,
+    check_cuts,
+    close_region,
+    overwritten_inputs,
+    shrink_body,
+    take_in,
+    take_in_sizes,
+    with_ancestors,
+)
+from .residual import ResidualPair, check_results, pair_outputs, unreached_outputs
+from .signal import Signal, find_signal, find_timestep
+from .values import nbytes, numel, tensor_of
+from .views import leaves
+
+WORTHWHILE = 1 / 4
+"""A loop is taken in place of the likeliest one if it does at least this share of its work."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the pass found in a graph, before anything is rewritten.
+
+    ``overwritten`` are the region inputs that the body writes into.
+    """
+
+    graph: Graph
+    loop: BlockLoop
+    region: Region
+    pairs: tuple[ResidualPair, ...]
+    signal: Signal | None
+    timestep: Node | None
+    overwritten: tuple[Node, ...]
+
+    def residual_bytes(self, depth: int = 1, history_dtype: torch.dtype | None = None) -> int:
+        """Bytes that a trajectory's residuals take.
+
+        Args:
+            depth: of how many computed steps they are kept.
+            history_dtype: what floating residuals are kept in; None for their own dtype.
+        """
+        return depth * sum(_bytes(pair.output, history_dtype) for pair in self.pairs)
+
+    @property
+    def signal_bytes(self) -> int:
+        """Bytes of the signal that is kept from the step before."""
+        return 0 if self.signal is None else _bytes(self.signal.node)
+
+
+def analyse(
+    graph: Graph,
+    *,
+    region: Sequence[str] | None = None,
+    signal: str | None = "auto",
+    parameters: Sequence[str] = (),
+) -> Analysis:
+    """Find block loop, region, residual pairs and signal. Changes nothing.
+
+    Args:
+        graph: a Dynamo graph.
+        region: paths of the ``ModuleList``s that make up the block loop, or None to find them.
+        signal: ``"auto"``, ``"timestep_embedding"``, a module's path, or None for no signal.
+        parameters: names of the model's positional parameters, by which to know the timestep where
+            the model's ``forward`` is wrapped in one with ``*args``.
+
+    Raises:
+        RegionError: nothing in the graph can be skipped; the message says why.
+    """
+    before = dependencies(graph)
+    loop, found, pairs = _paired_loop(graph, region, before)
+    timestep = find_timestep(graph, parameters)
+    chosen = None
+    if signal is not None:
+        chosen = find_signal(graph, loop, found, pairs, timestep, signal, before)
+        found, pairs = _without(graph, found, pairs, chosen.moved)
+    if not pairs:
+        raise RegionError(
+            "the signal needs the whole block loop; choose one that is known before the blocks "
+            "run, with signal=..."
+        )
+    kept = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
+    if chosen is not None:
+        kept.add(chosen.node)
+    found = take_in(graph, found, kept, before)
+    check_cuts(found)
+    check_results(graph, found, pairs)
+    overwritten = overwritten_inputs(found)
+    return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten)
+
+
+def _paired_loop(
+    graph: Graph, names: Sequence[str] | None, before: Dependencies
+) -> tuple[BlockLoop, Region, tuple[ResidualPair, ...]]:
+    """The first block loop with an output that is a residual update of an input.
+
+    Without such an output, a reused step would repeat an earlier one, whatever its latents are.
+    """
+    has_outputs = False
+    likeliest = None
+    for loop in candidate_loops(graph, names, before):
+        likeliest = likeliest or loop
+        if loop.arithmetic < WORTHWHILE * likeliest.arithmetic:
+            continue
+        closed = take_in_sizes(graph, close_region(graph, loop.nodes, before))
+        found, pairs = pair_outputs(graph, closed)
+        unreached = unreached_outputs(found, pairs)
+        if unreached:
+            found, pairs = _without(graph, found, pairs, with_ancestors(found, unreached, before))
+        if not all(pair.held for pair in pairs):
+            return loop, found, pairs
+        has_outputs = has_outputs or bool(pairs)
+    if has_outputs:
+        raise RegionError(
+            "no output of the block loop is an input plus what the blocks add to it, so that a "
+            "reused step would repeat an earlier one whatever its latents; name the ModuleLists "
+            "whose blocks add to their stream with region=[...], or say what the blocks are with "
+            "omni_cache.register_extractor"
+        )
+    raise RegionError(
+        "nothing that only the block loop computes is used after it; say what the blocks are "
+        "with omni_cache.register_extractor"
+    )
+
+
+def _without(
+    graph: Graph, region: Region, pairs: tuple[ResidualPair, ...], nodes: Collection[Node]
+) -> tuple[Region, tuple[ResidualPair, ...]]:
+    """The region with some nodes of its body, and all that they need, in the prologue."""
+    if not nodes:
+        return region, pairs
+    region = shrink_body(graph, region, nodes)
+    # What the prologue computes on every step needs no residual.
+    outputs = set(region.outputs)
+    return region, tuple(pair for pair in pairs if pair.output in outputs)
+
+
+def _bytes(node: Node, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a node's tensor; kept in ``dtype``, if one is given and the tensor is floating."""
+    value = tensor_of(node)
+    if value is None:
+        return 0
+    if dtype is not None and value.dtype.is_floating_point:
+        return numel(value) * dtype.itemsize
+    return nbytes(value)

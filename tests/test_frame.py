@@ -1,0 +1,95 @@
+"""Which module a captured graph is taken for, and what its inputs are called."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from toy_transformer import CHANNELS, TOKENS, ToyTransformer, gaussian
+
+import omni_cache
+
+FLAGS = {"cache": "teacache", "inner": "eager", "rel_l1_thresh": 1e9}
+
+
+class Wrapper(nn.Module):
+    """Takes whatever its model takes, and has a list of its own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(nn.Linear(CHANNELS, CHANNELS) for _ in range(2))
+        self.core = nn.Module()
+        self.core.model = ToyTransformer()
+        self.requires_grad_(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.core.model(*args, **kwargs)
+
+
+class Scattered(ToyTransformer):
+    """Keeps its blocks in a module that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.blocks = self.blocks
+        del self.blocks
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        x = self.embed(hidden_states)
+        time = self.embed_prompt(prompt).mean(1) + self.embed_time(timestep[:, None] / 500)
+        for block in self.body.blocks:
+            x = block(x, time, None)
+        return self.project(x)
+
+
+def step(vae: nn.Module, transformer: nn.Module, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+    return transformer(vae(x), t, prompt)
+
+
+def called(call: Callable[..., Any]) -> list[str]:
+    """Runs a loop over it, and returns what was warned of."""
+    prompt = gaussian("p", 1, 3, CHANNELS)
+    with warnings.catch_warnings(record=True) as seen, torch.no_grad():
+        warnings.simplefilter("always")
+        for index in range(4):
+            call(gaussian(index, 1, TOKENS, CHANNELS), torch.tensor([900.0 - index]), prompt)
+    return [str(each.message) for each in seen]
+
+
+def test_a_wrapped_model_is_the_one_whose_call_runs_the_blocks() -> None:
+    for wrapper in (
+        torch.compile(Wrapper(), backend="omni_cache", options=FLAGS),
+        omni_cache.enable(Wrapper(), **FLAGS),
+    ):
+        (told,) = called(wrapper)
+        assert "no coefficients are published for ToyTransformer;" in told
+        assert omni_cache.summary(wrapper).reused_steps > 0
+
+
+def test_a_module_that_only_holds_the_blocks_is_not_their_model() -> None:
+    model = Scattered()
+    (told,) = called(omni_cache.enable(model, **FLAGS))
+    assert "no coefficients are published for Scattered;" in told
+    assert omni_cache.summary(model).reused_steps > 0
+
+
+def test_in_a_function_over_several_modules_it_is_the_one_with_the_blocks() -> None:
+    vae, model = nn.Linear(CHANNELS, CHANNELS).requires_grad_(False), ToyTransformer()
+    compiled = torch.compile(step, backend="omni_cache", options=FLAGS)
+    (told,) = called(lambda *args: compiled(vae, model, *args))
+    assert "no coefficients are published for ToyTransformer;" in told
+    assert omni_cache.summary(model).reused_steps > 0
+
+
+def test_a_function_without_blocks_goes_by_its_own_name() -> None:
+    def plain(module: nn.Module, x: Tensor, t: Tensor, prompt: Tensor) -> Tensor:
+        return module(x) * t
+
+    linear = nn.Linear(CHANNELS, CHANNELS).requires_grad_(False)
+    compiled = torch.compile(plain, backend="omni_cache", options=FLAGS)
+    (told,) = called(lambda *args: compiled(linear, *args))
+    assert told.startswith("plain() runs uncached: no list of repeated blocks")
