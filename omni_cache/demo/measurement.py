@@ -162,7 +162,7 @@ def calibrated_variants(
 
     def generate() -> None:
         for seed, prompt in enumerate(prompts):
-            _generate(pipe, prompt, seed, num_inference_steps)
+            draw(pipe, prompt, seed, num_inference_steps)
 
     estimate = omni_cache.calibration
     coefficients = estimate.estimate_coefficients(
@@ -227,7 +227,7 @@ def measure(
         traces: dict[int, tuple[StepTrace, ...]] = {}
         for index in _rotated(range(-1, len(variants)), number):
             own = uncached if index < 0 else cached[index][0]
-            timed[index] = _generate(own, prompt, seed + number, num_inference_steps)
+            timed[index] = draw(own, prompt, seed + number, num_inference_steps)
             if index >= 0:
                 traces[index] = _trace(own)
             on_progress("uncached" if index < 0 else variants[index].label)
@@ -235,7 +235,7 @@ def measure(
         references.append(reference)
         uncached_seconds.append(seconds)
         shortened = {
-            count: _generate(uncached, prompt, seed + number, count)
+            count: draw(uncached, prompt, seed + number, count)
             for count in sorted({sum(step.computed for step in trace) for trace in traces.values()})
         }
         for index, trace in traces.items():
@@ -246,9 +246,9 @@ def measure(
                     prompt=prompt,
                     seconds=seconds,
                     steps=trace,
-                    fidelity=_fidelity(reference, picture),
+                    fidelity=fidelity_to(reference, picture),
                     baseline_seconds=baseline_seconds,
-                    baseline_fidelity=_fidelity(reference, baseline),
+                    baseline_fidelity=fidelity_to(reference, baseline),
                     picture=picture,
                 )
             )
@@ -276,9 +276,10 @@ def _copy(pipe: FluxPipeline) -> FluxPipeline:
     return copied
 
 
-def _generate(
+def draw(
     pipe: FluxPipeline, prompt: str, seed: int, num_inference_steps: int
 ) -> tuple[Picture, float]:
+    """Generate one picture in floating point; also returns the seconds that it took."""
     started = time.perf_counter()
     pictures = pipe(
         prompt,
@@ -292,8 +293,8 @@ def _generate(
 
 def _warm_up(pipe: FluxPipeline, prompt: str, num_inference_steps: int) -> float:
     """Generate twice, to compile and to touch what stays; return the seconds of the first."""
-    _, seconds = _generate(pipe, prompt, 0, num_inference_steps)
-    _generate(pipe, prompt, 0, num_inference_steps)
+    _, seconds = draw(pipe, prompt, 0, num_inference_steps)
+    draw(pipe, prompt, 0, num_inference_steps)
     return seconds
 
 
@@ -305,7 +306,8 @@ def _trace(pipe: FluxPipeline) -> tuple[StepTrace, ...]:
     )
 
 
-def _fidelity(reference: Picture, picture: Picture) -> Fidelity:
+def fidelity_to(reference: Picture, picture: Picture) -> Fidelity:
+    """How near a picture is to another one."""
     same = bool(np.array_equal(reference, picture))
     return Fidelity(
         psnr=None if same else float(peak_signal_noise_ratio(reference, picture, data_range=1.0)),
