@@ -80,7 +80,7 @@ def omni_cache_backend(
     try:
         executor = _compile_guarded(gm, example_inputs, flags, frame)
     except RegionError as error:
-        call = bound_call()
+        call = bound_call.get()
         if isinstance(error, UnknownNameError) and not frame.is_piece:
             raise unwrapped(ValueError(str(error))) from None
         if call is not None and (call.in_pieces or not flags.strict):
@@ -97,7 +97,7 @@ def omni_cache_backend(
             warnings.warn(message, UncachedWarning, stacklevel=2)
         return compile_part(gm, example_inputs, flags)
     traced = traced_frame()
-    limit = last_graph(traced) if traced is not None and bound_call() is None else None
+    limit = last_graph(traced) if traced is not None and bound_call.get() is None else None
     if limit is not None:
         message = f"{frame.name} will run uncached where it needs another graph: {limit}"
         warnings.warn(message, UncachedWarning, stacklevel=2)

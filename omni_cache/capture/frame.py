@@ -48,7 +48,7 @@ class TracedFrame:
         if frame is None:  # called by hand, not by Dynamo
             return cls(is_piece=is_piece)
         model = _module_of(frame)
-        call = bound_call()
+        call = bound_call.get()
         # A module of the model that was called may be traced on its own behind a break.
         is_resumed = frame.is_resumed or (
             call is not None and model is not None and call.module is not model
@@ -149,7 +149,7 @@ def _module_of(frame: Frame) -> nn.Module | None:
     if frame.is_resumed:
         given: Iterator[Any] = iter([values.get("self"), *values.values()])
         return next((each for each in given if isinstance(each, nn.Module)), None)
-    call = bound_call()
+    call = bound_call.get()
     if call is not None and any(value is call.module for value in values.values()):
         return call.module
     return _method_of(code, values)

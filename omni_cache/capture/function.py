@@ -53,7 +53,7 @@ class CapturedFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function; as one graph, or from now on in pieces."""
-        call = bound_call()
+        call = bound_call.get()
         if not self._breaks:
             try:
                 return self._whole(*args, **kwargs)

@@ -29,7 +29,7 @@ def refused(compiled: Callable[..., Any], error: RegionError) -> Callable[..., A
     error.node = None  # the graph is not needed any more
 
     def run(*args: Any) -> Any:
-        call = bound_call()
+        call = bound_call.get()
         if call is not None:
             call.refusals.append(error)
         return compiled(*args)

@@ -298,7 +298,7 @@ class _CachedForward:
     # The same on every call of what Dynamo traces: all of a cached call is within it.
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _is_within_call(self) -> bool:
-        module, call = self._owner(), bound_call()
+        module, call = self._owner(), bound_call.get()
         return module not in _enabled or (call is not None and call.module is module)
 
     def _owner(self) -> nn.Module:

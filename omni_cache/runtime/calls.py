@@ -56,23 +56,19 @@ class Call:
         return [each for each in leaves if isinstance(each, Tensor) and each is not time]
 
 
-_call: ContextVar[Call | None] = ContextVar("omni_cache_call", default=None)
+bound_call: ContextVar[Call | None] = ContextVar("omni_cache_call", default=None)
+"""The call that the current context is bound to."""
 
 
 @contextmanager
 def bind(call: Call) -> Iterator[None]:
     """Say which call the graphs in this context run for; what they did counts once it ends well."""
-    token = _call.set(call)
+    token = bound_call.set(call)
     try:
         yield
     finally:
-        _call.reset(token)
+        bound_call.reset(token)
         # Taken out, because what commits refers to the call.
         commits, call.commits = call.commits, []
     for commit in commits:
         commit()
-
-
-def bound_call() -> Call | None:
-    """The call that the current context is bound to."""
-    return _call.get()

@@ -26,8 +26,7 @@ Region = Any
 """What tells the guarded regions of a model apart; compared and hashed, never looked into."""
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """The guidance branch that the current context names, and the step where it is known."""
 
     name: str
@@ -49,9 +48,10 @@ class Observed(NamedTuple):
 Observer = Callable[[Observed], None]
 
 _numbers = itertools.count()
-_generation: ContextVar[Generation | None] = ContextVar("omni_cache_generation", default=None)
-_branch: ContextVar[Branch | None] = ContextVar("omni_cache_branch", default=None)
-_observer: ContextVar[Observer | None] = ContextVar("omni_cache_observer", default=None)
+# What the contexts below have opened.
+named_generation: ContextVar[Generation | None] = ContextVar("generation", default=None)
+named_branch: ContextVar[Branch | None] = ContextVar("branch", default=None)
+current_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 
 @contextmanager
@@ -68,19 +68,14 @@ def generation(num_inference_steps: int | None = None) -> Iterator[Generation]:
         ValueError: ``num_inference_steps`` is no integer >= 1.
     """
     current = Generation(num_inference_steps)
-    token = _generation.set(current)
-    outer_branch = _branch.set(None)
+    token = named_generation.set(current)
+    outer_branch = named_branch.set(None)
     try:
         yield current
     finally:
-        _branch.reset(outer_branch)
-        _generation.reset(token)
+        named_branch.reset(outer_branch)
+        named_generation.reset(token)
         current.release()
-
-
-def named_generation() -> Generation | None:
-    """The generation whose context is open."""
-    return _generation.get()
 
 
 @contextmanager
@@ -97,31 +92,21 @@ def branch(name: str, step_index: int | None = None) -> Iterator[None]:
     require(isinstance(name, str) and name != "", "name", name, "a non-empty string")
     known = step_index is None or is_count(step_index, 0)
     require(known, "step_index", step_index, "an integer >= 0 or None")
-    token = _branch.set(Branch(name, step_index))
+    token = named_branch.set(Branch(name, step_index))
     try:
         yield
     finally:
-        _branch.reset(token)
-
-
-def named_branch() -> Branch | None:
-    """The branch whose context is open."""
-    return _branch.get()
+        named_branch.reset(token)
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
     """Show every computed step of this context to an observer, after it has run."""
-    token = _observer.set(observer)
+    token = current_observer.set(observer)
     try:
         yield
     finally:
-        _observer.reset(token)
-
-
-def current_observer() -> Observer | None:
-    """Who wants to see computed steps."""
-    return _observer.get()
+        current_observer.reset(token)
 
 
 class Timeline:
@@ -132,26 +117,23 @@ class Timeline:
 
     def __init__(self) -> None:
         self._indexes: dict[float, int] = {}
+        self._last, self.latest = 0.0, -1
         self._rises: bool | None = None
 
-    def index(self, value: float) -> int | None:
-        """The step at a timestep, a new one where it lies further along; None where it is back."""
+    def index(self, value: float | None) -> int:
+        """The step at a timestep, a new one where it lies further along; -1 where it is back."""
+        if value is None:
+            return -1
         if value in self._indexes or not self._indexes:
             return self._indexes.get(value, 0)
-        rises = value > next(reversed(self._indexes))
-        return len(self._indexes) if self._rises in (None, rises) else None
+        return len(self._indexes) if self._rises in (None, value > self._last) else -1
 
     def reach(self, value: float, index: int) -> None:
-        """Move on to a timestep."""
+        """Move on to a timestep, unless it has come before."""
         if value not in self._indexes:
-            if self._indexes:
-                self._rises = value > next(reversed(self._indexes))
-            self._indexes[value] = index
-
-    @property
-    def latest(self) -> int:
-        """The step at the timestep that came last."""
-        return self._indexes[next(reversed(self._indexes))] if self._indexes else -1
+            self._rises = value > self._last if self._indexes else None
+            self._indexes[value] = self.latest = index
+            self._last = value
 
 
 @dataclass(eq=False)
@@ -161,18 +143,22 @@ class Course:
     name: str
     position: int
     last: Time | None = None
-    conditioning: Conditioning = field(default_factory=Conditioning)
+    conditioning: Conditioning = Conditioning()
     computation: object = None
+
+    def is_before(self, index: int) -> bool:
+        """Whether the branch has yet to reach a step."""
+        return self.last is None or self.last.index < index
 
 
 class Generation:
     """One run of the denoising loop, over all models that take part in it.
 
-    Args:
-        num_inference_steps: number of steps, None when nobody has said.
+    ``lasts`` has the last step of each branch over all models, and ``follows`` is the generation of
+    an announced loop that this one, named by its caller, runs in.
 
     Raises:
-        ValueError: ``num_inference_steps`` is no integer >= 1.
+        ValueError: ``num_inference_steps`` (None when nobody has said) is no integer >= 1.
     """
 
     def __init__(self, num_inference_steps: int | None = None) -> None:
@@ -184,50 +170,35 @@ class Generation:
         self.lasts: dict[str, Time] = {}
         self.follows: Generation | None = None
         self.is_called = False
-        self._runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
-        self._lock = threading.RLock()
+        self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
 
     def run(self, model: Any) -> Run:
         """The part of a model in this generation."""
-        with self._lock:
-            if model not in self._runs:
-                self._runs[model] = model.latest = Run(self)
-                model.runs.add(self._runs[model])
-            return self._runs[model]
+        run = self.runs.get(model)
+        if run is None:
+            with self._lock:
+                run = self.runs.get(model)
+                if run is None:
+                    run = self.runs[model] = model.latest = Run(self)
+                    model.runs.add(run)
+        return run
 
     def restart(self, follows: Generation | None = None) -> None:
         """Begin anew: the loop within this generation has started over."""
         with self._lock:
             self.release()
-            self._runs.clear()
+            self.runs.clear()
             self.timeline, self.lasts = Timeline(), {}
             if follows is not None:
                 self.follows = follows
                 self.num_inference_steps = self.num_inference_steps or follows.num_inference_steps
 
-    def drop(self, model: Any) -> None:
-        """Forget a model's part."""
-        with self._lock:
-            self._runs.pop(model, None)
-
-    def newcomer(self, branch_name: str, value: float | None) -> int:
-        """The step of a model's first call for a branch, which another may have had before it."""
-        last = self.lasts.get(branch_name)
-        if last is None:
-            return 0
-        joins = value is not None and value == last.value
-        return last.index if joins else last.index + 1
-
-    def release(self) -> None:
-        """Free the tensors of all trajectories."""
-        for run in list(self._runs.values()):
-            run.release()
-
-    def release_left_behind(self, index: int) -> None:
-        """Free what branches hold that have missed a step, and so cannot reuse it any more."""
-        for run in list(self._runs.values()):
+    def release(self, before: float = float("inf")) -> None:
+        """Free the tensors of trajectories, of all or of those whose last step is an earlier one."""
+        for run in list(self.runs.values()):
             for each in list(run.trajectories.values()):
-                if each.last is not None and each.last.index < index - 1:
+                if each.last is None or each.last.index < before:
                     each.release()
 
 
@@ -248,15 +219,8 @@ class Run:
 
     def course(self, name: str) -> Course:
         """The course of a branch, made on its first call."""
-        with self._lock:
-            return self.courses.setdefault(name, Course(name, len(self.courses)))
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether no branch can be gone on with by the objects that its caller had kept."""
-        return all(each.conditioning.is_gone for each in self.courses.values())
-
-    def release(self) -> None:
-        """Free the tensors of all trajectories."""
-        for each in list(self.trajectories.values()):
-            each.release()
+        course = self.courses.get(name)
+        if course is None:
+            with self._lock:
+                course = self.courses.setdefault(name, Course(name, len(self.courses)))
+        return course

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -38,12 +37,10 @@ class Content:
         if self.tensor.device.type == "cpu" and not is_shared:
             self.numbers = tuple(self.tensor.tolist())
 
-    def differs(self, other: Content) -> bool | None:
-        """Whether two contents differ; None where that has to be read first."""
-        if self.like != other.like:
-            return True
+    def differs(self, other: Content) -> bool:
+        """Whether two contents are known to differ; what has to be read first is not."""
         unread = self.numbers is None or other.numbers is None
-        return None if unread else self.numbers != other.numbers
+        return self.like != other.like or (not unread and self.numbers != other.numbers)
 
 
 class Inputs:
@@ -58,16 +55,12 @@ class Inputs:
     """
 
     def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        by_identity: bool = True,
-        is_shared: bool = False,
-        timestep: Any = None,
+        self, tensors: Sequence[Tensor], by_identity: bool, is_shared: bool, timestep: Any
     ) -> None:
         self.tensors = tensors
-        self._time = timestep.shape if isinstance(timestep, Tensor) else None
-        self.by_identity = by_identity
-        self.is_shared = is_shared
+        self.shapes = tuple(each.shape for each in tensors)
+        self.time = timestep.shape if isinstance(timestep, Tensor) else None
+        self.by_identity, self.is_shared = by_identity, is_shared
         self._contents: dict[int, Content] = {}
         if is_shared:  # as many on every rank, in the same order
             for place in range(len(tensors)):
@@ -78,11 +71,6 @@ class Inputs:
         if place not in self._contents:
             self._contents[place] = Content(self.tensors[place], self.is_shared)
         return self._contents[place]
-
-    def is_number(self, place: int) -> bool:
-        """Whether an input is a number, or one for each sample or token, such as a timestep is."""
-        tensor = self.tensors[place]
-        return tensor.dim() < 2 or tensor.shape == self._time
 
     @property
     def on_device(self) -> bool:
@@ -108,9 +96,23 @@ class Seen(NamedTuple):
     changes: bool
     is_kept: bool = False
 
+    def is_again(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the same object, not written into."""
+        return self.reference() is tensor and self.version == _version(tensor)
 
-@dataclass(frozen=True)
-class Conditioning:
+
+class Change(NamedTuple):
+    """How a call differs from the last one of a branch.
+
+    ``inputs`` are the places of those that have changed, None where the call has others altogether;
+    ``fits`` says whether the call may go on with what is held.
+    """
+
+    inputs: frozenset[int] | None = None
+    fits: bool = False
+
+
+class Conditioning(NamedTuple):
     """What a branch's calls have brought, as its last one left it.
 
     Attributes:
@@ -128,19 +130,28 @@ class Conditioning:
         """What inputs may change: equal on ranks that take the same calls for a branch's."""
         return (self.calls > LEARNED, *(each.changes for each in self.seen))
 
-    def changed(self, inputs: Inputs) -> frozenset[int] | None:
-        """Which inputs differ from the last call's; None for a call with other inputs altogether.
+    def change(self, inputs: Inputs) -> Change:
+        """How a call differs from the last one; what has to be read first counts as unchanged.
 
-        What has to be read first counts as unchanged.
+        Latents may change, and numbers such as a second timestep. Latents are the inputs that have
+        the shape of a prediction, and those that do but for their channels (a control image beside
+        them, a variance beside the prediction) if they have never stayed. Where there are none of
+        either kind, any one input may be that has never stayed.
         """
         if len(inputs.tensors) != len(self.seen):
-            return None
-        return frozenset(
+            return Change()
+        changed = frozenset(
             place
             for place, (tensor, seen) in enumerate(zip(inputs.tensors, self.seen, strict=True))
-            if not (inputs.by_identity and _is_same(tensor, seen))
+            if not (inputs.by_identity and seen.is_again(tensor))
             and (seen.content is None or seen.content.differs(inputs.content(place)))
         )
+        numbers, exact, alike = _kinds(inputs.shapes, inputs.time, self.predicted)
+        never_stayed = {place for place in changed if self.seen[place].changes}
+        large = changed - numbers
+        if alike:
+            return Change(changed, all(place in exact for place in large - (never_stayed & alike)))
+        return Change(changed, len(large) <= 1 and large <= never_stayed)
 
     def doubts(self, inputs: Inputs) -> tuple[bool, int]:
         """How little the objects of a call speak for it, whatever they contain.
@@ -150,37 +161,11 @@ class Conditioning:
             to stay are others.
         """
         known = [
-            inputs.by_identity and _is_same(tensor, seen)
+            inputs.by_identity and seen.is_again(tensor)
             for tensor, seen in zip(inputs.tensors, self.seen, strict=False)
             if self.calls == 1 or not seen.changes
         ]
         return not any(known), 0 if self.calls == 1 else known.count(False)
-
-    def allows(self, changed: frozenset[int] | None, inputs: Inputs) -> bool:
-        """Whether a call that changes these inputs may go on with what is held.
-
-        Latents may change, and numbers such as a second timestep. Latents are the inputs that have
-        the shape of a prediction, and those that do but for their channels (a control image beside
-        them, a variance beside the prediction) if they have never stayed. Where there are none of
-        either kind, any one input may be that has never stayed.
-        """
-        if changed is None:
-            return False
-        large = [place for place in changed if not inputs.is_number(place)]
-        if any(self._is_like_a_prediction(each) for each in inputs.tensors):
-            return all(self._may_be_latents(place, inputs.tensors[place]) for place in large)
-        return len(large) <= 1 and all(self.seen[place].changes for place in large)
-
-    def _may_be_latents(self, place: int, tensor: Tensor) -> bool:
-        if tensor.shape in self.predicted:
-            return True
-        return self.seen[place].changes and self._is_like_a_prediction(tensor)
-
-    def _is_like_a_prediction(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the shape of a prediction, whatever its channels are."""
-        return tensor.dim() > 1 and any(
-            _without_channels(tensor.shape) & _without_channels(each) for each in self.predicted
-        )
 
     def after(
         self, inputs: Inputs, changed: frozenset[int] | None, predicted: frozenset[torch.Size]
@@ -191,12 +176,13 @@ class Conditioning:
         seen = []
         for place, tensor in enumerate(inputs.tensors):
             before = None if begins else self.seen[place]
-            changes = before is None or (before.changes and place in (changed or ()))
-            if before is not None and before.reference() is tensor and place not in (changed or ()):
-                seen.append(before._replace(changes=changes, is_kept=True))
+            stays = before is not None and place not in (changed or ())
+            changes = before is None or (before.changes and not stays)
+            if before is not None and stays and before.reference() is tensor:
+                kept = before.is_kept and not before.changes
+                seen.append(before if kept else before._replace(changes=False, is_kept=True))
                 continue
-            learned = changes and calls > LEARNED
-            content = None if learned else inputs.content(place)
+            content = None if changes and calls > LEARNED else inputs.content(place)
             seen.append(Seen(weakref.ref(tensor), _version(tensor), content, changes))
         return Conditioning(tuple(seen), predicted, calls)
 
@@ -213,7 +199,27 @@ class Conditioning:
         return [each for each in contents if each.numbers is None]
 
 
+Places = frozenset[int]
+
+
 @lru_cache(maxsize=1024)
+def _kinds(
+    shapes: tuple[torch.Size, ...], time: torch.Size | None, predicted: frozenset[torch.Size]
+) -> tuple[Places, Places, Places]:
+    """The places of inputs that are numbers, and of those shaped like a prediction.
+
+    Numbers are one, or one for each sample or token, as a timestep is. The last two are of the
+    shapes that are just a prediction's, and of those that are but for their channels.
+    """
+    like = frozenset(each for shape in predicted for each in _without_channels(shape))
+    places = list(enumerate(shapes))
+    return (
+        frozenset(place for place, shape in places if len(shape) < 2 or shape == time),
+        frozenset(place for place, shape in places if shape in predicted),
+        frozenset(p for p, shape in places if len(shape) > 1 and _without_channels(shape) & like),
+    )
+
+
 def _without_channels(shape: torch.Size) -> frozenset[tuple[object, ...]]:
     """A shape without its last size, and without its second one where it is of a picture."""
     last = (len(shape), "last", *shape[:-1])
@@ -221,18 +227,9 @@ def _without_channels(shape: torch.Size) -> frozenset[tuple[object, ...]]:
     return frozenset((last, second))
 
 
-def _is_same(tensor: Tensor, seen: Seen) -> bool:
-    return seen.reference() is tensor and seen.version == _version(tensor)
-
-
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written into; tensors of inference mode do not count it."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def known_by_nothing(inputs: Inputs, changed: frozenset[int] | None) -> bool:
-    """Whether a call has no input that stays, so that nothing tells whose it is."""
-    return changed is None or len(changed) == len(inputs.tensors)
 
 
 def host_value(timestep: object) -> float | None:

@@ -67,7 +67,9 @@ class ModelState:
         open_loops = self.inferred
         current = Generation(self.expected_steps)
         for each in list(open_loops):
-            if each in over or not each.is_called or each.run(self).is_gone:
+            courses = list(each.run(self).courses.values())
+            is_gone = all(course.conditioning.is_gone for course in courses)
+            if each in over or not each.is_called or is_gone:
                 each.release()
                 open_loops.remove(each)
             each.is_called = False
@@ -77,9 +79,10 @@ class ModelState:
     def forget(self) -> None:
         """Free everything and forget all generations, those of other threads included."""
         for run in list(self.runs):
-            run.release()
+            for each in list(run.trajectories.values()):
+                each.release()
             if run.generation is not None:
-                run.generation.drop(self)
+                run.generation.runs.pop(self, None)
         self.latest, self.expected_steps = None, None
         self._thread, self._policies = _ThreadLoops(), {}
 

@@ -7,7 +7,7 @@ the place is not known: a gate that measures nothing computes there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -15,12 +15,16 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from omni_cache.runtime.contexts import Branch, Course, Generation, Run
-from omni_cache.runtime.inference import Inputs, known_by_nothing
+from omni_cache.runtime.inference import Change, Inputs
 from omni_cache.runtime.model_state import ModelState
 from omni_cache.strategies import Time
 
 MAX_BRANCHES = 16
 """Calls at one step that are taken for its branches; any more have no place."""
+
+UNKNOWN = "no timestep and no context"
+CROWDED = f"more than {MAX_BRANCHES} calls at one step"
+UNCLEAR = "nothing tells the calls apart"
 
 
 class Loop(Protocol):
@@ -40,20 +44,37 @@ class Loop(Protocol):
         """The generation and the step of a call, from its timestep (None where that is unread)."""
 
 
-class Told(NamedTuple):
-    """What a call is told of its place before anybody looks at its timestep and inputs."""
+class Called(NamedTuple):
+    """A call: what it is told of its place, and what it brings.
+
+    Attributes:
+        generation: that somebody has named.
+        branch: that somebody has named.
+        loop: that somebody has announced.
+        value: the timestep, None where the host does not know it.
+        inputs: the others.
+        computation: what is computed, up to sizes.
+    """
 
     generation: Generation | None
     branch: Branch | None
     loop: Loop | None
+    value: float | None
+    inputs: Inputs
+    computation: object
 
     @property
-    def is_enough(self) -> bool:
-        """Whether the step is known without the timestep."""
+    def needs_value(self) -> bool:
+        """Whether the step cannot be known without the timestep."""
         if self.loop is not None:
-            return self.loop.counts
-        named = self.branch is not None and self.generation is not None
-        return named or (self.branch is not None and self.branch.step_index is not None)
+            return not self.loop.counts
+        return self.branch is None or (self.generation is None and self.branch.step_index is None)
+
+    def generations(self, state: ModelState) -> list[Generation]:
+        """Those that the call may belong to, the newest first."""
+        if self.generation is not None:
+            return [self.generation]
+        return [self.loop.generation] if self.loop else state.inferred[::-1]
 
 
 @dataclass
@@ -64,6 +85,8 @@ class Place:
         run: one model's part in the generation.
         course: the branch.
         at: the step, and the timestep where the host knows it.
+        called: the call.
+        changed: the inputs that differ from the branch's last call.
         stale: why nothing that is held fits the call, None where it does.
         is_known: whether more than the order of the calls tells the place.
     """
@@ -71,30 +94,25 @@ class Place:
     run: Run
     course: Course
     at: Time
-    inputs: Inputs
+    called: Called
     changed: frozenset[int] | None
-    computation: object
-    stale: str | None = None
+    stale: str | None
     is_known: bool = True
-
     is_committed: bool = False
-
-    def is_same(self, other: Place) -> bool:
-        """Whether a call lies where it was expected."""
-        return self.course is other.course and self.at.index == other.at.index
 
     def commit(self, output: Any) -> None:
         """Have the branch's next call come after this one. All regions of a call share a place."""
         if self.is_committed:
             return
         self.is_committed = True
-        course, generation = self.course, self.run.generation
+        course, generation, inputs = self.course, self.run.generation, self.called.inputs
         predicted = frozenset(each.shape for each in output if isinstance(each, Tensor))
-        course.conditioning = course.conditioning.after(self.inputs, self.changed, predicted)
-        course.last, course.computation = self.at, self.computation
+        course.conditioning = course.conditioning.after(inputs, self.changed, predicted)
+        course.last, course.computation = self.at, self.called.computation
         if generation is None:
             return
-        generation.release_left_behind(self.at.index)
+        # What has missed a step cannot be reused any more.
+        generation.release(before=self.at.index - 1)
         generation.is_called = True
         generation.lasts[course.name] = self.at
         if generation.follows is not None:
@@ -103,220 +121,176 @@ class Place:
             generation.timeline.reach(self.at.value, self.at.index)
 
 
-class Called(NamedTuple):
-    """What a call brings: its timestep if the host knows it, its inputs, what is computed."""
+class _Candidate(NamedTuple):
+    """A branch that a call may go on with, the step that it would be, and how the call differs."""
 
-    value: float | None
-    inputs: Inputs
-    computation: object
-
-
-UNKNOWN = "no timestep and no context"
-CROWDED = f"more than {MAX_BRANCHES} calls at one step"
+    run: Run
+    course: Course
+    index: int
+    change: Change
 
 
-def locate(state: ModelState, told: Told, called: Called) -> Place | str:
+def locate(state: ModelState, called: Called) -> Place | str:
     """Where a call lies; a word why it has no place."""
-    generation, branch, loop = told
+    generation, branch, loop, value, *_ = called
     index = None if branch is None else branch.step_index
     if loop is not None:
         # A pipeline's own count begins at 0 where its schedule is begun in the middle.
-        announced, found = loop.locate(called.value, None if branch is None else branch.name)
+        announced, found = loop.locate(value, None if branch is None else branch.name)
         index = index if found is None else found
         if generation is None:
             generation = announced
         elif generation.follows is not announced:
             generation.restart(announced)
-    if branch is not None:
-        if generation is None:
-            generation = _generation_of(state, branch, index, called)
-        return UNKNOWN if generation is None else _named(state, generation, branch, index, called)
-    if generation is not None:
-        return _unnamed(state, generation, index, called)
-    return UNKNOWN if called.value is None else _inferred(state, called)
+    if index is None and value is None and (branch is None or generation is None):
+        return UNKNOWN
+    if branch is None:
+        return _by_inputs(state, generation, index, called)
+    generation = generation or _generation_of(state, branch.name, index, called)
+    return _by_name(state, generation, branch, index, called)
 
 
-def open_runs(state: ModelState, told: Told) -> list[Run]:
-    """The runs that a call may belong to, the newest first."""
-    if told.generation is not None:
-        generations = [told.generation]
-    else:
-        generations = [told.loop.generation] if told.loop else state.inferred[::-1]
-    return [each.run(state) for each in generations]
-
-
-def likely_place(state: ModelState, told: Told, called: Called) -> Place | None:
+def likely_place(state: ModelState, called: Called) -> Place | None:
     """Where a call lies if it is the next one of its branch; None where no branch is likely."""
-    likely: list[tuple[Any, Run, Course, int]] = []
-    for age, run in enumerate(open_runs(state, told)):
-        courses = list(run.courses.values())
-        named = None if told.branch is None else told.branch.name
-        own = [each for each in courses if each.name == named]
-        fits = own if named is not None else _changes(courses, called)
-        latest = max((each.last.index for each in courses if each.last is not None), default=0)
-        for each in fits:
-            if each.last is not None and (named is not None or each.last.index >= latest - 1):
-                index, doubts = each.last.index, each.conditioning.doubts(called.inputs)
-                likely.append(((doubts, age, index), run, each, index))
+    likely = []
+    name = None if called.branch is None else called.branch.name
+    for age, generation in enumerate(called.generations(state)):
+        run = generation.run(state)
+        courses = [run.courses.get(name)] if name is not None else list(run.courses.values())
+        begun = [each for each in courses if each is not None and each.last is not None]
+        latest = max((each.last.index for each in begun if each.last), default=0)
+        for course in begun:
+            assert course.last is not None
+            change = course.conditioning.change(called.inputs)
+            goes_on = _may_go_on(course, change, called) and course.last.index >= latest - 1
+            if goes_on or name is not None:
+                # Best those for which their inputs speak, then the one that is furthest behind.
+                rank = course.conditioning.doubts(called.inputs), age, course.last.index
+                likely.append((rank, run, course, change))
     if not likely:
         return None
-    # Of those for which their inputs speak best, the one that is furthest behind.
-    _, run, course, index = min(likely, key=itemgetter(0))
-    return _at(run, course, Time(index + 1, called.value), called)
+    (*_, index), run, course, change = min(likely, key=itemgetter(0))
+    return _at(run, course, index + 1, called, change)
 
 
-def _named(
+def _by_name(
     state: ModelState, generation: Generation, branch: Branch, index: int | None, called: Called
 ) -> Place:
     """The place of a call whose branch has a name."""
-    course = generation.run(state).course(branch.name)
-    if course.last is None:
-        index = generation.newcomer(branch.name, called.value) if index is None else index
-    elif index is None:
-        index = course.last.index + 1
-    elif branch.step_index is not None and index < course.last.index:
+    run, name, count = generation.run(state), branch.name, 1
+    course = run.course(name)
+    last = course.last or generation.lasts.get(name)
+    if index is None:
+        # Another model may have had the branch until now, and may have had this step.
+        joins = course.last is None and last is not None and called.value == last.value
+        index = 0 if last is None else last.index + (not joins or called.value is None)
+    elif branch.step_index is not None and course.last is not None and index < course.last.index:
         generation.restart()
-        course = generation.run(state).course(branch.name)
-    run, count = generation.run(state), 1
-    while course.last is not None and course.last.index >= index:
+        run = generation.run(state)
+        course = run.course(name)
+    while not course.is_before(index):
         # The name has been called for at this step: nothing tells the two apart.
         count += 1
-        course = run.course(f"{branch.name} {count}")
-    place = _at(run, course, Time(index, called.value), called)
-    place.is_known = count == 1 and f"{branch.name} 2" not in run.courses
+        course = run.course(f"{name} {count}")
+    place = _at(run, course, index, called)
+    place.is_known = count == 1 and f"{name} 2" not in run.courses
     return place
 
 
-def _unnamed(
-    state: ModelState, generation: Generation, index: int | None, called: Called
-) -> Place | str:
-    """The place of a call in a known generation, whose branch is known by its inputs."""
-    if index is None:
-        if called.value is None:
-            return UNKNOWN
-        index = generation.timeline.index(called.value)
-        if index is None:
-            generation.restart()
-            index = 0
-    run, at = generation.run(state), Time(index, called.value)
-    courses = list(run.courses.values())
-    likely = _likely(courses, called)
-    open_ones = [each for each in likely or courses if _before(each, index)]
-    if not open_ones and any(each.last and each.last.index > index for each in likely):
-        generation.restart()  # the same inputs at an earlier step
-        return _unnamed(state, generation, index, called)
-    if not open_ones:
-        if len(courses) >= MAX_BRANCHES:
-            return CROWDED
-        place = _at(run, run.course(f"branch {len(courses)}"), at, called)
-    else:
-        place = _at(run, open_ones[0], at, called)
-    place.is_known = len(likely) == 1 or len(run.courses) == 1
-    return _unless_unclear(place, likely)
-
-
-def _inferred(state: ModelState, called: Called) -> Place | str:
-    """The place of a call of which nobody has told anything."""
-    assert called.value is not None
-    steps: dict[Course, tuple[Generation, int]] = {}
-    gone_by: dict[Course, Generation] = {}
+def _generation_of(state: ModelState, name: str, index: int | None, called: Called) -> Generation:
+    """The generation of a branch that is named where no generation is: its own timesteps tell."""
+    others = []
     for loop in reversed(state.inferred):
-        index = loop.timeline.index(called.value)
-        for course in loop.run(state).courses.values():
-            if index is None or (course.last is not None and course.last.index > index):
-                gone_by[course] = loop
-            else:
-                steps[course] = loop, index
-    likely = _likely(steps, called)
-    for course in likely:
-        loop, index = steps[course]
-        if _before(course, index):
-            place = _at(loop.run(state), course, Time(index, called.value), called)
-            nothing_stays = known_by_nothing(called.inputs, place.changed)
-            place.is_known = len(likely) == 1 and not nothing_stays
-            return _unless_unclear(place, likely)
-    newest = state.inferred[-1] if state.inferred else None
-    index = newest.timeline.index(called.value) if newest is not None else None
-    if newest is not None and index is not None and index >= newest.timeline.latest:
-        run = newest.run(state)
-        courses = list(run.courses.values())
-        second = [each for each in courses if each.conditioning.calls == 1 and _before(each, index)]
-        if second and index > newest.timeline.latest:
-            # The second call of a branch that is known by nothing yet: latents and more change.
-            place = _at(run, second[0], Time(index, called.value), called)
-            place.is_known = False
+        course = loop.run(state).courses.get(name)
+        if course is None:
+            others.append(loop)
+        elif course.last is not None and course.last.index < _step(loop, index, called):
+            if course.conditioning.change(called.inputs).fits:
+                return loop
+    return others[0] if others else state.begin()
+
+
+def _by_inputs(
+    state: ModelState, told: Generation | None, index: int | None, called: Called
+) -> Place | str:
+    """The place of a call whose branch nobody names: it goes on with the inputs that stay.
+
+    Args:
+        told: the generation, None to find one by the inputs too.
+        index: the step, None to find it by the timestep.
+    """
+    loops = state.inferred[::-1] if told is None else [told]
+    ahead: list[_Candidate] = []
+    behind: list[_Candidate] = []
+    for loop in loops:
+        run, step = loop.run(state), _step(loop, index, called)
+        for course in list(run.courses.values()):
+            change = course.conditioning.change(called.inputs)
+            if _may_go_on(course, change, called):
+                is_back = step < (0 if course.last is None else course.last.index)
+                (behind if is_back else ahead).append(_Candidate(run, course, step, change))
+    likely, over = _least_changed(ahead), _least_changed(behind)
+    for run, course, step, change in likely:
+        if course.is_before(step):
+            place = _at(run, course, step, called, change)
+            something_stays = len(change.inputs or ()) < len(called.inputs.tensors)
+            place.is_known = len(likely) == 1 and (told is not None or something_stays)
+            if len(likely) > 1 and course.conditioning.calls == 1:
+                place.stale = UNCLEAR
             return place
-        if index == newest.timeline.latest:
+    if told is not None and (over or _step(told, index, called) < 0):
+        told.restart()
+    if loops:
+        run, step, latest = (
+            loops[0].run(state),
+            _step(loops[0], index, called),
+            loops[0].timeline.latest,
+        )
+        courses = list(run.courses.values())
+        waiting = [each for each in courses if each.is_before(step) and not (told and likely)]
+        if told is None:
+            # Of a loop that goes on, only a branch that is known by nothing yet: latents and more
+            # change at its second call.
+            waiting = [each for each in waiting if each.conditioning.calls == 1 and step > latest]
+        if waiting:
+            place = _at(run, waiting[0], step, called)
+            place.is_known = told is not None and len(courses) == 1
+            return place
+        if told is not None or 0 <= step == latest:
             if len(courses) >= MAX_BRANCHES:
                 return CROWDED
-            course = run.course(f"branch {len(courses)}")
-            return _at(run, course, Time(index, called.value), called)
+            return _at(run, run.course(f"branch {len(courses)}"), step, called)
     # The same inputs at an earlier step: that loop is over.
-    over = {gone_by[course] for course in _likely(gone_by, called)}
-    run = state.begin(over).run(state)
-    return _at(run, run.course("branch 0"), Time(0, called.value), called)
+    run = state.begin({each.run.generation for each in over}).run(state)
+    return _at(run, run.course("branch 0"), 0, called)
 
 
-def _generation_of(
-    state: ModelState, branch: Branch, index: int | None, called: Called
-) -> Generation | None:
-    """The generation of a branch that is named where no generation is: its own timesteps tell."""
-    for loop in reversed(state.inferred):
-        course = loop.run(state).courses.get(branch.name)
-        if course is None or course.last is None:
-            continue
-        allowed = course.conditioning.allows(
-            course.conditioning.changed(called.inputs), called.inputs
-        )
-        step = index
-        if step is None and called.value is not None:
-            step = loop.timeline.index(called.value)
-        if allowed and step is not None and course.last.index < step:
-            return loop
-    if index is None and called.value is None:
-        return None
-    for loop in reversed(state.inferred):
-        if branch.name not in loop.run(state).courses:
-            return loop
-    return state.begin()
+def _step(loop: Generation, index: int | None, called: Called) -> int:
+    """The step of a call in a loop; -1 where it would be one that is over."""
+    return loop.timeline.index(called.value) if index is None else index
 
 
-def _at(run: Run, course: Course, at: Time, called: Called) -> Place:
+def _at(
+    run: Run, course: Course, index: int, called: Called, change: Change | None = None
+) -> Place:
     """A place, with what its branch's last call says of this one."""
-    changed, stale = None, None
+    stale = None
     if course.last is not None:
-        changed = course.conditioning.changed(called.inputs)
-        if not course.conditioning.allows(changed, called.inputs):
+        change = change or course.conditioning.change(called.inputs)
+        if not change.fits:
             stale = "inputs changed"
-        elif at.index != course.last.index + 1:
+        elif index != course.last.index + 1:
             stale = "a step was left out"
-    return Place(run, course, at, called.inputs, changed, called.computation, stale)
+    changed = None if change is None else change.inputs
+    return Place(run, course, Time(index, called.value), called, changed, stale)
 
 
-def _unless_unclear(place: Place, likely: Sequence[Course]) -> Place:
-    """A place that is stale where a second call may be that of several branches."""
-    if len(likely) > 1 and place.course.conditioning.calls == 1:
-        place.stale = "nothing tells the calls apart"
-    return place
+def _may_go_on(course: Course, change: Change, called: Called) -> bool:
+    return change.fits and course.computation == called.computation
 
 
-def _before(course: Course, index: int) -> bool:
-    return course.last is None or course.last.index < index
-
-
-def _likely(courses: Iterable[Course], called: Called) -> Sequence[Course]:
-    """The branches that a call may go on with, as far as its inputs tell: all that do so best."""
-    changes = _changes(courses, called)
-    fewest = min(changes.values(), default=0)
-    return [each for each, count in changes.items() if count == fewest]
-
-
-def _changes(courses: Iterable[Course], called: Called) -> dict[Course, int]:
-    """The branches that a call may go on with, and how many inputs have changed for each."""
-    changes: dict[Course, int] = {}
-    for each in courses:
-        changed = each.conditioning.changed(called.inputs)
-        same = each.computation == called.computation
-        if changed is not None and same and each.conditioning.allows(changed, called.inputs):
-            changes[each] = len(changed)
-    return changes
+def _least_changed(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """All those for which the fewest inputs have changed."""
+    counts = [len(each.change.inputs or ()) for each in candidates]
+    pairs = zip(candidates, counts, strict=True)
+    return [each for each, count in pairs if count == min(counts)]

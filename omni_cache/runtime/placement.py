@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from omni_cache.runtime.calls import Call, bound_call
+from omni_cache.runtime.calls import bound_call
 from omni_cache.runtime.contexts import named_branch, named_generation
-from omni_cache.runtime.decision import Guarded, Pending, Step
+from omni_cache.runtime.decision import Guarded, Step
 from omni_cache.runtime.inference import Inputs, host_value
 from omni_cache.runtime.model_state import ModelState, state_of_parameter
-from omni_cache.runtime.place import Called, Place, Told, likely_place, locate, open_runs
-from omni_cache.strategies import Policy, Strategy
+from omni_cache.runtime.place import Called
+from omni_cache.strategies import Strategy
 
 
 @dataclass
@@ -46,52 +45,34 @@ class Placement:
     own_state: ModelState = field(default_factory=ModelState)
 
     def place(self, args: Sequence[Any]) -> Step:
-        """Place a call, given the graph's inputs."""
-        call = bound_call()
+        """Place a call, given the graph's inputs, as far as that is possible without a read."""
+        call = bound_call.get()
         if call is not None:
             call.is_cached = True
         # A graph that was compiled in bare use has nothing to do with a call around it.
         call = call if self.strategy is None else None
-        state = self._state(call, args)
+        if call is not None:
+            state = call.state
+        elif self.identity is None:
+            state = self.own_state
+        else:
+            state = state_of_parameter(args[self.identity])
         policy = state.policy(self.strategy, self.model_class)
-        known = None if call is None else call.place
-        place = self._find(state, policy, call, args) if known is None else known
-        return Step(state, policy, self.guarded, place, call)
-
-    def _find(
-        self, state: ModelState, policy: Policy, call: Call | None, args: Sequence[Any]
-    ) -> Place | Pending | str:
+        timestep: Any = self.constant if self.timestep is None else args[self.timestep]
+        if call is not None and call.place is not None:  # another region has found it
+            return Step(state, policy, self.guarded, call.place.called, call, timestep)
+        # Behind a graph break the inputs are made by the piece before.
+        slots = () if self.by_call else self.inputs
+        tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
         if self.by_call and call is not None:
             timestep, tensors = call.timestep, call.inputs
-        else:
-            timestep = self.constant if self.timestep is None else args[self.timestep]
-            # Behind a graph break the inputs are made by the piece before.
-            slots = () if self.by_call else self.inputs
-            tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
-        told = Told(named_generation(), named_branch(), None if call is None else call.loop)
-        is_shared = self.guarded.is_shared(policy)
-        inputs = Inputs(tensors, not self.guarded.groups, is_shared, timestep)
-        called = Called(host_value(timestep), inputs, self.guarded.computation)
-        unread = None
-        wanted = policy.forecast.reads_values or not told.is_enough
-        if isinstance(timestep, Tensor) and called.value is None and wanted:
-            unread = timestep
-        if unread is not None or is_shared or inputs.on_device:
-            likely = likely_place(state, told, called)
-            contents = inputs.unread
-            if contents and not is_shared:
-                courses = (each.courses.values() for each in open_runs(state, told))
-                before = (each.conditioning.unread for some in courses for each in some)
-                contents += (each for some in before for each in some)
-            if unread is not None or contents:
-                return Pending(likely, unread, contents, partial(_settle, state, told, called))
-        return locate(state, told, called)
-
-    def _state(self, call: Call | None, args: Sequence[Any]) -> ModelState:
-        if call is not None:
-            return call.state
-        return self.own_state if self.identity is None else state_of_parameter(args[self.identity])
-
-
-def _settle(state: ModelState, told: Told, called: Called, value: float | None) -> Place | str:
-    return locate(state, told, called if value is None else called._replace(value=value))
+        guarded = self.guarded
+        called = Called(
+            named_generation.get(),
+            named_branch.get(),
+            None if call is None else call.loop,
+            host_value(timestep),
+            Inputs(tensors, not guarded.groups, guarded.is_shared(policy), timestep),
+            guarded.computation,
+        )
+        return Step(state, policy, guarded, called, call, timestep)

@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -125,7 +124,7 @@ def forget_a_step(trajectory, course):
 
 
 def learn_late(trajectory, course):
-    course.conditioning = replace(course.conditioning, calls=LEARNED)
+    course.conditioning = course.conditioning._replace(calls=LEARNED)
 
 
 DISTURBANCES = {

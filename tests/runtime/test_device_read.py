@@ -124,13 +124,13 @@ def generations(
 
 def test_the_pretence_counts_every_read_of_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     with pretended_device(monkeypatch) as reads:
-        measure = decision.Step._measure
+        measure = decision.Step._read
 
         def curious(step: decision.Step, view: Any) -> Any:
             assert float(torch.zeros(())) == 0.0
             return measure(step, view)
 
-        monkeypatch.setattr(decision.Step, "_measure", curious)
+        monkeypatch.setattr(decision.Step, "_read", curious)
         Loop().run(compiled(ToyTransformer()))
     assert reads == [2] * 8
 
