@@ -55,6 +55,9 @@ def rel_l1(current: Tensor, previous: Tensor, along: Sequence[Tensor] = ()) -> T
     Raises:
         ValueError: an argument has another shape, dtype or device.
     """
+    if current.is_cpu and type(current) is Tensor and not torch.compiler.is_compiling():
+        # The way through the dispatcher into Python takes the host longer than the arithmetic.
+        return _rel_l1_on_host(current, previous, along)
     numbers: Tensor = torch.ops.omni_cache.rel_l1.default(current, previous, along)
     return numbers
 
@@ -414,7 +417,7 @@ def _register(
     triton: Callable[..., Tensor],
     shape: Callable[..., int] = lambda *_: 3,
     dtype: Callable[[torch.device], torch.dtype] = number_dtype,
-) -> None:
+) -> Callable[..., Tensor]:
     """Define an operator that checks its arguments first and returns a vector.
 
     It is made from a schema, not by `torch.library.custom_op`: the wrappers of the latter cost a
@@ -423,6 +426,9 @@ def _register(
     Args:
         shape: returns the length of the vector, from the arguments.
         dtype: returns the vector's dtype, from the device of the first argument.
+
+    Returns:
+        What it does where there is no kernel, as a function.
     """
     name = schema.partition("(")[0]
 
@@ -443,15 +449,17 @@ def _register(
         empty: Tensor = args[0].new_empty(shape(*args), dtype=dtype(args[0].device))
         return empty
 
+    on_host = checked(without_gradient)
     _LIBRARY.define(f"{schema} -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, checked(without_gradient), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_host, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"omni_cache::{name}", checked(fake), lib=_LIBRARY)
     if importlib.util.find_spec("triton") is not None:
         _LIBRARY.impl(name, checked(triton), "CUDA")
+    return on_host
 
 
-_register(
+_rel_l1_on_host = _register(
     "rel_l1(Tensor current, Tensor previous, Tensor[] along)",
     check=_check_rel_l1,
     aten=_rel_l1_aten,

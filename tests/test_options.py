@@ -57,7 +57,7 @@ def test_no_strategy_is_chosen_by_none() -> None:
     assert (found.guard, found.strategy) == (None, None)
 
 
-def test_a_guard_alone_leaves_the_strategy_to_the_bound_call.get() -> None:
+def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
     guard = TeaCache(forecast="newton").guard()
     found = parse({"cache": guard, "inner": "eager"})
     assert (found.guard, found.strategy, found.inner) == (guard, None, "eager")

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from omni_cache.kernels import number_dtype
 from omni_cache.runtime.contexts import Generation
+from omni_cache.runtime.reading import Reading, read
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Names under which pipelines keep their denoising transformers."""
@@ -29,6 +31,7 @@ class PipelineLoop:
 
     Attributes:
         generation: the loop that is running.
+        timesteps: all of its timesteps.
         counts: whether its scheduler tells the step of a call without the call's timestep.
     """
 
@@ -42,17 +45,21 @@ class PipelineLoop:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or not _is_set(scheduler):
             return False
-        self._scheduler = weakref.ref(scheduler)
         if timesteps is not self._timesteps:
             self._timesteps = timesteps
-            self._values: list[float] | None = None
+            numbers = torch.as_tensor(timesteps).flatten()
+            self.timesteps = Reading(numbers.to(number_dtype(numbers.device)))
+            # Some pipelines hand their transformer a share of the training's timesteps.
+            config = getattr(scheduler, "config", None)
+            self._scale = float(getattr(config, "num_train_timesteps", None) or 1000)
             self._begin()
+        self._counted = _counted(scheduler)
         return True
 
     @property
     def counts(self) -> bool:
         """Whether the scheduler counts its own steps."""
-        return self._counted() is not None
+        return self._counted is not None
 
     def locate(self, value: float | None, branch: str | None) -> tuple[Generation, int | None]:
         """The generation and the step of a call, from its timestep (None where that is unread)."""
@@ -68,41 +75,38 @@ class PipelineLoop:
         self.generation = Generation(max(1, len(self._timesteps)))
         self._reached = 0
 
-    def _counted(self) -> int | None:
-        """The step that the scheduler is at; None where it does not count."""
-        scheduler: Any = self._scheduler()
-        if not hasattr(scheduler, "step_index"):
-            return None
-        # It counts from its first step on, some from the first scaling of the latents.
-        begins: int = getattr(scheduler, "begin_index", None) or 0
-        return begins if scheduler.step_index is None else int(scheduler.step_index)
-
     def _index(self, value: float | None, after: int | None) -> int | None:
-        counted = self._counted()
+        counted = self._counted
         if value is None:
             return counted
-        if self._values is None:
-            self._values = torch.as_tensor(self._timesteps).double().flatten().tolist()
-        known = counted is not None and counted < len(self._values)
-        if known and _is_close(self._values[counted or 0], value, self._scale):
+        read([self.timesteps])  # unless it has come with the call's own
+        values, scale = self.timesteps.numbers or (), self._scale
+        known = counted is not None and counted < len(values)
+        if known and _is_close(values[counted or 0], value, scale):
             return counted
-        places = [i for i, each in enumerate(self._values) if _is_close(each, value, self._scale)]
+        places = [index for index, each in enumerate(values) if _is_close(each, value, scale)]
         if not places:
             return counted
         # A timestep that comes twice is one step or two: the branch's last call tells.
         later = bisect_right(places, -1 if after is None else after)
         return places[later] if later < len(places) else places[-1 if after in places else 0]
 
-    @property
-    def _scale(self) -> float:
-        """Some pipelines hand their transformer a share of the training's timesteps."""
-        config = getattr(self._scheduler(), "config", None)
-        return float(getattr(config, "num_train_timesteps", None) or 1000)
-
 
 def _is_close(timestep: float, value: float, scale: float) -> bool:
     tolerance = 1e-3 * max(abs(timestep), 1.0)
     return abs(timestep - value) <= tolerance or abs(timestep - value * scale) <= tolerance
+
+
+def _counted(scheduler: Any) -> int | None:
+    """The step that a scheduler is at; None where it does not count."""
+    index = getattr(scheduler, "step_index", _NEVER)
+    if index is None:
+        # It counts from its first step on, some from the first scaling of the latents.
+        return getattr(scheduler, "begin_index", None) or 0
+    return None if index is _NEVER else int(index)
+
+
+_NEVER = object()
 
 
 def _is_set(scheduler: Any) -> bool:

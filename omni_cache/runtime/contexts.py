@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from omni_cache.runtime.inference import Conditioning
+from omni_cache.runtime.inference import NEW, Conditioning
 from omni_cache.runtime.trajectory import Trajectory
 from omni_cache.strategies import Time
 from omni_cache.strategies.base import is_count, require
@@ -143,7 +143,7 @@ class Course:
     name: str
     position: int
     last: Time | None = None
-    conditioning: Conditioning = Conditioning()
+    conditioning: Conditioning = NEW
     computation: object = None
 
     def is_before(self, index: int) -> bool:
@@ -195,7 +195,7 @@ class Generation:
                 self.num_inference_steps = self.num_inference_steps or follows.num_inference_steps
 
     def release(self, before: float = float("inf")) -> None:
-        """Free the tensors of trajectories, of all or of those whose last step is an earlier one."""
+        """Free the tensors of trajectories: of all, or of those whose last step is earlier."""
         for run in list(self.runs.values()):
             for each in list(run.trajectories.values()):
                 if each.last is None or each.last.index < before:

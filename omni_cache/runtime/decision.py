@@ -24,6 +24,7 @@ from omni_cache.runtime.history import History, Kept
 from omni_cache.runtime.inference import Content
 from omni_cache.runtime.model_state import ModelState
 from omni_cache.runtime.place import CROWDED, UNCLEAR, UNKNOWN, Called, Place, likely_place, locate
+from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
 from omni_cache.strategies.base import DEFAULT_STEPS
@@ -119,6 +120,7 @@ class Step:
         self._called, self._call = called, call
         self._is_shared = guarded.is_shared(policy)
         self._contents: list[Content] = []
+        self._loop: list[Reading] = []
         self._timestep: Tensor | None = None
         self._likely: Place | None = None
         self._place: Place | str | None = None if call is None else call.place
@@ -127,6 +129,7 @@ class Step:
         wanted = called.needs_value or policy.forecast.reads_values
         if wanted and called.value is None and isinstance(timestep, Tensor):
             self._timestep = timestep
+            self._loop = [called.loop.timesteps] if called.loop is not None else []
         if self._timestep is not None or self._is_shared or called.inputs.on_device:
             self._likely = likely_place(state, called)
             self._contents = called.inputs.unread
@@ -255,81 +258,79 @@ class Step:
             must = gate.foretell(at, total)
         return _View(place, trajectory, total, stale, kept, must)
 
-    def _read(self, view: _View | None) -> tuple[_View | None, list[float] | None, float | None]:
+    def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:
         """What the call finds now, the sums of the comparison if there is one, and the timestep."""
-        compares, timestep, contents = self._policy.signal, self._timestep, self._contents
-        parts, sums = [], 0
-        if compares is not None and view is not None and view.must is None:
-            sums = compares.sums
+        signal, timestep, others = (
+            self._policy.signal,
+            self._timestep,
+            [*self._contents, *self._loop],
+        )
+        compares = signal is not None and view is not None and view.must is None
         unread = [each for each in (view.kept if view else ()) if each.is_finite is None]
         # What would cost a read of its own is not asked for.
-        unread = unread if sums or timestep is not None or contents else []
+        unread = unread if compares or others or timestep is not None else []
         along = [] if timestep is None else [timestep]
         along += [torch.stack([each.finite for each in unread])] if unread else []
-        if sums and compares is not None and view is not None:
-            parts = [compares.measure(self._signal, view.trajectory.signal, along)]
-        else:
-            parts = [each.to(number_dtype(each.device)).mean().reshape(1) for each in along]
-        parts += [each.tensor for each in contents]
-        if not parts:
-            return view, None, None
-        numbers: list[float] = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
-        after = sums + len(along)
-        _take_over(contents, numbers[after:])
+        measured = []
+        if compares and signal is not None and view is not None:
+            before = view.trajectory.signal
+            measured = [Reading(signal.measure(self._signal, before, along))]
+        elif along:
+            dtype = number_dtype(along[0].device)
+            measured = [Reading(torch.stack([each.to(dtype).mean() for each in along]))]
+        read([*measured, *others])
+        numbers = measured[0].numbers or () if measured else ()
         for each in unread:
-            each.is_finite = numbers[after - 1] == 1.0
+            each.is_finite = numbers[-1] == 1.0
         if view is not None and unread and not view.trajectory.history.usable:
             view = view._replace(kept=[], must="non-finite residual")
-        return view, numbers[:sums], None if timestep is None else numbers[sums]
+        sums, means = numbers[: len(numbers) - len(along)], numbers[len(numbers) - len(along) :]
+        return view, sums, None if timestep is None else means[0]
 
     def _read_together(
         self, view: _View | None
-    ) -> tuple[_View | None, list[float] | None, float | None]:
+    ) -> tuple[_View | None, Sequence[float], float | None]:
         """The same where ranks decide together, from what all of them have found.
 
         A rank that cannot reuse takes part too, so that none waits for another.
         """
-        compares, guarded, contents = self._policy.signal, self._guarded, self._contents
-        assert compares is not None
+        signal, guarded, contents = self._policy.signal, self._guarded, self._contents
+        assert signal is not None
         assert self._signal is not None
-        found, going_by = torch.zeros(compares.sums, device=self._signal.device), 0
+        found, going_by = torch.zeros(signal.sums, device=self._signal.device), 0
         lacking = torch.ones(guarded.depth, device=self._signal.device)
         if view is not None and view.must is None:
-            found, going_by = (
-                compares.measure(self._signal, view.trajectory.signal, ()),
-                digest(view.goes_by),
-            )
+            found = signal.measure(self._signal, view.trajectory.signal, ())
+            going_by = digest(view.goes_by)
             for age, each in enumerate(view.kept):
                 lacking[age] = 0.0 if each.is_finite else ~each.finite
         prints = [each.tensor for each in contents]
-        parts = [add_up([found, *prints], lacking, going_by, guarded.groups)]
-        if self._timestep is not None:
-            parts.append(self._timestep.to(parts[0]).mean().reshape(1))
-        numbers: list[float] = torch.cat(parts).tolist()
-        end = compares.sums + 2 * len(contents)
-        _take_over(contents, numbers[compares.sums : end])
-        usable = common(numbers[end : end + guarded.depth + 3])
+        shared = Reading(add_up([found, *prints], lacking, going_by, guarded.groups))
+        timesteps = (
+            [] if self._timestep is None else [self._timestep.to(shared.tensor).mean()[None]]
+        )
+        own = [Reading(each) for each in timesteps]
+        read([shared, *own, *self._loop])
+        numbers = list(shared.numbers or ())
+        sums, numbers = numbers[: signal.sums], numbers[signal.sums :]
+        for each in contents:
+            each.numbers, numbers = tuple(numbers[:2]), numbers[2:]
+        usable = common(numbers)
         if view is not None:
             must = view.must if usable or view.must else "another rank computes"
             view = view._replace(kept=view.kept[:usable], must=must)
-        timestep = None if self._timestep is None else numbers[-1]
-        return view, numbers[: compares.sums], timestep
+        return view, sums, own[0].numbers[0] if own and own[0].numbers else None
 
     def _warn(self, view: _View) -> None:
         """Tell what is odd of a place, which is the call's own and no guess."""
         if view.must == AFTER or (view.must == UNCLEAR and view.stale is None):
             self._tell(view.must, total=view.total)
-        elif view.total is None and view.trajectory.gate.schedules:
-            if view.place.at.index >= DEFAULT_STEPS:
-                self._tell("steps")
+        is_late = view.total is None and view.place.at.index >= DEFAULT_STEPS
+        if is_late and view.trajectory.gate.schedules:
+            self._tell("steps")
 
     def _tell(self, key: str, **numbers: Any) -> None:
         """Warn of something, once for each model."""
         if key not in self._state.told:
             self._state.told.add(key)
             warnings.warn(f"omni-cache: {_WARNINGS[key].format(**numbers)}.", stacklevel=2)
-
-
-def _take_over(contents: Sequence[Content], numbers: Sequence[float]) -> None:
-    for place, content in enumerate(contents):
-        content.numbers = tuple(numbers[2 * place : 2 * place + 2])

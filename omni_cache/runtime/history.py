@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni_cache.runtime.reading import on_host
 from omni_cache.strategies import Time
 
 
@@ -28,7 +29,7 @@ class Kept:
     is_finite: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.finite.device.type == "cpu":
+        if on_host(self.finite):
             self.is_finite = bool(self.finite)
 
 

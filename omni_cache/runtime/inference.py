@@ -17,25 +17,24 @@ from torch import Tensor
 
 from omni_cache.kernels import fingerprint
 from omni_cache.runtime.agreement import local
+from omni_cache.runtime.reading import Reading, on_host
 
 LEARNED = 2
 """After so many calls, what has always changed is taken to change, and is compared no more."""
 
 
-class Content:
-    """The contents of a tensor, by a fingerprint; off the host, known once it has been read.
+class Content(Reading):
+    """The contents of a tensor, by a fingerprint.
 
     Args:
         tensor: whose contents.
         is_shared: whether its ranks add up their fingerprints, so that none may look at its own.
     """
 
-    def __init__(self, tensor: Tensor, is_shared: bool = False) -> None:
+    def __init__(self, tensor: Tensor, is_shared: bool) -> None:
+        super().__init__(fingerprint(local(tensor)))
         self.like = (tensor.shape, tensor.dtype)
-        self.tensor = fingerprint(local(tensor))
-        self.numbers: tuple[float, ...] | None = None
-        if self.tensor.device.type == "cpu" and not is_shared:
-            self.numbers = tuple(self.tensor.tolist())
+        self.numbers = None if is_shared else self.numbers
 
     def differs(self, other: Content) -> bool:
         """Whether two contents are known to differ; what has to be read first is not."""
@@ -58,7 +57,7 @@ class Inputs:
         self, tensors: Sequence[Tensor], by_identity: bool, is_shared: bool, timestep: Any
     ) -> None:
         self.tensors = tensors
-        self.shapes = tuple(each.shape for each in tensors)
+        self.shapes = tuple([each.shape for each in tensors])
         self.time = timestep.shape if isinstance(timestep, Tensor) else None
         self.by_identity, self.is_shared = by_identity, is_shared
         self._contents: dict[int, Content] = {}
@@ -75,7 +74,7 @@ class Inputs:
     @property
     def on_device(self) -> bool:
         """Whether the contents of some have to be read."""
-        return any(each.device.type != "cpu" for each in self.tensors)
+        return not all(map(on_host, self.tensors))
 
     @property
     def unread(self) -> list[Content]:
@@ -141,17 +140,19 @@ class Conditioning(NamedTuple):
         if len(inputs.tensors) != len(self.seen):
             return Change()
         changed = frozenset(
-            place
-            for place, (tensor, seen) in enumerate(zip(inputs.tensors, self.seen, strict=True))
-            if not (inputs.by_identity and seen.is_again(tensor))
-            and (seen.content is None or seen.content.differs(inputs.content(place)))
+            [
+                place
+                for place, (tensor, seen) in enumerate(zip(inputs.tensors, self.seen, strict=True))
+                if not (inputs.by_identity and seen.is_again(tensor))
+                and (seen.content is None or seen.content.differs(inputs.content(place)))
+            ]
         )
-        numbers, exact, alike = _kinds(inputs.shapes, inputs.time, self.predicted)
-        never_stayed = {place for place in changed if self.seen[place].changes}
-        large = changed - numbers
-        if alike:
-            return Change(changed, all(place in exact for place in large - (never_stayed & alike)))
-        return Change(changed, len(large) <= 1 and large <= never_stayed)
+        free, alike = _that_may_change(inputs.shapes, inputs.time, self.predicted)
+        others = changed - free
+        fits = (len(alike) > 0 or len(others) <= 1) and all(
+            self.seen[place].changes and (place in alike or not alike) for place in others
+        )
+        return Change(changed, fits)
 
     def doubts(self, inputs: Inputs) -> tuple[bool, int]:
         """How little the objects of a call speak for it, whatever they contain.
@@ -199,24 +200,24 @@ class Conditioning(NamedTuple):
         return [each for each in contents if each.numbers is None]
 
 
-Places = frozenset[int]
+NEW = Conditioning()
+"""The conditioning of a branch before its first call."""
 
 
 @lru_cache(maxsize=1024)
-def _kinds(
+def _that_may_change(
     shapes: tuple[torch.Size, ...], time: torch.Size | None, predicted: frozenset[torch.Size]
-) -> tuple[Places, Places, Places]:
-    """The places of inputs that are numbers, and of those shaped like a prediction.
+) -> tuple[frozenset[int], frozenset[int]]:
+    """The places of inputs that are numbers or shaped like a prediction, and of those nearly so.
 
-    Numbers are one, or one for each sample or token, as a timestep is. The last two are of the
-    shapes that are just a prediction's, and of those that are but for their channels.
+    Numbers are one, or one for each sample or token, as a timestep is. Nearly a prediction's is a
+    shape that differs in its channels at most.
     """
     like = frozenset(each for shape in predicted for each in _without_channels(shape))
     places = list(enumerate(shapes))
     return (
-        frozenset(place for place, shape in places if len(shape) < 2 or shape == time),
-        frozenset(place for place, shape in places if shape in predicted),
-        frozenset(p for p, shape in places if len(shape) > 1 and _without_channels(shape) & like),
+        frozenset(p for p, size in places if len(size) < 2 or size == time or size in predicted),
+        frozenset(p for p, size in places if len(size) > 1 and _without_channels(size) & like),
     )
 
 
@@ -235,9 +236,8 @@ def _version(tensor: Tensor) -> int:
 def host_value(timestep: object) -> float | None:
     """A timestep as a number, the mean of several; None where that needs a device read."""
     if isinstance(timestep, Tensor):
-        if timestep.device.type != "cpu" or timestep.numel() == 0:
+        count = timestep.numel()
+        if count == 0 or not on_host(timestep):
             return None
-        if timestep.numel() == 1:
-            return float(timestep.item())
-        return float(timestep.to(torch.float64).mean())
+        return float(timestep.item() if count == 1 else timestep.to(torch.float64).mean())
     return None if timestep is None else float(timestep)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from torch import Tensor
 from omni_cache.runtime.contexts import Branch, Course, Generation, Run
 from omni_cache.runtime.inference import Change, Inputs
 from omni_cache.runtime.model_state import ModelState
+from omni_cache.runtime.reading import Reading
 from omni_cache.strategies import Time
 
 MAX_BRANCHES = 16
@@ -32,9 +33,11 @@ class Loop(Protocol):
 
     Attributes:
         generation: the one that is running.
+        timesteps: all of its timesteps.
     """
 
     generation: Generation
+    timesteps: Reading
 
     @property
     def counts(self) -> bool:
@@ -106,7 +109,7 @@ class Place:
             return
         self.is_committed = True
         course, generation, inputs = self.course, self.run.generation, self.called.inputs
-        predicted = frozenset(each.shape for each in output if isinstance(each, Tensor))
+        predicted = frozenset([each.shape for each in output if isinstance(each, Tensor)])
         course.conditioning = course.conditioning.after(inputs, self.changed, predicted)
         course.last, course.computation = self.at, self.called.computation
         if generation is None:
@@ -204,9 +207,10 @@ def _generation_of(state: ModelState, name: str, index: int | None, called: Call
         course = loop.run(state).courses.get(name)
         if course is None:
             others.append(loop)
-        elif course.last is not None and course.last.index < _step(loop, index, called):
-            if course.conditioning.change(called.inputs).fits:
-                return loop
+            continue
+        is_next = course.last is not None and course.last.index < _step(loop, index, called)
+        if is_next and course.conditioning.change(called.inputs).fits:
+            return loop
     return others[0] if others else state.begin()
 
 

@@ -7,7 +7,6 @@ the call before, the residuals, the records. Dropping the trajectory drops them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +16,7 @@ from omni_cache.runtime.history import History
 from omni_cache.strategies import Gate, Time
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """What happened in one call.
 
     Attributes:
@@ -36,7 +34,7 @@ class StepRecord:
     accumulated: float | None
     timestep: float | None
     reason: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method that nobody needs here
 
 
 class Layout(NamedTuple):

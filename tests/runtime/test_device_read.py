@@ -35,7 +35,7 @@ from toy_transformer import (
 )
 
 import omni_cache
-from omni_cache.runtime import decision, executor, history, inference, placement
+from omni_cache.runtime import decision, executor, history, inference, reading
 from omni_cache.strategies import signals
 
 BRANCHES = {1: ("cond",), 2: ("cond", "uncond"), 3: ("cond", "uncond", "reference")}
@@ -88,13 +88,6 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
         return unwatched
 
-    class Unread(inference.Content):
-        @elsewhere
-        def __init__(self, tensor: Tensor, is_shared: bool = False) -> None:
-            super().__init__(tensor, is_shared)
-            self.numbers = None
-
-    see = inference.host_value
     with monkeypatch.context() as patch:
         for name in READS:
             patch.setattr(Tensor, name, counting(getattr(Tensor, name)))
@@ -102,10 +95,9 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         patch.setattr(decision.Step, "_commit", watched(decision.Step._commit))
         # What kernels do on the CPU says nothing of what they do on a device.
         patch.setattr(signals, "rel_l1", elsewhere(signals.rel_l1))
-        patch.setattr(history.Kept, "__post_init__", lambda self: None)
-        patch.setattr(inference, "Content", Unread)
-        patch.setattr(inference.Inputs, "on_device", True)
-        patch.setattr(placement, "host_value", lambda t: None if isinstance(t, Tensor) else see(t))
+        patch.setattr(inference, "fingerprint", elsewhere(inference.fingerprint))
+        for module in (history, inference, reading):
+            patch.setattr(module, "on_host", lambda tensor: False)
         yield reads
 
 

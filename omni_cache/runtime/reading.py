@@ -1,0 +1,33 @@
+"""What the host knows of numbers that lie on a device, and how it comes to know more: one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether a look at a tensor waits for no device."""
+    return tensor.is_cpu
+
+
+class Reading:
+    """A vector, as ``tensor``, and its ``numbers`` on the host: None until somebody has read it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.numbers: tuple[float, ...] | None = tuple(tensor.tolist()) if on_host(tensor) else None
+
+
+def read(readings: Iterable[Reading]) -> None:
+    """Bring vectors of one device to the host, those that it does not know, in one copy."""
+    unread = [each for each in readings if each.numbers is None]
+    if not unread:
+        return
+    tensors = [each.tensor for each in unread]
+    numbers = (tensors[0] if len(unread) == 1 else torch.cat(tensors)).tolist()
+    for each in unread:
+        each.numbers = tuple(numbers[: each.tensor.numel()])
+        numbers = numbers[each.tensor.numel() :]
