@@ -114,8 +114,9 @@ class Place:
         course.last, course.computation = self.at, self.called.computation
         if generation is None:
             return
-        # What has missed a step cannot be reused any more.
-        generation.release(before=self.at.index - 1)
+        if len(self.run.trajectories) > 1 or len(generation.runs) > 1:
+            # What has missed a step cannot be reused any more.
+            generation.release(before=self.at.index - 1)
         generation.is_called = True
         generation.lasts[course.name] = self.at
         if generation.follows is not None:

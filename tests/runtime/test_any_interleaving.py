@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from toy_transformer import (
     ALWAYS_REUSE,
     CHANNELS,
@@ -81,14 +81,32 @@ class Request:
         return gaussian((self.number, branch, self.words[branch]), 1, 5, CHANNELS)
 
 
-class Oracle:
-    """The model, and what any prediction of it may have been made of."""
+class TwoRegions(nn.Module):
+    """Two transformers in one call, with a graph break between: two guarded graphs."""
 
-    def __init__(self, **flags: Any) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ToyTransformer(seed=0), ToyTransformer(seed=1)
+        self.eval()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Any, Any]:
+        first = self.first(hidden_states, timestep, prompt)
+        torch._dynamo.graph_break()
+        return first, self.second(hidden_states, timestep, prompt)
+
+
+MODELS: dict[int, Callable[[], nn.Module]] = {1: ToyTransformer, 2: TwoRegions}
+
+
+class Oracle:
+    """The model, and what any prediction of it may have been made of, region by region."""
+
+    def __init__(self, regions: int = 1, **flags: Any) -> None:
         self.inner = FlakyCompiler()
-        self.plain, self.model = ToyTransformer(), ToyTransformer()
+        plain, self.model = MODELS[regions](), MODELS[regions]()
+        self.plain = [each for each in plain.modules() if isinstance(each, ToyTransformer)]
         omni_cache.enable(self.model, inner=self.inner, **flags)
-        self.made: list[tuple[tuple[int, int, int], Tensor]] = []
+        self.made: list[tuple[tuple[int, int, int], list[Tensor]]] = []
 
     @torch.no_grad()
     def call(self, request: Request, branch: int) -> None:
@@ -96,30 +114,35 @@ class Oracle:
         latents = gaussian((request.number, len(self.made)), 1, request.tokens, CHANNELS)
         timestep = torch.tensor([1000.0 - 100 * request.step])
         prompt = request.prompt(branch)
-        stream, added = self._plain(latents, timestep, prompt)
-        self.made.append((request.truth(branch), added))
+        streams = [stream_and_residual(each, latents, timestep, prompt) for each in self.plain]
+        self.made.append((request.truth(branch), [added for _, added in streams]))
         place = omni_cache.branch(f"{branch}", request.step) if request.named else nullcontext()
         with place:
-            prediction = self.model(latents, timestep, prompt)
-        sources = {
-            truth
-            for truth, each in self.made
-            if each.shape == stream.shape
-            and torch.allclose(self.plain.project(stream + each), prediction, atol=1e-5)
-        }
-        assert sources == {request.truth(branch)}
+            predicted = self.model(latents, timestep, prompt)
+        predictions = [predicted] if isinstance(predicted, Tensor) else predicted
+        assert len(predictions) == len(self.plain)
+        for region, (plain, prediction) in enumerate(zip(self.plain, predictions, strict=True)):
+            stream = streams[region][0]
+            sources = {
+                truth
+                for truth, added in self.made
+                if added[region].shape == stream.shape
+                and torch.allclose(plain.project(stream + added[region]), prediction, atol=1e-5)
+            }
+            assert sources == {request.truth(branch)}
 
-    def _plain(self, latents: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters the blocks, and what they add to it."""
-        ends: list[Tensor] = []
-        hooks = [
-            self.plain.embed.register_forward_hook(lambda *call: ends.append(call[-1])),
-            self.plain.project.register_forward_pre_hook(lambda *call: ends.append(*call[-1])),
-        ]
-        self.plain(latents, timestep, prompt)
-        for hook in hooks:
-            hook.remove()
-        return ends[0], ends[1] - ends[0]
+
+def stream_and_residual(plain: ToyTransformer, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the blocks of an uncached model, and what they add to it."""
+    ends: list[Tensor] = []
+    hooks = [
+        plain.embed.register_forward_hook(lambda *call: ends.append(call[-1])),
+        plain.project.register_forward_pre_hook(lambda *call: ends.append(*call[-1])),
+    ]
+    plain(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return ends[0], ends[1] - ends[0]
 
 
 class Interleaving(RuleBasedStateMachine):
@@ -225,8 +248,9 @@ def in_a_thread(work: Callable[[], None]) -> None:
         raise raised[0]
 
 
-def drive(strategy: str, examples: int) -> None:
-    machine = type("Machine", (Interleaving,), {"oracle": Oracle(**STRATEGIES[strategy])})
+def drive(strategy: str, regions: int, examples: int) -> None:
+    oracle = Oracle(regions, **STRATEGIES[strategy])
+    machine = type("Machine", (Interleaving,), {"oracle": oracle})
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     run_state_machine_as_test(
         machine,
@@ -237,15 +261,19 @@ def drive(strategy: str, examples: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("regions", MODELS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_no_call_is_given_what_is_held_for_another(strategy: str) -> None:
-    drive(strategy, 50)
+def test_no_call_is_given_what_is_held_for_another(strategy: str, regions: int) -> None:
+    drive(strategy, regions, 25)
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("regions", MODELS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_no_call_is_given_what_is_held_for_another_in_many_more(strategy: str) -> None:
-    drive(strategy, 1000)
+def test_no_call_is_given_what_is_held_for_another_in_many_more(
+    strategy: str, regions: int
+) -> None:
+    drive(strategy, regions, 500)
 
 
 @pytest.fixture
@@ -258,12 +286,12 @@ def no_grad() -> Iterator[None]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("named", [False, True], ids=["inferred", "named"])
 @pytest.mark.parametrize("anew", [False, True], ids=["kept", "made anew"])
-@pytest.mark.parametrize("branches", [1, 2, 4])
+@pytest.mark.parametrize(("branches", "regions"), [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_orderly_loops_reuse_nearly_all_that_they_could(
-    strategy: str, named: bool, anew: bool, branches: int
+    strategy: str, named: bool, anew: bool, branches: int, regions: int
 ) -> None:
     """Two requests that take turns, step by step, on one thread."""
-    oracle = Oracle(**STRATEGIES[strategy])
+    oracle = Oracle(regions, **STRATEGIES[strategy])
     requests = [Request(number, branches, 4 + 2 * number, anew, named) for number in range(2)]
     steps = 8
     counts = [0, 0]
@@ -278,5 +306,5 @@ def test_orderly_loops_reuse_nearly_all_that_they_could(
             counts[1] += len(each.steps) - 1
     for request in requests:
         request.end()
-    assert counts[1] == 2 * branches * (steps - 1)
+    assert counts[1] == 2 * branches * regions * (steps - 1)
     assert counts[0] >= 0.95 * counts[1]
