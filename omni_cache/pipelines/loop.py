@@ -99,14 +99,11 @@ def _is_close(timestep: float, value: float, scale: float) -> bool:
 
 def _counted(scheduler: Any) -> int | None:
     """The step that a scheduler is at; None where it does not count."""
-    index = getattr(scheduler, "step_index", _NEVER)
+    index = getattr(scheduler, "step_index", -1)
     if index is None:
         # It counts from its first step on, some from the first scaling of the latents.
         return getattr(scheduler, "begin_index", None) or 0
-    return None if index is _NEVER else int(index)
-
-
-_NEVER = object()
+    return None if index < 0 else int(index)
 
 
 def _is_set(scheduler: Any) -> bool:

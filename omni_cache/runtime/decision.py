@@ -272,9 +272,8 @@ class Step:
         along = [] if timestep is None else [timestep]
         along += [torch.stack([each.finite for each in unread])] if unread else []
         measured = []
-        if compares and signal is not None and view is not None:
-            before = view.trajectory.signal
-            measured = [Reading(signal.measure(self._signal, before, along))]
+        if compares and view is not None:
+            measured = [Reading(self._compared(view, along))]
         elif along:
             dtype = number_dtype(along[0].device)
             measured = [Reading(torch.stack([each.to(dtype).mean() for each in along]))]
@@ -300,10 +299,9 @@ class Step:
         found, going_by = torch.zeros(signal.sums, device=self._signal.device), 0
         lacking = torch.ones(guarded.depth, device=self._signal.device)
         if view is not None and view.must is None:
-            found = signal.measure(self._signal, view.trajectory.signal, ())
-            going_by = digest(view.goes_by)
-            for age, each in enumerate(view.kept):
-                lacking[age] = 0.0 if each.is_finite else ~each.finite
+            found, going_by = self._compared(view, ()), digest(view.goes_by)
+            for age, kept in enumerate(view.kept):
+                lacking[age] = 0.0 if kept.is_finite else ~kept.finite
         prints = [each.tensor for each in contents]
         shared = Reading(add_up([found, *prints], lacking, going_by, guarded.groups))
         timesteps = (
@@ -320,6 +318,13 @@ class Step:
             must = view.must if usable or view.must else "another rank computes"
             view = view._replace(kept=view.kept[:usable], must=must)
         return view, sums, own[0].numbers[0] if own and own[0].numbers else None
+
+    def _compared(self, view: _View, along: Sequence[Tensor]) -> Tensor:
+        signal, now, before = self._policy.signal, self._signal, view.trajectory.signal
+        assert signal is not None
+        assert now is not None
+        assert before is not None
+        return signal.measure(now, before, along)
 
     def _warn(self, view: _View) -> None:
         """Tell what is odd of a place, which is the call's own and no guess."""

@@ -74,7 +74,7 @@ class Inputs:
     @property
     def on_device(self) -> bool:
         """Whether the contents of some have to be read."""
-        return not all([on_host(each) for each in self.tensors])
+        return not all(map(on_host, self.tensors))
 
     @property
     def unread(self) -> list[Content]:

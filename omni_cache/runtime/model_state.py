@@ -58,7 +58,7 @@ class ModelState:
         """The generations of this thread that nobody has named, the oldest first."""
         return self._thread.loops
 
-    def begin(self, over: Collection[Generation] = ()) -> Generation:
+    def begin(self, over: Collection[Generation | None] = ()) -> Generation:
         """A generation that nobody has named.
 
         Loops are over that are named in ``over``, that have had no call since the last one began,

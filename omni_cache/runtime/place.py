@@ -130,7 +130,7 @@ class _Candidate(NamedTuple):
 
     run: Run
     course: Course
-    index: int
+    step: int
     change: Change
 
 
