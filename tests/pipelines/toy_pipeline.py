@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,3 +49,30 @@ class ToyPipeline:
             guided = noises[1] + 2 * (noises[0] - noises[1])
             (latents,) = self.scheduler.step(guided, timestep, latents, return_dict=False)
         return latents
+
+
+def magcache_schedule(
+    flags: Mapping[str, Any],
+    steps: int,
+    must: Collection[int] = (),
+    called: Sequence[int] | None = None,
+) -> list[int]:
+    """The steps that MagCache computes, by the rule as it is published.
+
+    Args:
+        flags: of the strategy, all of them, with a ratio for each step of the schedule.
+        steps: of the whole schedule.
+        must: steps that are computed whatever the ratios say.
+        called: the steps at which the model is called, if not at all of them.
+    """
+    retained = int(flags["retention_ratio"] * steps + 0.5)
+    calls = range(steps) if called is None else called
+    computed, ratio, error, skipped = [], 1.0, 0.0, 0
+    for step in calls:
+        ratio *= flags["mag_ratios"][step]
+        skipped, error = skipped + 1, error + abs(1 - ratio)
+        reuse = error <= flags["threshold"] and skipped <= flags["max_skip_steps"]
+        if not reuse or step < retained or step in must or step == calls[0]:
+            computed.append(step)
+            ratio, error, skipped = 1.0, 0.0, 0
+    return computed
