@@ -86,8 +86,7 @@ def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., 
 
     def run(*args: Any) -> Any:
         model = outermost_module()
-        if model is not None and (strict or model not in _told):
-            _told.add(model)
+        if model is not None and (is_news(model, _BLOCK_BY_BLOCK) or strict):
             for state in states_of_module(model):
                 state.forget()  # or summary would show a generation before
             if strict:
@@ -99,8 +98,21 @@ def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., 
     return run
 
 
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models of which has been said that they run block by block."""
+def is_news(model: nn.Module | None, message: str) -> bool:
+    """Whether nobody has been told this of a model yet; asking tells. Of no model all is news.
+
+    One call may have many graphs of which the same is true.
+    """
+    if model is None:
+        return True
+    told = _told.setdefault(model, set())
+    is_new = message not in told
+    told.add(message)
+    return is_new
+
+
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""What has been said of a model that nobody has enabled."""
 
 _BLOCK_BY_BLOCK = (
     "Dynamo compiles its blocks one by one, because it has given up the code around them at a "
