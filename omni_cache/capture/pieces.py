@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_cache.capture.frame import outermost_module, weights_of
+from omni_cache.capture.frame import largest_list, outermost_module, weights_of
 from omni_cache.errors import UncachedWarning
 from omni_cache.passes import (
     BlockLoop,
@@ -50,10 +50,24 @@ def refusal_in_pieces(call: Call) -> RegionError | ValueError | None:
         return ValueError(str(max(unknown, key=lambda each: len(each.known))))
     if len(elsewhere) == 1:
         return RegionError(str(elsewhere[0]))
+    if any(map(_is_sharded, largest_list(call.module) or ())):
+        return RegionError(
+            "FSDP (fully_shard) gathers the weights of each block outside of graphs, so that no "
+            "graph has the block loop; say what the blocks are with omni_cache.register_extractor"
+        )
     return RegionError(
         "a graph break keeps the block loop out of every graph; omni_cache.explain(model, ...) "
         "names its line, and what to change"
     )
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    """Whether the weights of a block are shared between ranks, and gathered for each call."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(block, (FSDPModule, FullyShardedDataParallel))
 
 
 _ELSEWHERE = (NoBlockLoopError, UnknownNameError)
