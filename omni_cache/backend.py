@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from omni_cache.capture.frame import TracedFrame
-from omni_cache.capture.pieces import block_by_block, check_piece, refused
+from omni_cache.capture.pieces import block_by_block, check_piece, is_news, refused
 from omni_cache.capture.ranks import groups_of_body
 from omni_cache.dynamo import is_bucket, last_graph, traced_frame
 from omni_cache.errors import NO_GRADIENTS, UncachedWarning, unwrapped
@@ -93,7 +93,7 @@ def omni_cache_backend(
             logger.info("a piece of %s", message)
         elif flags.strict:
             raise unwrapped(error) from None
-        else:
+        elif is_news(frame.model, message):
             warnings.warn(message, UncachedWarning, stacklevel=2)
         return compile_part(gm, example_inputs, flags)
     traced = traced_frame()

@@ -27,7 +27,7 @@ from .region import (
 )
 from .residual import ResidualPair, pair_outputs
 from .signal import Signal, find_signal, find_timestep, timestep_name
-from .split import FINITE, WEIGHTS, GuardedGraph, split
+from .split import FINITE, WEIGHTS, GuardedGraph, split, without_residuals
 from .text import graph_text, guarded_text
 from .values import is_static_input
 
@@ -60,4 +60,5 @@ __all__ = [
     "pair_outputs",
     "split",
     "timestep_name",
+    "without_residuals",
 ]

@@ -48,6 +48,11 @@ class Analysis:
     timestep: Node | None
     overwritten: tuple[Node, ...]
 
+    @property
+    def supposed(self) -> tuple[Node, ...]:
+        """Nodes of the prologue whose numbers must be below 0, or some partner does not fit."""
+        return tuple(dict.fromkeys(node for pair in self.pairs for node in pair.supposed))
+
     def residual_bytes(self, depth: int = 1, history_dtype: torch.dtype | None = None) -> int:
         """Bytes that a trajectory's residuals take.
 

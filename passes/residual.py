@@ -25,12 +25,14 @@ class ResidualPair:
 
     ``partner`` is a view of region inputs with the output's shape, so that ``r = output - partner``
     in the output's dtype. It is None if no view fits; the output is then kept as a value.
-    ``additions`` counts the residual additions between the two.
+    ``additions`` counts the residual additions between the two. ``supposed`` are nodes before the
+    region whose numbers must be below 0 at run time, or the partner does not fit.
     """
 
     output: Node
     partner: View | None
     additions: int
+    supposed: tuple[Node, ...] = ()
 
     @property
     def held(self) -> bool:
@@ -110,12 +112,12 @@ def _pair(output: Node, origins: Origins) -> ResidualPair:
     fits = same_shape(origin.view.shape, origins.sizes.shape_of(value))
     if not fits or not (isinstance(origin.view, Leaf) or is_concrete(origin.view)):
         return ResidualPair(output, None, 0)
-    return ResidualPair(output, origin.view, origin.additions)
+    return ResidualPair(output, origin.view, origin.additions, tuple(origins.sizes.supposed))
 
 
 def _views_to_take(region: Region, origins: Origins) -> list[Node]:
     """The views behind outputs that lead from a compound of region inputs to bare ones."""
-    known = Origins(origins)
+    known = Origins(origins, origins.sizes)
     epilogue = set(region.epilogue)
     taken: list[Node] = []
     for output in region.outputs:

@@ -1,4 +1,4 @@
-"""The split: a graph with a region becomes four callable parts and the guard between them.
+"""The split: a graph with a region becomes callable parts and the guard between them.
 
     prologue: inputs               -> signal, region inputs, whatever else the epilogue reads
     body:     region inputs        -> outputs, residuals (= outputs - partners), finite
@@ -10,6 +10,9 @@ The subtraction is the last node of the body and the weighted sum the first of `
 the epilogue a second time, so that a compiler fuses both with their neighbours. The history is the
 residuals of the last computed steps; every forecast is a row of weights over it, and to hold the
 last residual is the row (1,).
+
+Where partners fit their outputs only if numbers that the prologue computes are below 0 (``-n`` of
+``x[:, :-n]``), a part without residuals serves calls in which they are not.
 
 A residual is cached with its non-finite elements replaced by zero, and the body says in ``finite``
 whether all were finite: no NaN can be reused, even by a gate that reads nothing back from the
@@ -26,7 +29,7 @@ from torch.fx import GraphModule, Node
 
 from .analysis import Analysis
 from .build import Builder, Part, Partner, unused, value_of
-from .order import memory_root, modes, written_nodes
+from .order import Modes, memory_root, modes, written_nodes
 from .region import Region, RegionError
 from .values import is_distributed, is_shape, is_static_input, same_shape
 from .views import leaves
@@ -52,6 +55,8 @@ class GuardedGraph:
         body: the region.
         epilogue: the part after it.
         reuse: the epilogue on forecasts instead of the body's outputs.
+        supposed: names of the prologue's outputs that must be numbers below 0. In a call in which
+            one is not, what :func:`without_residuals` gives comes after the prologue.
         residuals: names of the outputs of ``body`` that a computed step leaves to reused ones.
         history: for each entry that ``reuse`` knows, newest first, the names of the residuals in
             it, in the order of ``residuals``. Those of the newest entry are ``residuals``. What
@@ -65,6 +70,7 @@ class GuardedGraph:
     body: Part
     epilogue: Part
     reuse: Part
+    supposed: tuple[str, ...]
     residuals: tuple[str, ...]
     history: tuple[tuple[str, ...], ...]
     history_dtype: torch.dtype | None
@@ -110,6 +116,7 @@ def split(
         kept.update(leaves(pair.partner) if pair.partner is not None else ())
     if analysis.signal is not None:
         kept.add(analysis.signal.node)
+    kept.update(analysis.supposed)
 
     prologue = Builder(gm, held_modes)
     prologue.copy(region.prologue)
@@ -118,10 +125,7 @@ def split(
         if partner.composed:
             made[partner.name] = prologue.laid_out(prologue.compose(partner.view))
 
-    body = Builder(gm, held_modes)
-    for node in analysis.overwritten:
-        body.values[node] = body.call(torch.clone, body.read(node))
-    body.copy(region.body)
+    body = _blocks(gm, analysis, held_modes)
     outputs = {pair.output.name: body.values[pair.output] for pair in pairs}
     residuals: dict[str, Node] = {}
     for pair in pairs:
@@ -178,11 +182,31 @@ def split(
         body=body.finish({**outputs, **residuals, FINITE: finite}),
         epilogue=epilogue.finish_with(result),
         reuse=reuse.finish_with(result),
+        supposed=tuple(number.name for number in analysis.supposed),
         residuals=tuple(residuals),
         history=history,
         history_dtype=history_dtype,
         signal=None if analysis.signal is None else analysis.signal.node.name,
     )
+
+
+def without_residuals(gm: GraphModule, analysis: Analysis) -> Part:
+    """Body and epilogue as they are, for calls whose outputs have no partner that fits.
+
+    Use it before :func:`split`, which has symbolic sizes learn what partners tell of them.
+    """
+    part = _blocks(gm, analysis, modes(gm.graph))
+    part.copy(analysis.region.epilogue)
+    return part.finish_with(gm.graph.find_nodes(op="output")[0])
+
+
+def _blocks(gm: GraphModule, analysis: Analysis, held_modes: Mapping[Node, Modes]) -> Builder:
+    """A new part that begins with the body, on copies of what it writes into."""
+    part = Builder(gm, held_modes)
+    for node in analysis.overwritten:
+        part.values[node] = part.call(torch.clone, part.read(node))
+    part.copy(analysis.region.body)
+    return part
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

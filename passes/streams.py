@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,11 +61,11 @@ class Origin:
 
 
 class Origins(dict[Node, Origin]):
-    """The origin of each node that continues a residual stream."""
+    """The origin of each node that continues a residual stream, and what sizes turn out to be."""
 
-    def __init__(self, origins: Mapping[Node, Origin] = MappingProxyType({})) -> None:
+    def __init__(self, origins: Mapping[Node, Origin], sizes: Sizes) -> None:
         super().__init__(origins)
-        self.sizes: Sizes = origins.sizes if isinstance(origins, Origins) else Sizes()
+        self.sizes = sizes
 
     def add(self, node: Node, origin: Origin) -> None:
         """Enter a node's origin, and learn from it what the node's unknown sizes are."""
@@ -78,7 +77,7 @@ class Origins(dict[Node, Origin]):
 
 def trace_origins(region: Region) -> Origins:
     """The origin of every node of the body that continues a residual stream. One linear sweep."""
-    origins = Origins()
+    origins = Origins({}, Sizes(_numbers(region)))
     flow = _Flow(region)
     for node in region.inputs:
         value = tensor_of(node)
@@ -89,6 +88,12 @@ def trace_origins(region: Region) -> Origins:
         if origin is not None:
             origins.add(node, origin)
     return origins
+
+
+def _numbers(region: Region) -> dict[Any, Node]:
+    """The nodes before a region that compute a number, by what they compute."""
+    values = ((node, node.meta.get("example_value")) for node in region.prologue)
+    return {each.node.expr: node for node, each in values if isinstance(each, torch.SymInt)}
 
 
 class _Flow:
@@ -377,15 +382,17 @@ def _bounds(entry: slice, size: Size, sizes: Sizes) -> tuple[Size, Size] | None:
         return None
     if isinstance(start, int) and isinstance(stop, int) and isinstance(size, int):
         return slice(start, stop).indices(size)[:2]
-    return (
-        start + size if _is_from_the_end(start) else start,
-        stop + size if _is_from_the_end(stop) else stop,
-    )
+    placed = [_place(bound, size, sizes) for bound in (start, stop)]
+    return None if placed[0] is None or placed[1] is None else (placed[0], placed[1])
 
 
-def _is_from_the_end(bound: Size) -> bool:
-    """Whether a bound counts from the end. A ``-n`` of data is taken to: n is 1 or more."""
-    return bound < 0 if isinstance(bound, int) else is_known(bound <= 0)
+def _place(bound: Size, size: Size, sizes: Sizes) -> Size | None:
+    """A bound counted from the front, or None where nothing tells from which end it counts."""
+    if not is_known(bound <= 0) or same_size(bound, 0):
+        return bound
+    if isinstance(bound, int) or is_known(bound < 0) or sizes.suppose_negative(bound):
+        return bound + size
+    return None
 
 
 def _size(value: Any, sizes: Sizes) -> Size | None:

@@ -9,8 +9,9 @@ sizes; knows nothing of operations.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -28,10 +29,19 @@ class Sizes:
     """What sizes that depend on data turn out to be, once the views they belong to are followed.
 
     ``x[:, :-n]`` has a length of its own in the graph where ``n`` depends on data; as a view of
-    ``cat([a, b])`` it is the length of ``a``.
+    ``cat([a, b])`` it is the length of ``a``. Unless ``n`` is 0: then it is 0, as ``-0`` does not
+    count from the end.
+
+    Args:
+        numbers: nodes that compute a number before any view is made, by what they compute.
+
+    Attributes:
+        supposed: those of them that views were followed by on condition that they are below 0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Mapping[Any, Node] = MappingProxyType({})) -> None:
+        self.supposed: dict[Node, None] = {}
+        self._numbers = numbers
         self._known: dict[Any, Any] = {}
 
     def learn(self, shape: Sequence[Size], true_shape: Sequence[Size]) -> None:
@@ -41,6 +51,13 @@ class Sizes:
                 assert isinstance(size, torch.SymInt)
                 known = true_size if isinstance(true_size, int) else true_size.node.expr
                 self._known[size.node.expr] = known
+
+    def suppose_negative(self, number: torch.SymInt) -> bool:
+        """Go on as if a number were below 0; False where that cannot be checked in time."""
+        node = self._numbers.get(number.node.expr)
+        if node is not None:
+            self.supposed[node] = None
+        return node is not None
 
     def resolve(self, size: Size) -> Size:
         """A size in terms of those that are known."""

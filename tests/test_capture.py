@@ -231,3 +231,47 @@ def test_a_stream_cut_off_by_a_length_of_data_is_paired_and_exact(length: int) -
         moved = (embedded[step] - embedded[0]) @ model.project.weight.T
         torch.testing.assert_close(got[step], expected[0] + moved, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(got[step], expected[step], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_where_nothing_is_cut_off_after_all_the_call_is_as_without_a_cache(
+    first: int, inner: str
+) -> None:
+    """``x[:, :-0]`` is empty, and ``x[:, -0:]`` all of x."""
+    model, prompt = Joint(), gaussian("prompt", 1, 6, CHANNELS)
+    latents = [gaussian(step, 1, TOKENS, CHANNELS) for step in range(8)]
+    lengths = [first, first, 0, 0, 0, 3, 3, 0]
+    omni_cache.enable(model, inner=inner, **ALWAYS_REUSE)
+    for step, (x, length) in enumerate(zip(latents, lengths, strict=True)):
+        args = x, torch.tensor([900.0 - 100 * step]), prompt, torch.arange(6) < length
+        got, expected = model(*args), Joint()(*args)
+        if length == 0:
+            assert torch.equal(got, expected)
+        assert got.shape == expected.shape
+    (trajectory,) = omni_cache.summary(model).trajectories
+    computed = [step.computed for step in trajectory.steps]
+    assert computed == [True, first == 0, True, True, True, True, False, True]
+
+
+class CutByWhatABlockFinds(Joint):
+    """The last block says how much text there is."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor) -> Any:
+        time = self.embed_time(timestep[:, None] / 500)
+        x = torch.cat([self.embed(hidden_states), self.embed(prompt)], 1)
+        for block in self.blocks:
+            x = block(x, time, None)
+        text = int((x[0, :, 0] > 0).sum() * 0 + mask.sum())
+        return self.project(x[:, :-text])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 3])
+def test_what_cannot_be_checked_before_the_blocks_is_not_relied_on(length: int) -> None:
+    model, prompt = CutByWhatABlockFinds(), gaussian("prompt", 1, 6, CHANNELS)
+    omni_cache.enable(model, inner="eager", **{**ALWAYS_REUSE, "rel_l1_thresh": 0.0})
+    x = gaussian("x", 1, TOKENS, CHANNELS)
+    args = x, torch.tensor([900.0]), prompt, torch.arange(6) < length
+    assert torch.equal(model(*args), CutByWhatABlockFinds()(*args))

@@ -173,7 +173,7 @@ def test_no_nan_is_reused(registered: Any) -> None:
         finite.append(bool(model(latents, torch.tensor([time]), prompt).isfinite().all()))
         # Not even kept, for gates that read nothing back from a device.
         (trajectory,) = model._compiled_call_impl.state.latest.trajectories.values()
-        (kept,) = trajectory.history.kept[0].residuals
+        kept, _ = trajectory.history.kept[0].residuals
         assert kept.isfinite().all()
     assert finite == [False, True, True]
     assert reasons(model) == [["first step", "non-finite residual", "below threshold"]]
@@ -246,6 +246,71 @@ def test_however_many_models_have_extractors_all_of_their_blocks_are_compiled(
         inner = Backend()
         Loop(steps=2).run(enabled(model_class(), inner=inner, **NEVER_REUSE))
         assert inner.graphs > 0
+
+
+def test_blocks_that_are_called_in_more_ways_than_dynamo_allows_are_compiled(
+    registered: Any,
+) -> None:
+    """As many as an enabled model's graph may have."""
+    registered(NumpyToy, extract_toy)
+    model = enabled(NumpyToy(), inner=(inner := Backend()), dynamic=False, **NEVER_REUSE)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        for tokens in (3, 4, 5, 6):
+            graphs = inner.graphs
+            x, prompt = gaussian("x", 1, tokens, CHANNELS), gaussian("p", 1, 5, CHANNELS)
+            model(x, torch.tensor([900.0]), prompt)
+            assert inner.graphs > graphs
+
+
+NEWTON = {**TEACACHE, "forecast": "newton", "forecast_order": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("history_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("flags", [TEACACHE, NEWTON], ids=["hold", "newton"])
+def test_residuals_are_kept_and_weighed_as_those_of_a_graph(
+    dtype: torch.dtype, history_dtype: str | None, flags: dict[str, Any], registered: Any
+) -> None:
+    flags = {**flags, "history_dtype": history_dtype}
+    registered(InDtype, extract_in_dtype)
+    by_graph = compiled(ToyInDtype().to(dtype), **flags)
+    model = enabled(InDtype().to(dtype), **flags)
+    with torch.no_grad():
+        expected, got = Loop().run(by_graph), Loop().run(model)
+    assert computed(model) == computed(by_graph)
+    assert omni_cache.summary(model).reused_steps > 0
+    assert same(got, expected)
+    (trajectory,) = model._compiled_call_impl.state.latest.trajectories.values()
+    for each in trajectory.history.kept:
+        kept = getattr(torch, history_dtype) if history_dtype else dtype
+        assert each.residuals[0].dtype == kept
+
+
+class ToyInDtype(ToyTransformer):
+    """Takes float32 whatever its dtype."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Any:
+        dtype = self.project.weight.dtype
+        x, time = self.embed(hidden_states.to(dtype)), self.embed_prompt(prompt.to(dtype)).mean(1)
+        time = time + self.embed_time(timestep.to(dtype).reshape(-1, 1) / 500)
+        for block in self.blocks:
+            x = block(x, time, None)
+        return self.project(x).float()
+
+
+class InDtype(ToyInDtype):
+    pass
+
+
+def extract_in_dtype(
+    module: Any, hidden_states: Tensor, timestep: Tensor, prompt: Tensor
+) -> CacheContext:
+    dtype = module.project.weight.dtype
+    given = (each.to(dtype) for each in (hidden_states, timestep, prompt))
+    context = extract_toy(module, *given)
+    postprocess = context.postprocess
+    context.postprocess = lambda y: postprocess(y).float()
+    return context
 
 
 def test_one_registered_after_enable_counts_once_it_is_enabled_again(registered: Any) -> None:

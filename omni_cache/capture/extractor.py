@@ -18,11 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from omni_cache.capture.function import with_own_code
 from omni_cache.capture.ranks import groups_of_module
+from omni_cache.dynamo import compiled
 from omni_cache.errors import NO_GRADIENTS, UncachedWarning
+from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
 from omni_cache.passes import FINITE, RegionError
@@ -179,10 +182,6 @@ class ExtractedModel:
         assert flags.guard is not None  # without a cache there is nothing to take apart
         if flags.region is not None:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
-        if flags.history_dtype is not None:
-            dtype = repr(flags.history_dtype)
-            allowed = "left out for a model with an extractor, whose blocks choose the dtype"
-            raise ValueError(_refusal("history_dtype", dtype, allowed))
         self._extractor = extractor
         self._model_class = model_class.__name__
         source = flags.guard.source_of(self._model_class)
@@ -220,7 +219,8 @@ class ExtractedModel:
 
     def _executor(self, streams: Sequence[str], groups: Sequence[Any]) -> Executor:
         made = [f"{stream}_made" for stream in streams]
-        residuals = [f"{stream}_residual" for stream in streams]
+        residuals = [f"{stream}_{kind}" for kind in ("residual", "dtype") for stream in streams]
+        history_dtype = self._flags.history_dtype
         inputs = [*streams, *([] if self._signal is None else [self._signal])]
         inputs = list(dict.fromkeys(inputs))
 
@@ -230,9 +230,15 @@ class ExtractedModel:
         def body(context: CacheContext, *entered: Tensor) -> list[Tensor]:
             before = [each.clone() for each in entered]  # blocks may write into them
             left = _checked(self._run_blocks(context.run_transformer_blocks), entered)
-            changes = [new - old.to(new.dtype) for new, old in zip(left, before, strict=True)]
+            changes = [
+                (new - old.to(new.dtype)).to(history_dtype or new.dtype)
+                for new, old in zip(left, before, strict=True)
+            ]
             finite = torch.stack([each.isfinite().all() for each in changes]).all()
-            return [*left, *(each.nan_to_num(0.0, 0.0, 0.0) for each in changes), finite]
+            changes = [each.nan_to_num(0.0, 0.0, 0.0) for each in changes]
+            # What a reused step gives its streams, whose residuals may be of another dtype.
+            dtypes = [each.new_empty(0) for each in left]
+            return [*left, *changes, *dtypes, finite]
 
         def epilogue(context: CacheContext, *left: Tensor) -> list[Any]:
             # An extractor may have postprocess read the streams off the context.
@@ -246,12 +252,14 @@ class ExtractedModel:
 
         def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
             entered, kept, row = values[: len(streams)], values[len(streams) : -1], values[-1]
-            weights = row[0].unbind()
             left = []
             for place, old in enumerate(entered):
-                changes = kept[place :: len(streams)]
+                dtype = kept[len(streams) + place].dtype
+                # Of as many dimensions as the stream, so that sums are of float32 at least.
+                weights = row.reshape(1, *[1] * (old.dim() - 1), depth).unbind(-1)
+                changes = kept[place :: len(residuals)]
                 terms = (w * each for w, each in zip(weights, changes, strict=True))
-                left.append(reduce(torch.add, terms, old.to(changes[0].dtype)))
+                left.append((old.to(dtype) + reduce(torch.add, terms)).to(dtype))
             return epilogue(context, *left)
 
         parts = GuardedParts(
@@ -290,12 +298,19 @@ def _compiled_blocks(
     """What runs blocks, compiled with the inner compiler; in pieces where they break."""
     if flags.inner == "eager":
         return _run_blocks
-    options = flags.inductor_patches if flags.inner == "inductor" else flags.inner_options
     run = with_own_code(_run_blocks, model_class, {**vars(flags), **compile_flags})
-    compiled: Callable[..., Any] = torch.compile(
-        run, backend=flags.inner, options=dict(options) if options else None, **compile_flags
-    )
-    return compiled
+    fullgraph, dynamic = compile_flags.get("fullgraph"), compile_flags.get("dynamic")
+    return compiled(run, _Inner(flags), bool(fullgraph), dynamic)
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """The inner compiler as a backend; equal ones share what is compiled."""
+
+    flags: CompileOptions
+
+    def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return compile_part(gm, example_inputs, self.flags)
 
 
 def _checked(left: Any, entered: Sequence[Tensor]) -> list[Tensor]:

@@ -127,8 +127,13 @@ def _method_of(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
 
 def _is_block(module: nn.Module, model: nn.Module) -> bool:
     """Whether a module is an element of that list of a model which has the most weights."""
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    return bool(lists) and any(module is each for each in max(lists, key=weights_of))
+    return any(module is each for each in largest_list(model) or ())
+
+
+def largest_list(model: nn.Module) -> nn.ModuleList | None:
+    """That list of a model which has the most weights; None where it has no list."""
+    lists = (each for each in model.modules() if isinstance(each, nn.ModuleList))
+    return max(lists, key=weights_of, default=None)
 
 
 def weights_of(module: nn.Module) -> int:

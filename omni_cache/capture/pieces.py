@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omni_cache.capture.frame import outermost_module, weights_of
+from omni_cache.capture.frame import largest_list, outermost_module, weights_of
 from omni_cache.errors import UncachedWarning
 from omni_cache.passes import (
     BlockLoop,
@@ -50,10 +50,24 @@ def refusal_in_pieces(call: Call) -> RegionError | ValueError | None:
         return ValueError(str(max(unknown, key=lambda each: len(each.known))))
     if len(elsewhere) == 1:
         return RegionError(str(elsewhere[0]))
+    if any(map(_is_sharded, largest_list(call.module) or ())):
+        return RegionError(
+            "FSDP (fully_shard) gathers the weights of each block outside of graphs, so that no "
+            "graph has the block loop; say what the blocks are with omni_cache.register_extractor"
+        )
     return RegionError(
         "a graph break keeps the block loop out of every graph; omni_cache.explain(model, ...) "
         "names its line, and what to change"
     )
+
+
+def _is_sharded(block: nn.Module) -> bool:
+    """Whether the weights of a block are shared between ranks, and gathered for each call."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(block, (FSDPModule, FullyShardedDataParallel))
 
 
 _ELSEWHERE = (NoBlockLoopError, UnknownNameError)
@@ -86,8 +100,7 @@ def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., 
 
     def run(*args: Any) -> Any:
         model = outermost_module()
-        if model is not None and (strict or model not in _told):
-            _told.add(model)
+        if model is not None and (is_news(model, _BLOCK_BY_BLOCK) or strict):
             for state in states_of_module(model):
                 state.forget()  # or summary would show a generation before
             if strict:
@@ -99,8 +112,21 @@ def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., 
     return run
 
 
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models of which has been said that they run block by block."""
+def is_news(model: nn.Module | None, message: str) -> bool:
+    """Whether nobody has been told this of a model yet; asking tells. Of no model all is news.
+
+    One call may have many graphs of which the same is true.
+    """
+    if model is None:
+        return True
+    told = _told.setdefault(model, set())
+    is_new = message not in told
+    told.add(message)
+    return is_new
+
+
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""What has been said of a model that nobody has enabled."""
 
 _BLOCK_BY_BLOCK = (
     "Dynamo compiles its blocks one by one, because it has given up the code around them at a "

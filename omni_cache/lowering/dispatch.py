@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
-from omni_cache.passes import WEIGHTS, Analysis, Part, is_static_input, split
+from omni_cache.passes import WEIGHTS, Analysis, Part, is_static_input, split, without_residuals
 from omni_cache.passes.order import memory_root, written_nodes
 
 
@@ -27,9 +27,12 @@ def compile_program(
         flags: with a guard.
     """
     assert flags.guard is not None
-    guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
     placeholders = gm.graph.find_nodes(op="placeholder")
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
+    rest = None
+    if analysis.supposed:
+        rest = _compile_named(without_residuals(gm, analysis), examples, flags)
+    guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
     row = rows.get(WEIGHTS)
     parts = GuardedParts(
@@ -37,6 +40,8 @@ def compile_program(
         body=_compile_named(guarded.body, examples, flags),
         epilogue=_compile_named(guarded.epilogue, examples, flags),
         reuse=_compile_named(guarded.reuse, examples, flags),
+        rest=rest,
+        supposed=guarded.supposed,
         residuals=guarded.residuals,
         history=guarded.history,
         weights=WEIGHTS,

@@ -47,6 +47,8 @@ class GuardedParts:
         weights: name of the row of weights in ``reuse``.
         weights_dtype: its dtype.
         signal: name of the prologue's output that the gate compares, None where it needs none.
+        rest: body and epilogue at once, for calls that have no residual; None where all have.
+        supposed: names of the prologue's outputs that are numbers below 0 where a call has one.
     """
 
     prologue: CompiledPart
@@ -58,6 +60,8 @@ class GuardedParts:
     weights: str
     signal: str | None
     weights_dtype: torch.dtype = torch.float32
+    rest: CompiledPart | None = None
+    supposed: Sequence[str] = ()
 
 
 class Computed(NamedTuple):
@@ -99,6 +103,8 @@ class Program:
         self._body_inputs = _picker(body, slots)
         self._epilogue_inputs = _picker(parts.epilogue, after_body)
         self._reuse_inputs = _picker(parts.reuse, {**slots, **_numbered(held, len(slots))})
+        self._rest_inputs = None if parts.rest is None else _picker(parts.rest, slots)
+        self._supposed = [slots[name] for name in parts.supposed]
         self._residuals = [body.outputs.index(name) for name in parts.residuals]
         self._finite = body.outputs.index(FINITE)
         self._signal = None if parts.signal is None else slots[parts.signal]
@@ -129,7 +135,13 @@ class Program:
         return [each for slot in self._shaped if isinstance(each := values[slot], Tensor)]
 
     def compute(self, values: Values) -> Computed:
-        """Run the block loop, and what comes after it."""
+        """Run the block loop, and what comes after it.
+
+        A call that has no residual leaves empty ones, which count as not finite.
+        """
+        if not self._has_residual(values):
+            nothing = tuple(torch.zeros(0) for _ in self._residuals)
+            return Computed(self._run_rest(values), nothing, torch.tensor(False))
         made = self._parts.body.run(*self._body_inputs(values))
         result = self._parts.epilogue.run(*self._epilogue_inputs([*values, *made]))
         residuals, finite = [made[slot] for slot in self._residuals], made[self._finite]
@@ -140,13 +152,26 @@ class Program:
     def reuse(self, values: Values, history: Sequence[Tensor], weights: tuple[float, ...]) -> Any:
         """Run what comes after the block loop, on residuals that are forecast from earlier ones.
 
+        A call that has no residual is computed all the same.
+
         Args:
             values: as `begin` left them.
             history: the residuals of each entry of the history, newest first.
             weights: one for each entry.
         """
+        if not self._has_residual(values):
+            return self._run_rest(values)
         row = _row(weights, self._parts.weights_dtype, history[0].device)
         return self._parts.reuse.run(*self._reuse_inputs([*values, *history, row]))
+
+    def _has_residual(self, values: Values) -> bool:
+        """Whether the blocks' outputs are of the shapes that their partners have."""
+        return all(values[slot] < 0 for slot in self._supposed)
+
+    def _run_rest(self, values: Values) -> Any:
+        assert self._parts.rest is not None
+        assert self._rest_inputs is not None
+        return self._parts.rest.run(*self._rest_inputs(values))
 
 
 @lru_cache(maxsize=256)

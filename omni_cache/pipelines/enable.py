@@ -3,8 +3,9 @@
 Enabling compiles each denoising transformer in place, so that it keeps its type and attributes, and
 listens to what the pipeline says of its loop: new timesteps in its scheduler are a new generation
 of so many steps, ``transformer.cache_context`` names the branch. All that it adds are three
-attributes of the transformer, which ``disable`` takes away and which no copy of it inherits: what
-runs in place of its ``__call__``, of its ``forward`` and of its ``cache_context``.
+attributes of the transformer and one of each block, which ``disable`` takes away and which no copy
+inherits: what runs in place of its ``__call__``, of its ``forward``, of its ``cache_context``, and
+of a block's ``__call__``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from omni_cache.capture.pieces import refusal_in_pieces
 from omni_cache.dynamo import leave_uncompiled
 from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
+from omni_cache.passes import RegionError
+from omni_cache.pipelines.blocks import WatchedBlock, unwatch_blocks, watch_blocks
 from omni_cache.pipelines.loop import TRANSFORMERS, PipelineLoop, running_loop
 from omni_cache.runtime.calls import Call, bind, bound_call
 from omni_cache.runtime.contexts import Generation, branch
@@ -198,6 +201,7 @@ class _CachedCall:
             else _runner(_call_forward, module, None, options, compile_flags)
         )
         self._has_warned = False
+        self.blocks: list[WatchedBlock] = []
 
     def is_for(
         self, module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
@@ -257,14 +261,27 @@ class _CachedCall:
     def _say_what_is_uncached(self, call: Call) -> None:
         """Warn, once, or raise if no piece of the model is cached or some of its blocks are not."""
         refusal = refusal_in_pieces(call)
-        if refusal is None:
-            return
+        if refusal is not None:
+            self._refuse("a part of " if call.is_cached else "", refusal)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def say_that_it_is_passed_by(self) -> None:
+        """The same for blocks that somebody runs past the module's call and its ``forward``."""
+        self._refuse("", RegionError(_PASSED_BY))
+
+    def _refuse(self, part: str, refusal: RegionError | ValueError) -> None:
         if self.flags.get("strict") or isinstance(refusal, ValueError):
             raise refusal
         if not self._has_warned:
             self._has_warned = True
-            name = f"{'a part of ' if call.is_cached else ''}{type(call.module).__name__}"
+            name = f"{part}{type(self._module()).__name__}"
             warnings.warn(f"{name} runs uncached: {refusal}", UncachedWarning, stacklevel=2)
+
+
+_PASSED_BY = (
+    "its blocks are called one by one, by a sampler that runs them itself or through a method that "
+    "was taken from the model before omni_cache.enable; call the model, or its forward as it is now"
+)
 
 
 class _CachedForward:
@@ -380,6 +397,7 @@ def _install(call: _CachedCall, module: nn.Module) -> None:
     attributes["_compiled_call_impl"] = call
     # Over the class's methods, for this instance alone.
     attributes["forward"] = call.forward
+    call.blocks = watch_blocks(module, call.say_that_it_is_passed_by)
     if hasattr(module, "cache_context"):
         attributes["cache_context"] = _NamedContext(module)
 
@@ -389,6 +407,7 @@ def _disable_module(module: nn.Module) -> None:
     if call is None:
         return
     call.state.forget()
+    unwatch_blocks(call.blocks)
     attributes = vars(module)
     # What others have put in place of it since is theirs.
     for name, ours, before in (
