@@ -72,7 +72,7 @@ class WatchedBlock:
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _is_within_call(self) -> bool:
         # With gradients nothing is cached, and a backward pass runs blocks again.
-        return bound_call() is not None or torch.is_grad_enabled()
+        return bound_call.get() is not None or torch.is_grad_enabled()
 
 
 # Dynamo would compile this frame for all blocks alike, and give up one for all.
