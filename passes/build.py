@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.fx.node import map_arg
 from .names import op_name
 from .order import SCOPE_ENDS, Modes
 from .residual import ResidualPair
-from .values import is_shape
+from .values import is_shape, is_unknown
 from .views import Cat, Leaf, Permute, Slice, View
 
 _GUARD = "omni_cache_guard"
@@ -63,13 +64,25 @@ class Partner:
 
 
 class Builder:
-    """Copies nodes of one graph into a new one; what it lacks becomes a placeholder."""
+    """Copies nodes of one graph into a new one; what it lacks becomes a placeholder.
 
-    def __init__(self, gm: GraphModule, held_modes: Mapping[Node, Modes]) -> None:
+    Args:
+        gm: the module of the old graph.
+        held_modes: the modes that each of its nodes was traced in.
+        numbers: what to take in for symbols that inputs are laid out by, see `numbers_of_data`.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        held_modes: Mapping[Node, Modes],
+        numbers: Mapping[Any, Node] = MappingProxyType({}),
+    ) -> None:
         self.graph = Graph()
         self.values: dict[Node, Node] = {}
         self._source = gm
         self._inputs: dict[str, Node] = {}
+        self._numbers = numbers
         self._held_modes = held_modes
         # Outside of all scopes, the switches are as the graph leaves them when it is done.
         self._ambient = held_modes[gm.graph.find_nodes(op="output")[0]]
@@ -181,17 +194,14 @@ class Builder:
 
     def _bind_sizes(self) -> None:
         """Take in the symbolic sizes that inputs are laid out by, as compilers want."""
-        symbols = {
-            symbol
-            for node in self._inputs.values()
-            for size in _layout(node.meta["example_value"])
-            if isinstance(size, torch.SymInt)
-            for symbol in size.node.expr.free_symbols
-        }
+        symbols = {symbol for node in self._inputs.values() for symbol in symbols_of(node)}
         if symbols:
             for node in self._source.graph.find_nodes(op="placeholder"):
                 value = node.meta["example_value"]
                 if isinstance(value, torch.SymInt) and value.node.expr in symbols:
+                    self.read(node)
+            for symbol, node in self._numbers.items():
+                if symbol in symbols:
                     self.read(node)
 
     def _switch(self, wanted: Modes) -> None:
@@ -217,14 +227,32 @@ class Builder:
         return self.graph.node_copy(mark, self._mark)
 
 
+def numbers_of_data(nodes: Iterable[Node]) -> dict[Any, Node]:
+    """The nodes that read a number off a tensor, by the symbol that stands for it in sizes."""
+    values = ((node, node.meta.get("example_value")) for node in nodes)
+    return {
+        each.node.expr: node
+        for node, each in values
+        if isinstance(each, torch.SymInt) and is_unknown(each)
+    }
+
+
+def symbols_of(node: Node) -> set[Any]:
+    """The symbols that a node's tensor is laid out by, or that its number of data is made of."""
+    value = node.meta.get("example_value")
+    sizes = (value,) if _is_of_data(value) else _layout(value)
+    symbolic = [size.node.expr for size in sizes if isinstance(size, torch.SymInt)]
+    return {symbol for each in symbolic for symbol in each.free_symbols}
+
+
 def _layout(value: Any) -> tuple[int | torch.SymInt, ...]:
     if not isinstance(value, torch.Tensor):
         return ()
     return (*value.shape, *value.stride(), value.storage_offset())
 
 
-def _is_of_data(size: int | torch.SymInt) -> bool:
-    """Whether a size is only known when the graph runs."""
+def _is_of_data(size: Any) -> bool:
+    """Whether something is a size that is only known when the graph runs."""
     return isinstance(size, torch.SymInt) and size.node.hint is None
 
 

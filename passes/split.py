@@ -28,7 +28,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .analysis import Analysis
-from .build import Builder, Part, Partner, unused, value_of
+from .build import Builder, Part, Partner, numbers_of_data, symbols_of, unused, value_of
 from .order import Modes, memory_root, modes, written_nodes
 from .region import Region, RegionError
 from .values import is_distributed, is_shape, is_static_input, same_shape
@@ -117,6 +117,10 @@ def split(
     if analysis.signal is not None:
         kept.add(analysis.signal.node)
     kept.update(analysis.supposed)
+    numbers = numbers_of_data(region.prologue)
+    if numbers:
+        laid_out_by = {symbol for node in kept for symbol in symbols_of(node)}
+        kept.update(numbers[symbol] for symbol in numbers.keys() & laid_out_by)
 
     prologue = Builder(gm, held_modes)
     prologue.copy(region.prologue)
@@ -146,7 +150,7 @@ def split(
         finite = fine if finite is None else body.call(torch.logical_and, finite, fine)
     assert finite is not None  # there is at least one pair
 
-    epilogue = Builder(gm, held_modes)
+    epilogue = Builder(gm, held_modes, numbers)
     for pair in pairs:
         made_anew = outputs[pair.output.name]
         if made_anew is not body.values[pair.output]:
@@ -155,7 +159,7 @@ def split(
             )
     epilogue.copy(region.epilogue)
 
-    reuse = Builder(gm, held_modes)
+    reuse = Builder(gm, held_modes, numbers)
     overwrites = _overwrites(region)
     returned = {memory_root(each) for each in result.all_input_nodes}
     older = [tuple(unused(f"{name}_{age}", taken) for name in residuals) for age in range(1, depth)]
@@ -202,7 +206,7 @@ def without_residuals(gm: GraphModule, analysis: Analysis) -> Part:
 
 def _blocks(gm: GraphModule, analysis: Analysis, held_modes: Mapping[Node, Modes]) -> Builder:
     """A new part that begins with the body, on copies of what it writes into."""
-    part = Builder(gm, held_modes)
+    part = Builder(gm, held_modes, numbers_of_data(analysis.region.prologue))
     for node in analysis.overwritten:
         part.values[node] = part.call(torch.clone, part.read(node))
     part.copy(analysis.region.body)

@@ -275,3 +275,30 @@ def test_what_cannot_be_checked_before_the_blocks_is_not_relied_on(length: int) 
     x = gaussian("x", 1, TOKENS, CHANNELS)
     args = x, torch.tensor([900.0]), prompt, torch.arange(6) < length
     assert torch.equal(model(*args), CutByWhatABlockFinds()(*args))
+
+
+class CutBehindANorm(Joint):
+    """One joint sequence of a length of data goes in and comes out of the blocks."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor, mask: Tensor) -> Any:
+        time = self.embed_time(timestep[:, None] / 500)
+        text = self.embed(prompt)[:, : (length := int(mask.sum()))]
+        x = torch.cat([self.embed(hidden_states), text], 1)
+        for block in self.blocks:
+            x = block(x, time, None)
+        return self.project(nn.functional.layer_norm(x, (WIDTH,))[:, :-length])
+
+
+@torch.no_grad()
+def test_a_sequence_of_a_length_of_data_crosses_the_cuts_with_its_length() -> None:
+    model, prompt = CutBehindANorm(), gaussian("prompt", 1, 6, CHANNELS)
+    omni_cache.enable(model, inner="inductor", **ALWAYS_REUSE)
+    for length in (3, 5, 0):
+        for step in range(2):
+            mask, x = torch.arange(6) < length, gaussian("x", 1, TOKENS, CHANNELS)
+            args = x, torch.tensor([900.0 - 100 * step]), prompt, mask
+            got, expected = model(*args), CutBehindANorm()(*args)
+            # The stream of the second step is as the first step's, and so its residual.
+            assert got.shape == expected.shape
+            assert step or torch.allclose(got, expected, atol=1e-5)
+        assert omni_cache.summary(model).reused_steps == 1
