@@ -137,11 +137,13 @@ class Program:
     def compute(self, values: Values) -> Computed:
         """Run the block loop, and what comes after it.
 
-        A call that has no residual leaves empty ones, which count as not finite.
+        A call that has no residual leaves none.
         """
-        if not self._has_residual(values):
-            nothing = tuple(torch.zeros(0) for _ in self._residuals)
-            return Computed(self._run_rest(values), nothing, torch.tensor(False))
+        if not self.has_residual(values):
+            assert self._parts.rest is not None
+            assert self._rest_inputs is not None
+            rest = self._parts.rest.run(*self._rest_inputs(values))
+            return Computed(rest, (), torch.tensor(False))
         made = self._parts.body.run(*self._body_inputs(values))
         result = self._parts.epilogue.run(*self._epilogue_inputs([*values, *made]))
         residuals, finite = [made[slot] for slot in self._residuals], made[self._finite]
@@ -159,19 +161,12 @@ class Program:
             history: the residuals of each entry of the history, newest first.
             weights: one for each entry.
         """
-        if not self._has_residual(values):
-            return self._run_rest(values)
         row = _row(weights, self._parts.weights_dtype, history[0].device)
         return self._parts.reuse.run(*self._reuse_inputs([*values, *history, row]))
 
-    def _has_residual(self, values: Values) -> bool:
+    def has_residual(self, values: Values) -> bool:
         """Whether the blocks' outputs are of the shapes that their partners have."""
         return all(values[slot] < 0 for slot in self._supposed)
-
-    def _run_rest(self, values: Values) -> Any:
-        assert self._parts.rest is not None
-        assert self._rest_inputs is not None
-        return self._parts.rest.run(*self._rest_inputs(values))
 
 
 @lru_cache(maxsize=256)

@@ -222,7 +222,7 @@ class Step:
             trajectory.measure_memory()
         place.commit(output)
         observer, generation = current_observer.get(), place.run.generation
-        if observer is not None and computed and generation is not None:
+        if observer is not None and made and generation is not None:
             first = next(each for each in output if isinstance(each, Tensor))
             seen = place.run, generation.number, place.course.name, at
             observer(Observed(*seen, self._signal, made, first))

@@ -31,7 +31,8 @@ class Executor:
         program = self._program
         step = self._placement.place(args)
         values = program.begin(args)
-        layout = Layout.of(program.shaped(values), self._placement.guarded.computation)
+        computation = self._placement.guarded.computation, program.has_residual(values)
+        layout = Layout.of(program.shaped(values), computation)
         if step.decide(program.signal(values), layout):
             result = program.reuse(values, *step.operands())
             step.commit((), None, result)

@@ -48,7 +48,13 @@ class History:
         self.kept: list[Kept] = []
 
     def push(self, at: Time, residuals: Sequence[Tensor], finite: Tensor) -> None:
-        """Take over the residuals of a computed step, by reference unless they move."""
+        """Take over the residuals of a computed step, by reference unless they move.
+
+        A step without residuals ends the history.
+        """
+        if not residuals:
+            self.kept = []
+            return
         self.home = residuals[0].device
         moved = tuple(_moved(each, self.device or self.home) for each in residuals)
         self.kept = [Kept(at, moved, finite), *self.kept[: self.depth - 1]]
