@@ -96,6 +96,26 @@ def test_dimensions_of_one_mesh_are_agreed_over_in_the_order_of_the_mesh(mesh):
     assert ranks_of(groups(both, torch.ones(4), weight)) == [[0, 2], [0, 1]]
 
 
+def test_a_group_and_another_of_the_same_ranks_agree_once():
+    one, other = dist.new_group([0, 5]), dist.new_group([0, 5])
+
+    def both(x):
+        return gathered(gathered(x, one), other)
+
+    assert ranks_of(groups(both, torch.ones(4))) == [[0, 5]]
+
+
+def test_a_mesh_puts_no_groups_together_that_are_not_its_dimensions(mesh):
+    weight = distribute_tensor(torch.ones(4), mesh["ring"], [Shard(0)])
+    other = dist.new_group([0, 3])
+
+    def both(x, weight):
+        return gathered(x, other), weight + 1
+
+    with pytest.raises(RegionError, match=r"several process groups, of ranks .*process_group="):
+        groups(both, torch.ones(4), weight)
+
+
 def test_groups_that_no_mesh_puts_together_are_refused_with_the_flag_to_set():
     one, other = dist.new_group([0, 1]), dist.new_group([0, 3])
 
@@ -122,6 +142,55 @@ def test_a_module_names_the_meshes_of_its_weights(mesh):
     weight = distribute_tensor(module.weight, mesh["heads"], [Shard(0)])
     module.weight = torch.nn.Parameter(weight)
     assert ranks_of(groups_of_module(module)) == [[0, 1]]
+
+
+def test_a_module_names_the_group_that_shards_it(mesh):
+    """As FullyShardedDataParallel keeps it, wherever in the module that lies."""
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    module[0].process_group = mesh.get_group("ring")
+    assert ranks_of(groups_of_module(module)) == [[0, 2]]
+    assert groups_of_module(module, mesh.get_group("heads")) == (mesh.get_group("heads"),)
+
+
+def test_a_collective_within_an_inner_graph_names_its_group(mesh):
+    name = mesh.get_group("ring").group_name
+
+    def summed(x):
+        collective = torch.ops._c10d_functional
+        return collective.wait_tensor(collective.all_reduce(x, "sum", name))
+
+    def one_of_two(x):
+        return torch.cond(x.sum() > 0, summed, torch.neg, (x,))
+
+    assert ranks_of(groups(one_of_two, torch.ones(4))) == [[0, 2]]
+
+
+def test_weights_on_two_dimensions_of_one_mesh_are_put_together_by_it(mesh):
+    module = torch.nn.ParameterList(
+        distribute_tensor(torch.ones(4), mesh[name], [Shard(0)]) for name in ("heads", "ring")
+    )
+    assert ranks_of(groups_of_module(module)) == [[0, 2], [0, 1]]
+
+
+def test_what_enters_the_body_as_a_part_names_its_mesh(mesh):
+    weight = distribute_tensor(torch.ones(4), mesh["ring"], [Shard(0)])
+    assert ranks_of(groups(lambda weight: weight.to_local() + 1, weight)) == [[0, 2]]
+
+
+@pytest.mark.parametrize("name", ["group_name", "group", "process_group"])
+@pytest.mark.parametrize("by_name", [False, True], ids=["by position", "by name"])
+def test_an_operator_of_ones_own_names_its_group(mesh, name, by_name):
+    with torch.library._scoped_library("names_of_a_test", "FRAGMENT") as library:
+        library.define(f"sum_{name}(Tensor x, str {name}) -> Tensor")
+        library.impl(f"sum_{name}", lambda x, group: x.clone(), "CompositeExplicitAutograd")
+        operator = getattr(torch.ops.names_of_a_test, f"sum_{name}")
+        graph = torch.fx.Graph()
+        given = mesh.get_group("ring").group_name
+        x = graph.placeholder("x")
+        node = graph.call_function(
+            operator.default, (x,) if by_name else (x, given), {name: given} if by_name else {}
+        )
+        assert ranks_of(groups_of_body([node])) == [[0, 2]]
 
 
 def test_the_flag_takes_a_group_or_a_mesh_with_one_dimension(mesh):
