@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from toy_transformer import CHANNELS, TOKENS, ToyTransformer, gaussian
+from toy_transformer import CHANNELS, TOKENS, Block, ToyTransformer, gaussian
 
 import omni_cache
 
@@ -70,6 +70,51 @@ def test_a_wrapped_model_is_the_one_whose_call_runs_the_blocks() -> None:
         assert omni_cache.summary(wrapper).reused_steps > 0
 
 
+def test_of_several_wrappers_none_is_taken_for_the_model() -> None:
+    outer = Wrapper()
+    outer.core.model = Wrapper()
+    (told,) = called(omni_cache.enable(outer, **FLAGS))
+    assert "no coefficients are published for ToyTransformer;" in told
+
+
+class Few(nn.Module):
+    """Runs two blocks."""
+
+    def __init__(self, blocks: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, time, None)
+        return x
+
+
+class Many(Few):
+    """Runs five."""
+
+
+class InTwoModules(ToyTransformer):
+    """Has a part of its blocks in one module, and the rest in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.blocks
+        self.few, self.many = Few(), Many(5)
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        time = self.embed_prompt(prompt).mean(1) + self.embed_time(timestep[:, None] / 500)
+        return self.project(self.many(self.few(self.embed(hidden_states), time), time))
+
+
+def test_of_two_modules_with_blocks_it_is_the_one_with_the_most() -> None:
+    model = InTwoModules()
+    (told,) = called(omni_cache.enable(model, **FLAGS))
+    assert "no coefficients are published for Many;" in told
+    assert omni_cache.summary(model).reused_steps > 0
+
+
 def test_a_module_that_only_holds_the_blocks_is_not_their_model() -> None:
     model = Scattered()
     (told,) = called(omni_cache.enable(model, **FLAGS))
@@ -93,3 +138,50 @@ def test_a_function_without_blocks_goes_by_its_own_name() -> None:
     compiled = torch.compile(plain, backend="omni_cache", options=FLAGS)
     (told,) = called(lambda *args: compiled(linear, *args))
     assert told.startswith("plain() runs uncached: no list of repeated blocks")
+
+
+class Core(ToyTransformer):
+    """What it calls its timestep is no timestep."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        return super().forward(hidden_states, timestep, prompt)
+
+
+class Positive(nn.Module):
+    """Has no blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() + 1
+
+
+class GivenUp(nn.Module):
+    """Breaks in a loop, so that Dynamo captures what it calls, module by module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Positive()
+        self.core = Core()
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+        return self.core(self.first(hidden_states), timestep * 0 + 7, prompt)
+
+
+def test_a_module_that_is_traced_on_its_own_is_placed_by_the_call_around_it() -> None:
+    model = omni_cache.enable(GivenUp(), **FLAGS, coefficients=[1.0, 0.0])
+    assert called(model) == []
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.timestep for step in trajectory.steps] == [900.0, 899.0, 898.0, 897.0]
+    assert [step.computed for step in trajectory.steps] == [True, False, False, False]
+
+
+def test_modules_without_blocks_beside_the_one_that_has_them_are_no_matter() -> None:
+    model = GivenUp()
+    compiled = torch.compile(
+        model, backend="omni_cache", options={**FLAGS, "coefficients": [1.0, 0.0]}
+    )
+    with omni_cache.generation(4), omni_cache.branch("cond"):
+        assert called(compiled) == []
+    assert omni_cache.summary(model).reused_steps == 3
