@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -32,13 +31,12 @@ class PipelineLoop:
     Attributes:
         generation: the loop that is running.
         timesteps: all of its timesteps.
-        counts: whether its scheduler tells the step of a call without the call's timestep.
     """
 
     def __init__(self) -> None:
         self.generation = Generation()
         self._timesteps: Any = None
-        self._reached = 0
+        self._reached, self._is_called = 0, False
 
     def listen(self, scheduler: Any) -> bool:
         """Hear whether the scheduler has begun a loop; False where it has not begun one yet."""
@@ -49,61 +47,73 @@ class PipelineLoop:
             self._timesteps = timesteps
             numbers = torch.as_tensor(timesteps).flatten()
             self.timesteps = Reading(numbers.to(number_dtype(numbers.device)))
-            # Some pipelines hand their transformer a share of the training's timesteps.
             config = getattr(scheduler, "config", None)
-            self._scale = float(getattr(config, "num_train_timesteps", None) or 1000)
+            self._training = float(getattr(config, "num_train_timesteps", None) or 1000)
+            self._scale: float | None = None
             self._begin()
-        self._counted = _counted(scheduler)
+        index = getattr(scheduler, "step_index", -1)
+        # It counts from its first step on, some from the first scaling of the latents.
+        self._begins = getattr(scheduler, "begin_index", None) or 0 if index is None else None
+        self._counted = None if index is None or index < 0 else int(index)
         return True
 
-    @property
-    def counts(self) -> bool:
-        """Whether the scheduler counts its own steps."""
-        return self._counted is not None
+    def count(self, branch: str | None) -> int | None:
+        """The step that the scheduler is at; None where it does not count.
+
+        A scheduler that a pipeline copies for each chunk, to step the copy, never begins to.
+        """
+        is_called = self._is_called if branch is None else branch in self.generation.lasts
+        return self._begins if self._counted is None and not is_called else self._counted
 
     def locate(self, value: float | None, branch: str | None) -> tuple[Generation, int | None]:
         """The generation and the step of a call, from its timestep (None where that is unread)."""
-        last = self.generation.lasts.get(branch) if branch is not None else None
-        index = self._index(value, None if last is None else last.index)
+        index = self._index(value, branch)
         if index is not None and index < self._reached:
             self._begin()  # once more through the same timesteps, such as for the next chunk
-        self._reached = index or 0
+        self._reached, self._is_called = index or 0, True
         return self.generation, index
 
     def _begin(self) -> None:
         self.generation.release()
         self.generation = Generation(max(1, len(self._timesteps)))
-        self._reached = 0
+        self._reached, self._is_called = 0, False
 
-    def _index(self, value: float | None, after: int | None) -> int | None:
-        counted = self._counted
+    def _index(self, value: float | None, branch: str | None) -> int | None:
+        counted = self.count(branch)
         if value is None:
             return counted
         read([self.timesteps])  # unless it has come with the call's own
-        values, scale = self.timesteps.numbers or (), self._scale
-        known = counted is not None and counted < len(values)
-        if known and _is_close(values[counted or 0], value, scale):
+        values = self.timesteps.numbers or ()
+        expected = values[counted or 0 : (counted or 0) + 1]
+        if self._scale is None:
+            # Some pipelines hand their transformer a share of the training's timesteps. The first
+            # call tells, by the step that it should be: 1.0 is the first share or the last step.
+            scales = (1.0, self._training)
+            fits = [each for each in scales if _places(expected, value * each)]
+            fits += [each for each in scales if _places(values, value * each)]
+            self._scale = fits[0] if fits else None
+        value *= self._scale or 1.0
+        if counted is not None and _places(expected, value):
             return counted
-        places = [index for index, each in enumerate(values) if _is_close(each, value, scale)]
+        places = _places(values, value)
         if not places:
             return counted
+        if branch is None:
+            return self._reached if self._is_called and self._reached in places else places[0]
         # A timestep that comes twice is one step or two: the branch's last call tells.
-        later = bisect_right(places, -1 if after is None else after)
-        return places[later] if later < len(places) else places[-1 if after in places else 0]
+        last = self.generation.lasts.get(branch)
+        later = [] if last is None else [place for place in places if place > last.index]
+        again = -1 if last is not None and last.index in places else 0
+        return later[0] if later else places[again]
 
 
-def _is_close(timestep: float, value: float, scale: float) -> bool:
-    tolerance = 1e-3 * max(abs(timestep), 1.0)
-    return abs(timestep - value) <= tolerance or abs(timestep - value * scale) <= tolerance
-
-
-def _counted(scheduler: Any) -> int | None:
-    """The step that a scheduler is at; None where it does not count."""
-    index = getattr(scheduler, "step_index", -1)
-    if index is None:
-        # It counts from its first step on, some from the first scaling of the latents.
-        return getattr(scheduler, "begin_index", None) or 0
-    return None if index < 0 else int(index)
+def _places(timesteps: Sequence[float], value: float) -> list[int]:
+    """Where a timestep comes, up to the rounding of half precision."""
+    return [
+        place
+        for place, each in enumerate(timesteps)
+        if abs(each - value) <= 1e-3 * max(abs(each), 1.0)
+    ]
 
 
 def _is_set(scheduler: Any) -> bool:

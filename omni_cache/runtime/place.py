@@ -39,9 +39,8 @@ class Loop(Protocol):
     generation: Generation
     timesteps: Reading
 
-    @property
-    def counts(self) -> bool:
-        """Whether it knows the step of a call without its timestep."""
+    def count(self, branch: str | None) -> int | None:
+        """The step, where it is known without the timestep."""
 
     def locate(self, value: float | None, branch: str | None) -> tuple[Generation, int | None]:
         """The generation and the step of a call, from its timestep (None where that is unread)."""
@@ -70,7 +69,7 @@ class Called(NamedTuple):
     def needs_value(self) -> bool:
         """Whether the step cannot be known without the timestep."""
         if self.loop is not None:
-            return not self.loop.counts
+            return self.loop.count(None if self.branch is None else self.branch.name) is None
         return self.branch is None or (self.generation is None and self.branch.step_index is None)
 
     def generations(self, state: ModelState) -> list[Generation]:

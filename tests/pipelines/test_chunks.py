@@ -10,7 +10,6 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import diffusers
@@ -51,16 +50,12 @@ def same(pipe: Chunked) -> Any:
     return pipe.scheduler
 
 
-def shifted(kind: Any) -> Any:
-    return partial(kind, shift=3.0)
-
-
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 WAYS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
-    "copied": (shifted(FLOW), copied),
+    "copied": (FLOW, copied),
     "rewound": (FLOW, rewound),
     "uncounted": (diffusers.DDIMScheduler, same),
-    "copied, second order": (shifted(diffusers.FlowMatchHeunDiscreteScheduler), copied),
+    "copied, second order": (diffusers.FlowMatchHeunDiscreteScheduler, copied),
 }
 """What chunks are stepped by."""
 

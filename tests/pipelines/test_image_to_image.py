@@ -32,6 +32,7 @@ MAGCACHE: dict[str, Any] = {
 }
 
 SCHEDULERS: dict[str, tuple[Any, int]] = {
+    # Whose last timestep is not 1.0, which as a loop's only one could be a share of the first.
     "flow": (partial(diffusers.FlowMatchEulerDiscreteScheduler, shift=3.0), 1),
     "euler": (diffusers.EulerDiscreteScheduler, 1),
     "unipc": (diffusers.UniPCMultistepScheduler, 1),

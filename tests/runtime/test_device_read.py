@@ -8,6 +8,7 @@ not guess.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -265,23 +266,25 @@ def test_every_kind_of_loop_is_decided_as_on_the_host_with_one_read_at_most(
 class Pipeline:
     """Announces its loop by its scheduler, as those of diffusers do."""
 
-    def __init__(self, counts: bool) -> None:
-        self.transformer = ToyTransformer()
+    def __init__(self, kind: str) -> None:
+        self.transformer, self.kind = ToyTransformer(), kind
+        counts = kind != "uncounted and unnamed"
         self.scheduler: Any = FlowMatchEulerDiscreteScheduler() if counts else DDPMScheduler()
-        self.counts = counts
 
     def __call__(self, seed: int) -> Tensor:
         prompts = {name: gaussian((seed, name), 1, 5, CHANNELS) for name in BRANCHES[2]}
         latents = gaussian(seed, 1, TOKENS, CHANNELS)
         self.scheduler.set_timesteps(8)
+        is_named = self.kind != "uncounted and unnamed"
+        stepped = copy.deepcopy(self.scheduler) if self.kind == "copied" else self.scheduler
         for timestep in self.scheduler.timesteps:
             noises = []
             for name, prompt in prompts.items():
-                with omni_cache.branch(name) if self.counts else contextlib.nullcontext():
+                with omni_cache.branch(name) if is_named else contextlib.nullcontext():
                     noises.append(self.transformer(latents, timestep.expand(1), prompt))
             mean = torch.stack(noises).mean(0)
-            if self.counts:
-                (latents,) = self.scheduler.step(mean, timestep, latents, return_dict=False)
+            if is_named:
+                (latents,) = stepped.step(mean, timestep, latents, return_dict=False)
             else:
                 latents = latents - mean / 8
         return latents
@@ -289,14 +292,14 @@ class Pipeline:
 
 @pytest.mark.parametrize("forecast", ["hold", "newton"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("counts", [True, False], ids=["counting and named", "neither"])
+@pytest.mark.parametrize("kind", ["counted", "copied", "uncounted and unnamed"])
 def test_an_announced_loop_is_decided_as_on_the_host_with_one_read_at_most(
-    counts: bool, strategy: str, forecast: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, strategy: str, forecast: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scheduler's own timesteps lie on the device too, and come with the call's."""
 
     def run() -> tuple[list[Tensor], list[list[bool]]]:
-        pipeline = Pipeline(counts)
+        pipeline = Pipeline(kind)
         flags = {**STRATEGIES[strategy], "forecast": forecast}
         omni_cache.enable(pipeline, inner="eager", **flags)
         return [pipeline(seed) for seed in (0, 1, 0)], computed(pipeline)
@@ -308,7 +311,7 @@ def test_an_announced_loop_is_decided_as_on_the_host_with_one_read_at_most(
     assert any(False in each for each in schedule)
     assert len(reads) == 3 * 2 * 8
     assert max(reads) <= 1
-    if counts and strategy == "magcache" and forecast == "hold":
+    if (kind, strategy, forecast) == ("counted", "magcache", "hold"):
         assert all(sum(reads[16 * run + 6 : 16 * (run + 1)]) == 0 for run in range(3))
 
 
