@@ -180,6 +180,8 @@ def analyse_for_guard(
         region=flags.region,
         signal=None if signal is None else (flags.signal or signal),
         parameters=frame.parameters(owner),
+        first=flags.guard.first,
+        last=flags.guard.last,
     )
 
 

@@ -25,7 +25,7 @@ from .region import (
     with_ancestors,
 )
 from .residual import ResidualPair, check_results, pair_outputs, unreached_outputs
-from .signal import Signal, find_signal, find_timestep
+from .signal import FIRST_BLOCKS, Signal, find_signal, find_timestep, first_residual
 from .values import nbytes, numel, tensor_of
 from .views import leaves
 
@@ -37,7 +37,8 @@ WORTHWHILE = 1 / 4
 class Analysis:
     """What the pass found in a graph, before anything is rewritten.
 
-    ``overwritten`` are the region inputs that the body writes into.
+    ``overwritten`` are the region inputs that the body writes into, ``last`` says how many blocks
+    follow the region.
     """
 
     graph: Graph
@@ -47,6 +48,7 @@ class Analysis:
     signal: Signal | None
     timestep: Node | None
     overwritten: tuple[Node, ...]
+    last: int = 0
 
     @property
     def supposed(self) -> tuple[Node, ...]:
@@ -74,25 +76,41 @@ def analyse(
     region: Sequence[str] | None = None,
     signal: str | None = "auto",
     parameters: Sequence[str] = (),
+    first: int = 0,
+    last: int = 0,
 ) -> Analysis:
     """Find block loop, region, residual pairs and signal. Changes nothing.
 
     Args:
         graph: a Dynamo graph.
         region: paths of the ``ModuleList``s that make up the block loop, or None to find them.
-        signal: ``"auto"``, ``"timestep_embedding"``, a module's path, or None for no signal.
+        signal: ``"auto"``, ``"timestep_embedding"``, ``"first_blocks"``, a module's path, or None
+            for no signal. ``"first_blocks"`` is what the first blocks that always run add to the
+            hidden states; it is the only one where there are such blocks.
         parameters: names of the model's positional parameters, by which to know the timestep where
             the model's ``forward`` is wrapped in one with ``*args``.
+        first: how many blocks at the beginning of the loop always run; the region begins after.
+        last: how many blocks at its end always run.
 
     Raises:
         RegionError: nothing in the graph can be skipped; the message says why.
     """
     before = dependencies(graph)
-    loop, found, pairs = _paired_loop(graph, region, before)
+    loop, found, pairs = _paired_loop(graph, region, before, first, last)
     timestep = find_timestep(graph, parameters)
     chosen = None
     if signal is not None:
-        chosen = find_signal(graph, loop, found, pairs, timestep, signal, before)
+        if (signal == FIRST_BLOCKS) != (first > 0):
+            raise RegionError(
+                f"signal={signal!r} does not go with {first} first blocks that always run; "
+                f"signal={FIRST_BLOCKS!r} is what those add, and the only one beside them"
+            )
+        head = [node for block in loop.in_order[:first] for node in block.nodes]
+        chosen = (
+            first_residual(graph, head, pairs, before)
+            if first
+            else find_signal(graph, loop, found, pairs, timestep, signal, before)
+        )
         found, pairs = _without(graph, found, pairs, chosen.moved)
     if not pairs:
         raise RegionError(
@@ -101,16 +119,16 @@ def analyse(
         )
     kept = {leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner)}
     if chosen is not None:
-        kept.add(chosen.node)
+        kept.update((chosen.node, *(leaves(chosen.minus) if chosen.minus is not None else ())))
     found = take_in(graph, found, kept, before)
     check_cuts(found)
     check_results(graph, found, pairs)
     overwritten = overwritten_inputs(found)
-    return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten)
+    return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten, last)
 
 
 def _paired_loop(
-    graph: Graph, names: Sequence[str] | None, before: Dependencies
+    graph: Graph, names: Sequence[str] | None, before: Dependencies, first: int, last: int
 ) -> tuple[BlockLoop, Region, tuple[ResidualPair, ...]]:
     """The first block loop with an output that is a residual update of an input.
 
@@ -122,7 +140,15 @@ def _paired_loop(
         likeliest = likeliest or loop
         if loop.arithmetic < WORTHWHILE * likeliest.arithmetic:
             continue
-        closed = take_in_sizes(graph, close_region(graph, loop.nodes, before))
+        blocks = loop.in_order
+        between = blocks[first : len(blocks) - last]
+        if not between:
+            raise RegionError(
+                f"the block loop has {len(blocks)} blocks, so that none is left between the first "
+                f"{first} and the last {last}, which always run"
+            )
+        nodes = [node for block in between for node in block.nodes]
+        closed = take_in_sizes(graph, close_region(graph, nodes, before))
         found, pairs = pair_outputs(graph, closed)
         unreached = unreached_outputs(found, pairs)
         if unreached:

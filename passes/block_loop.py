@@ -96,6 +96,14 @@ class BlockLoop:
         """The nodes of all blocks."""
         return [node for each in self.lists for node in each.nodes]
 
+    @property
+    def in_order(self) -> list[Block]:
+        """The blocks of all lists in the order that they run in; lists may take turns."""
+        if not self.lists:
+            return []
+        place = {node: index for index, node in enumerate(self.nodes[0].graph.nodes)}
+        return sorted(self.blocks, key=lambda block: place[block.nodes[0]])
+
 
 def find_block_lists(graph: Graph, skip: int = 0) -> list[BlockList]:
     """All lists of repeated modules in a graph, in the order they start in.

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from .names import op_name
 from .order import SCOPE_ENDS, Modes
 from .residual import ResidualPair
-from .values import is_shape, is_unknown
+from .values import is_shape, is_unknown, same_shape
 from .views import Cat, Leaf, Permute, Slice, View
 
 _GUARD = "omni_cache_guard"
@@ -173,6 +173,15 @@ class Builder:
         if not any(map(_is_of_data, _layout(node.meta["example_value"]))):
             return node
         return self.call(torch.clone, node, memory_format=torch.contiguous_format)
+
+    def laid_out_like(self, node: Node, other: Node) -> Node:
+        """A tensor of another one's shape, in the strides that a compiler knows the other by."""
+        mine, wanted = (each.meta["example_value"].stride() for each in (node, other))
+        if same_shape(mine, wanted):
+            return node
+        shape = node.meta["example_value"].shape
+        empty = self.call(torch.ops.aten.new_empty_strided.default, node, shape, wanted)
+        return self.call(torch.Tensor.copy_, empty, node)
 
     def finish(self, outputs: Mapping[str, Node]) -> Part:
         """Close the graph with named outputs."""

@@ -19,10 +19,10 @@ from .block_loop import BlockLoop
 from .names import ELEMENTWISE_OPS, argument_name, module_path, op_name, position
 from .order import Dependencies, computation, dependencies
 from .region import Region, RegionError, UnknownNameError, close_region, with_ancestors
-from .residual import ResidualPair
+from .residual import ResidualPair, pair_outputs
 from .streams import Origin, streams, trace_origins
 from .values import is_static_input, numel, same_shape, tensor_of
-from .views import leaves
+from .views import View, leaves
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
 """Names under which denoising networks take the point in time, in order of preference.
@@ -32,18 +32,24 @@ short to count as a word.
 """
 
 
+FIRST_BLOCKS = "first_blocks"
+"""The signal that is made of the first blocks, where some always run."""
+
+
 @dataclass(frozen=True)
 class Signal:
     """The tensor to compare between steps.
 
-    ``kind`` is ``"modulated input"``, ``"timestep embedding"``, ``"module output"`` or
-    ``"hidden states"`` (where no timestep reaches the blocks). ``moved`` are the nodes of the
-    region that must move to the prologue for the signal to be known before the body.
+    ``kind`` is ``"modulated input"``, ``"timestep embedding"``, ``"module output"``, ``"hidden
+    states"`` (where no timestep reaches the blocks) or ``"residual of the first blocks"``, which is
+    ``node`` less the view ``minus``. ``moved`` are the nodes of the region that must move to the
+    prologue for the signal to be known before the body.
     """
 
     node: Node
     kind: str
     moved: tuple[Node, ...]
+    minus: View | None = None
 
 
 def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
@@ -127,6 +133,32 @@ def find_signal(
     if modulated is None:
         return Signal(hidden, "hidden states", ())
     return Signal(modulated, "modulated input", with_ancestors(region, [modulated], before))
+
+
+def first_residual(
+    graph: Graph, head: Collection[Node], pairs: Sequence[ResidualPair], before: Dependencies
+) -> Signal:
+    """What the first blocks add to the hidden states.
+
+    Args:
+        graph: a Dynamo graph.
+        head: the nodes of those blocks.
+        pairs: the residual pairs of the region that follows them.
+        before: the graph's dependencies.
+
+    Raises:
+        RegionError: the hidden states behind the blocks are no update of what entered them.
+    """
+    hidden = _hidden_states(pairs)
+    _, found = pair_outputs(graph, close_region(graph, head, before))
+    minus = next((pair.partner for pair in found if pair.output is hidden), None)
+    if minus is None:
+        raise RegionError(
+            "the hidden states behind the first blocks are not what entered them plus what the "
+            "blocks add; let another number of first blocks always run",
+            hidden,
+        )
+    return Signal(hidden, "residual of the first blocks", (), minus)
 
 
 def _hidden_states(pairs: Sequence[ResidualPair]) -> Node:

@@ -7,9 +7,10 @@
                                    -> the graph's outputs
 
 The subtraction is the last node of the body and the weighted sum the first of ``reuse``, which is
-the epilogue a second time, so that a compiler fuses both with their neighbours. The history is the
-residuals of the last computed steps; every forecast is a row of weights over it, and to hold the
-last residual is the row (1,).
+the epilogue a second time, so that a compiler fuses both with their neighbours. Where the epilogue
+has blocks in it, ``reuse`` ends with the outputs and the epilogue follows it too, so that no block
+is compiled twice. The history is the residuals of the last computed steps; every forecast is a row
+of weights over it, and to hold the last residual is the row (1,).
 
 Where partners fit their outputs only if numbers that the prologue computes are below 0 (``-n`` of
 ``x[:, :-n]``), a part without residuals serves calls in which they are not.
@@ -38,6 +39,9 @@ FINITE = "omni_cache_finite"
 """The name of the body's last output: a bool tensor, whether every residual was finite."""
 
 
+SIGNAL = "omni_cache_signal"
+"""The name of a signal that the prologue makes for the gate alone."""
+
 WEIGHTS = "omni_cache_weights"
 """The name of reuse's row of weights: (1 or B, depth), newest entry first.
 
@@ -54,7 +58,8 @@ class GuardedGraph:
         prologue: the part before the region.
         body: the region.
         epilogue: the part after it.
-        reuse: the epilogue on forecasts instead of the body's outputs.
+        reuse: the epilogue on forecasts instead of the body's outputs. If ``merges``, only what
+            makes the body's outputs of forecasts, under their names; the epilogue follows.
         supposed: names of the prologue's outputs that must be numbers below 0. In a call in which
             one is not, what :func:`without_residuals` gives comes after the prologue.
         residuals: names of the outputs of ``body`` that a computed step leaves to reused ones.
@@ -70,6 +75,7 @@ class GuardedGraph:
     body: Part
     epilogue: Part
     reuse: Part
+    merges: bool
     supposed: tuple[str, ...]
     residuals: tuple[str, ...]
     history: tuple[tuple[str, ...], ...]
@@ -116,6 +122,7 @@ def split(
         kept.update(leaves(pair.partner) if pair.partner is not None else ())
     if analysis.signal is not None:
         kept.add(analysis.signal.node)
+        kept.update(leaves(analysis.signal.minus) if analysis.signal.minus is not None else ())
     kept.update(analysis.supposed)
     numbers = numbers_of_data(region.prologue)
     if numbers:
@@ -128,6 +135,11 @@ def split(
     for partner in partners.values():
         if partner.composed:
             made[partner.name] = prologue.laid_out(prologue.compose(partner.view))
+    signal = None if analysis.signal is None else analysis.signal.node.name
+    if analysis.signal is not None and analysis.signal.minus is not None:
+        entered = prologue.compose(analysis.signal.minus)
+        signal = unused(SIGNAL, taken)
+        made[signal] = prologue.call(torch.sub, prologue.values[analysis.signal.node], entered)
 
     body = _blocks(gm, analysis, held_modes)
     outputs = {pair.output.name: body.values[pair.output] for pair in pairs}
@@ -178,19 +190,26 @@ def split(
             # Whoever writes into it must not write into what the next reused step takes over.
             forecast = reuse.call(torch.clone, forecast)
         reuse.values[pair.output] = reuse.cast(forecast, _dtype(pair.output))
-    reuse.copy(region.epilogue)
+    if analysis.last:
+        like = {pair.output: outputs[pair.output.name] for pair in pairs}
+        merged = {each.name: reuse.laid_out_like(reuse.values[each], like[each]) for each in like}
+        merge = reuse.finish(merged)
+    else:
+        reuse.copy(region.epilogue)
+        merge = reuse.finish_with(result)
 
     return GuardedGraph(
         analysis,
         prologue=prologue.finish(made),
         body=body.finish({**outputs, **residuals, FINITE: finite}),
         epilogue=epilogue.finish_with(result),
-        reuse=reuse.finish_with(result),
+        reuse=merge,
+        merges=analysis.last > 0,
         supposed=tuple(number.name for number in analysis.supposed),
         residuals=tuple(residuals),
         history=history,
         history_dtype=history_dtype,
-        signal=None if analysis.signal is None else analysis.signal.node.name,
+        signal=signal,
     )
 
 

@@ -40,6 +40,7 @@ def compile_program(
         body=_compile_named(guarded.body, examples, flags),
         epilogue=_compile_named(guarded.epilogue, examples, flags),
         reuse=_compile_named(guarded.reuse, examples, flags),
+        merges=guarded.merges,
         rest=rest,
         supposed=guarded.supposed,
         residuals=guarded.residuals,

@@ -47,6 +47,7 @@ class GuardedParts:
         weights: name of the row of weights in ``reuse``.
         weights_dtype: its dtype.
         signal: name of the prologue's output that the gate compares, None where it needs none.
+        merges: whether ``reuse`` makes the first outputs of ``body``, and the epilogue follows it.
         rest: body and epilogue at once, for calls that have no residual; None where all have.
         supposed: names of the prologue's outputs that are numbers below 0 where a call has one.
     """
@@ -60,6 +61,7 @@ class GuardedParts:
     weights: str
     signal: str | None
     weights_dtype: torch.dtype = torch.float32
+    merges: bool = False
     rest: CompiledPart | None = None
     supposed: Sequence[str] = ()
 
@@ -154,15 +156,16 @@ class Program:
     def reuse(self, values: Values, history: Sequence[Tensor], weights: tuple[float, ...]) -> Any:
         """Run what comes after the block loop, on residuals that are forecast from earlier ones.
 
-        A call that has no residual is computed all the same.
-
         Args:
             values: as `begin` left them.
             history: the residuals of each entry of the history, newest first.
             weights: one for each entry.
         """
         row = _row(weights, self._parts.weights_dtype, history[0].device)
-        return self._parts.reuse.run(*self._reuse_inputs([*values, *history, row]))
+        result = self._parts.reuse.run(*self._reuse_inputs([*values, *history, row]))
+        if not self._parts.merges:
+            return result
+        return self._parts.epilogue.run(*self._epilogue_inputs([*values, *result]))
 
     def has_residual(self, values: Values) -> bool:
         """Whether the blocks' outputs are of the shapes that their partners have."""

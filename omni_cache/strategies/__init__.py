@@ -1,14 +1,20 @@
 """The caching strategies, by the name that users write."""
 
 from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
+from omni_cache.strategies.dbcache import DBCache
+from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
 from omni_cache.strategies.strategy import Guard, Policy, Strategy
 from omni_cache.strategies.teacache import TeaCache
 
-STRATEGIES: dict[str, type[Strategy]] = {each.name: each for each in (TeaCache, MagCache)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache)
+}
 
 __all__ = [
     "STRATEGIES",
+    "DBCache",
+    "FirstBlockCache",
     "Forecast",
     "Gate",
     "Guard",

@@ -62,6 +62,46 @@ class Accumulate(Gate):
         return Verdict(reuse, said, Accumulated(change), Accumulated(), distance, change)
 
 
+class Measured(NamedTuple):
+    """State of `Threshold`: the sum of all distances that were measured."""
+
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class Threshold(Gate):
+    """Reuse while the signal lies near that of the last computed step (First Block Cache's rule).
+
+    Attributes:
+        threshold: reuse below it.
+        most: once all distances of a generation add up to it, the rest is computed; None for never.
+    """
+
+    threshold: float
+    most: float | None = None
+    measures: ClassVar[bool] = True
+
+    def begin(self) -> Measured:
+        """Nothing was measured."""
+        return Measured()
+
+    def decide(
+        self, state: Measured, at: Time, total: int | None, distance: float | None
+    ) -> Verdict:
+        """``distance < threshold``; what is not finite computes."""
+        if distance is None:
+            return Verdict(False, "first step", state, state)
+        if self.most is not None and state.total >= self.most:
+            return Verdict(False, "accumulated", state, state, distance, state.total)
+        finite = distance < float("inf")
+        reuse = distance < self.threshold
+        said = where(
+            reuse, "below threshold", where(finite, "threshold reached", "non-finite distance")
+        )
+        after = Measured(state.total + where(finite, distance, 0.0))
+        return Verdict(reuse, said, after, after, distance, after.total)
+
+
 class Ratio(NamedTuple):
     """State of `Ratios`: product of the ratios, steps and error since the last computed step."""
 
@@ -110,20 +150,10 @@ class Ratios(Gate):
 
 
 @dataclass(frozen=True)
-class Within(Gate):
-    """Computes the steps outside of a share of the loop, and the last one where that is wanted.
-
-    Attributes:
-        gate: decides on the others.
-        start: share of the steps before which all are computed.
-        end: share of the steps from which on all are computed.
-        last: whether the last step is always computed. It needs the number of steps to be known.
-    """
+class Wrapped(Gate):
+    """A gate around another one, which decides where this one has nothing against it."""
 
     gate: Gate
-    start: float = 0.0
-    end: float = 1.0
-    last: bool = False
 
     @property
     def measures(self) -> bool:  # type: ignore[override]
@@ -132,23 +162,20 @@ class Within(Gate):
 
     @property
     def schedules(self) -> bool:  # type: ignore[override]
-        """Whether the number of steps matters to it, or to the gate within."""
-        return self.start > 0 or self.end < 1 or self.gate.schedules
+        """As the gate within."""
+        return self.gate.schedules
 
     def begin(self) -> Any:
         """As the gate within."""
         return self.gate.begin()
 
+    def against(self, at: Time, total: int | None) -> str | None:
+        """Why this gate computes a step; None where it leaves that to the gate within."""
+        return None
+
     def foretell(self, at: Time, total: int | None) -> str | None:
-        """Why a step outside is computed."""
-        steps = total or DEFAULT_STEPS
-        if at.index < int(self.start * steps + 0.5):
-            return "before start"
-        if self.end < 1 and at.index >= int(self.end * steps + 0.5):
-            return "after end"
-        if self.last and total is not None and at.index >= total - 1:
-            return "last step"
-        return self.gate.foretell(at, total)
+        """Why a step is computed whatever is measured, here or within."""
+        return self.against(at, total) or self.gate.foretell(at, total)
 
     def decide(self, state: Any, at: Time, total: int | None, distance: float | None) -> Verdict:
         """As the gate within, for a step that is not foretold."""
@@ -157,6 +184,92 @@ class Within(Gate):
         if why is None:
             return verdict
         return verdict._replace(reuse=False, reason=why, if_reused=verdict.if_computed)
+
+
+@dataclass(frozen=True)
+class WarmUp(Wrapped):
+    """Computes every ``interval``-th of the first ``steps`` steps.
+
+    Attributes:
+        steps: how many steps the warm-up has.
+        interval: of these, steps 0, interval, 2 * interval, ... are computed.
+    """
+
+    steps: int = 0
+    interval: int = 1
+
+    def against(self, at: Time, total: int | None) -> str | None:
+        """Whether a step is one of the warm-up's."""
+        return "warm-up" if at.index < self.steps and at.index % self.interval == 0 else None
+
+
+class Counted(NamedTuple):
+    """State of `Limit`: the state within, the reused steps, and those since the last computed."""
+
+    within: Any
+    reused: int = 0
+    running: int = 0
+
+
+@dataclass(frozen=True)
+class Limit(Wrapped):
+    """Reuses so many steps at most.
+
+    Attributes:
+        most: of a generation; None for any number.
+        running: in a row; None for any number.
+    """
+
+    most: int | None = None
+    running: int | None = None
+
+    def begin(self) -> Counted:
+        """Nothing was reused."""
+        return Counted(self.gate.begin())
+
+    def decide(
+        self, state: Counted, at: Time, total: int | None, distance: float | None
+    ) -> Verdict:
+        """As the gate within until one of the limits is reached, which it then hears nothing of."""
+        full = self.most is not None and state.reused >= self.most
+        if full or (self.running is not None and state.running >= self.running):
+            computed = Counted(state.within, state.reused)
+            said = "max_cached_steps" if full else "max_continuous_cached_steps"
+            return Verdict(False, said, computed, computed, distance)
+        verdict = super().decide(state.within, at, total, distance)
+        return verdict._replace(
+            if_reused=Counted(verdict.if_reused, state.reused + 1, state.running + 1),
+            if_computed=Counted(verdict.if_computed, state.reused),
+        )
+
+
+@dataclass(frozen=True)
+class Within(Wrapped):
+    """Computes the steps outside of a share of the loop, and the last one where that is wanted.
+
+    Attributes:
+        start: share of the steps before which all are computed.
+        end: share of the steps from which on all are computed.
+        last: whether the last step is always computed. It needs the number of steps to be known.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    last: bool = False
+
+    @property
+    def schedules(self) -> bool:  # type: ignore[override]
+        """Whether the number of steps matters to it, or to the gate within."""
+        return self.start > 0 or self.end < 1 or self.gate.schedules
+
+    def against(self, at: Time, total: int | None) -> str | None:
+        """Why a step outside is computed."""
+        steps = total or DEFAULT_STEPS
+        if at.index < int(self.start * steps + 0.5):
+            return "before start"
+        if self.end < 1 and at.index >= int(self.end * steps + 0.5):
+            return "after end"
+        return "last step" if self.last and total is not None and at.index >= total - 1 else None
 
 
 @lru_cache(maxsize=256)

@@ -34,10 +34,14 @@ class Guard:
     Attributes:
         source: which signal the graph delivers (see ``passes.find_signal``), None for none.
         depth: how many residuals the reused step takes.
+        first: how many blocks at the beginning of the block loop always run.
+        last: how many blocks at its end always run.
     """
 
     source: str | PublishedSource | None
     depth: int
+    first: int = 0
+    last: int = 0
 
     def source_of(self, model_class: str | None) -> str | None:
         """The signal for a model's class."""
