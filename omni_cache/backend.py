@@ -196,7 +196,8 @@ def _computation(analysis: Analysis) -> str:
     """Equal for two graphs whose blocks compute the same, on whatever sizes.
 
     Dynamo compiles a model again for another prompt length, and for any; what that leaves fits what
-    came before. Another constant or operation is another computation.
+    came before. Another constant, operation or weight is another computation, such as that of a
+    model which leaves out other blocks.
     """
     digest = hashlib.sha256()
     for node in analysis.loop.nodes:
@@ -204,7 +205,8 @@ def _computation(analysis: Analysis) -> str:
             constants = [
                 each for each in tree_leaves((node.args, node.kwargs)) if _is_constant(each)
             ]
-            digest.update(f"{op_name(node)}{constants}\n".encode())
+            weights = [each.name for each in node.all_input_nodes if is_static_input(each)]
+            digest.update(f"{op_name(node)}{constants}{weights}\n".encode())
     return digest.hexdigest()
 
 

@@ -71,6 +71,7 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     options = {key: value for key, value in flags.items() if key in FLAGS}
     options["cache"] = NO_CACHE if strategy is None else strategy.guard()
     models = _models(target)
+    weakref.ref(target)
     # All of them or none: what may fail comes before the first one is touched.
     calls = [_call_for(module, options, compile_flags) for module in models.values()]
     for module, call in zip(models.values(), calls, strict=True):
@@ -193,7 +194,9 @@ class _CachedCall:
         # By weak reference: a module that owned itself would be freed by the cycle collector only.
         self._module = weakref.ref(module)
         self.forward = _CachedForward(module, forward, self.flags)
-        self._parameters = tuple(inspect.signature(module.forward).parameters)
+        parameters = inspect.signature(module.forward).parameters.values()
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._parameters = [each.name for each in parameters if each.kind in by_place]
         self._run = _runner(_call, module, self.extractor, options, compile_flags)
         self._run_forward = (
             self._run
@@ -243,7 +246,8 @@ class _CachedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        names = [*self._parameters, *map("*{}".format, range(len(args)))]  # *0, *1, ... of *args
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = Call(module, self.state, arguments, self._loop(module))
         with bind(call):
             result = run(first, *args, **kwargs)

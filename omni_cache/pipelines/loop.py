@@ -43,7 +43,11 @@ class PipelineLoop:
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or not _is_set(scheduler):
             return False
-        if timesteps is not self._timesteps:
+        index = getattr(scheduler, "step_index", -1)
+        # Some schedulers make the list anew whenever they are asked for it.
+        goes_on = self._is_called and (index or 0) > 0
+        as_many = len(timesteps) == self.generation.num_inference_steps
+        if timesteps is not self._timesteps and not (goes_on and as_many):
             self._timesteps = timesteps
             numbers = torch.as_tensor(timesteps).flatten()
             self.timesteps = Reading(numbers.to(number_dtype(numbers.device)))
@@ -51,11 +55,15 @@ class PipelineLoop:
             self._training = float(getattr(config, "num_train_timesteps", None) or 1000)
             self._scale: float | None = None
             self._begin()
-        index = getattr(scheduler, "step_index", -1)
         # It counts from its first step on, some from the first scaling of the latents.
         self._begins = getattr(scheduler, "begin_index", None) or 0 if index is None else None
         self._counted = None if index is None or index < 0 else int(index)
         return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its scheduler has counted to the end."""
+        return self._counted is not None and self._counted >= len(self._timesteps)
 
     def count(self, branch: str | None) -> int | None:
         """The step that the scheduler is at; None where it does not count.
@@ -80,7 +88,7 @@ class PipelineLoop:
 
     def _index(self, value: float | None, branch: str | None) -> int | None:
         counted = self.count(branch)
-        if value is None:
+        if value is None or self._counted is not None:
             return counted
         read([self.timesteps])  # unless it has come with the call's own
         values = self.timesteps.numbers or ()
@@ -89,15 +97,17 @@ class PipelineLoop:
             # Some pipelines hand their transformer a share of the training's timesteps. The first
             # call tells, by the step that it should be: 1.0 is the first share or the last step.
             scales = (1.0, self._training)
-            fits = [each for each in scales if _places(expected, value * each)]
+            fits = [each for each in scales if _places(expected, value * each, 8e-3)]
             fits += [each for each in scales if _places(values, value * each)]
-            self._scale = fits[0] if fits else None
-        value *= self._scale or 1.0
-        if counted is not None and _places(expected, value):
-            return counted
-        places = _places(values, value)
+            self._scale = fits[0] if fits else float("nan")
+        if counted is not None:
+            # Before its first step a scheduler says where it begins, unless it is not told.
+            begins = _places(expected, value * self._scale, 8e-3)
+            begun = [] if begins else _places(values, value * self._scale, 1e-4)
+            return begun[0] if begun else counted
+        places = _places(values, value * self._scale)
         if not places:
-            return counted
+            return None
         if branch is None:
             return self._reached if self._is_called and self._reached in places else places[0]
         # A timestep that comes twice is one step or two: the branch's last call tells.
@@ -107,12 +117,12 @@ class PipelineLoop:
         return later[0] if later else places[again]
 
 
-def _places(timesteps: Sequence[float], value: float) -> list[int]:
-    """Where a timestep comes, up to the rounding of half precision."""
+def _places(timesteps: Sequence[float], value: float, tolerance: float = 1e-3) -> list[int]:
+    """Where a timestep comes, up to rounding: float16's, or bfloat16's with a tolerance of 8e-3."""
     return [
         place
         for place, each in enumerate(timesteps)
-        if abs(each - value) <= 1e-3 * max(abs(each), 1.0)
+        if abs(each - value) <= tolerance * max(abs(each), 1.0)
     ]
 
 
@@ -138,11 +148,15 @@ def running_loop(
         frame: its caller.
         default: a pipeline to take where none calls.
     """
-    pipeline = next(_owners(module, frame), default)
+    calling = next(_owners(module, frame), None)
+    pipeline = default if calling is None else calling
     if pipeline is None:
         return None
     loop = _loop_of(pipeline)
-    return loop if loop.listen(pipeline.scheduler) else None
+    if not loop.listen(getattr(pipeline, "scheduler", None)):
+        return None
+    # Who calls after a pipeline's run, from elsewhere, has a loop of its own.
+    return None if calling is None and loop.is_over else loop
 
 
 def _owners(module: nn.Module, frame: FrameType | None) -> Iterator[Any]:

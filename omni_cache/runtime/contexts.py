@@ -138,13 +138,17 @@ class Timeline:
 
 @dataclass(eq=False)
 class Course:
-    """One guidance branch of a run: how far it has come, and by what it is known."""
+    """One guidance branch of a run: how far it has come, and by what it is known.
+
+    ``replaced`` counts the calls in a row whose conditioning differed from the call before.
+    """
 
     name: str
     position: int
     last: Time | None = None
     conditioning: Conditioning = NEW
     computation: object = None
+    replaced: int = 0
 
     def is_before(self, index: int) -> bool:
         """Whether the branch has yet to reach a step."""
@@ -180,12 +184,19 @@ class Generation:
             with self._lock:
                 run = self.runs.get(model)
                 if run is None:
-                    run = self.runs[model] = model.latest = Run(self)
+                    run = self.runs[model] = Run(self)
                     model.runs.add(run)
         return run
 
-    def restart(self, follows: Generation | None = None) -> None:
-        """Begin anew: the loop within this generation has started over."""
+    def restart(
+        self, follows: Generation | None = None, first: tuple[Any, Run] | None = None
+    ) -> None:
+        """Begin anew: the loop within this generation has started over.
+
+        Args:
+            follows: the generation of the announced loop that it now runs in.
+            first: the model that is called first, and its part.
+        """
         with self._lock:
             self.release()
             self.runs.clear()
@@ -193,6 +204,9 @@ class Generation:
             if follows is not None:
                 self.follows = follows
                 self.num_inference_steps = self.num_inference_steps or follows.num_inference_steps
+            if first is not None:
+                model, self.runs[model] = first
+                model.runs.add(first[1])
 
     def release(self, before: float = float("inf")) -> None:
         """Free the tensors of trajectories: of all, or of those whose last step is earlier."""

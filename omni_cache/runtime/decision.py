@@ -23,7 +23,16 @@ from omni_cache.runtime.contexts import Observed, Region, current_observer
 from omni_cache.runtime.history import History, Kept
 from omni_cache.runtime.inference import Content
 from omni_cache.runtime.model_state import ModelState
-from omni_cache.runtime.place import CROWDED, UNCLEAR, UNKNOWN, Called, Place, likely_place, locate
+from omni_cache.runtime.place import (
+    CROWDED,
+    REPLACED,
+    UNCLEAR,
+    UNKNOWN,
+    Called,
+    Place,
+    likely_place,
+    locate,
+)
 from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
@@ -39,6 +48,10 @@ _WARNINGS = {
     CROWDED: f"{CROWDED}: {_NAME_IT}",
     UNCLEAR: "calls that no input tells apart are computed, since this strategy compares nothing; "
     "name them with omni_cache.generation(...) and omni_cache.branch(...)",
+    REPLACED: "conditioning differs at every step, and so every step is computed: see what makes "
+    "the input tensors {inputs} of the model anew (they are counted without weights and timestep)",
+    "non-finite residual": "the blocks added numbers that are not finite, and so the next step was "
+    "computed; with history_dtype='float16', 'bfloat16' keeps larger ones",
     AFTER: "a call came after the last of {total} steps, and is computed. Name their number in "
     "omni_cache.generation(num_inference_steps=...)",
     "steps": f"nobody said how many steps there are, so {DEFAULT_STEPS} were assumed. Pass "
@@ -126,7 +139,7 @@ class Step:
         self._place: Place | str | None = None if call is None else call.place
         if self._place is not None:
             return
-        wanted = called.needs_value or policy.forecast.reads_values
+        wanted = called.needs_value(state) or policy.forecast.reads_values
         if wanted and called.value is None and isinstance(timestep, Tensor):
             self._timestep = timestep
             self._loop = [called.loop.timesteps] if called.loop is not None else []
@@ -207,6 +220,7 @@ class Step:
         verdict, at, computed = self._verdict, place.at, finite is not None
         if stale:
             trajectory.release()
+        self._state.latest = place.run
         place.run.trajectories[place.course.name, self._guarded.region] = trajectory
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
         if finite is not None:
@@ -241,6 +255,8 @@ class Step:
         told = None if generation is None else generation.num_inference_steps
         total = told or self._policy.num_inference_steps
         stale = (self._layout.change_from(before) if before else None) or place.stale
+        if stale is None and trajectory.last is not None and at.index != trajectory.last.index + 1:
+            stale = "a step was left out"
         # Ranks that measure nothing would not agree on what was finite; what was not is zero.
         symmetric = len(self._guarded.groups) > 0 and not self._is_shared
         kept = [] if stale else history.kept if symmetric else history.usable
@@ -330,6 +346,10 @@ class Step:
         """Tell what is odd of a place, which is the call's own and no guess."""
         if view.must == AFTER or (view.must == UNCLEAR and view.stale is None):
             self._tell(view.must, total=view.total)
+        if view.stale == REPLACED and view.place.course.replaced > 1:
+            self._tell(REPLACED, inputs=sorted(view.place.changed or ()))
+        if view.must == "non-finite residual":
+            self._tell(view.must)
         is_late = view.total is None and view.place.at.index >= DEFAULT_STEPS
         if is_late and view.trajectory.gate.schedules:
             self._tell("steps")

@@ -90,14 +90,14 @@ class Seen(NamedTuple):
     """
 
     reference: weakref.ref[Tensor]
-    version: int
+    version: int | None
     content: Content | None
     changes: bool
     is_kept: bool = False
 
     def is_again(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the same object, not written into."""
-        return self.reference() is tensor and self.version == _version(tensor)
+        """Whether a tensor is the same object, and known not to have been written into."""
+        return self.reference() is tensor and self.version == _version(tensor) is not None
 
 
 class Change(NamedTuple):
@@ -132,10 +132,10 @@ class Conditioning(NamedTuple):
     def change(self, inputs: Inputs) -> Change:
         """How a call differs from the last one; what has to be read first counts as unchanged.
 
-        Latents may change, and numbers such as a second timestep. Latents are the inputs that have
-        the shape of a prediction, and those that do but for their channels (a control image beside
-        them, a variance beside the prediction) if they have never stayed. Where there are none of
-        either kind, any one input may be that has never stayed.
+        An input that has stayed once is conditioning. Of the others, numbers may change (a second
+        timestep), and inputs of a prediction's shape or of one with other channels (latents, with a
+        control image beside them or not). Without any of these shapes, any one input may. If none
+        of a prediction's shape has always changed, two calls have shared their latents.
         """
         if len(inputs.tensors) != len(self.seen):
             return Change()
@@ -147,10 +147,13 @@ class Conditioning(NamedTuple):
                 and (seen.content is None or seen.content.differs(inputs.content(place)))
             ]
         )
-        free, alike = _that_may_change(inputs.shapes, inputs.time, self.predicted)
-        others = changed - free
+        numbers, exact, alike = _kinds(inputs.shapes, inputs.time, self.predicted)
+        moves = {place for place in range(len(self.seen)) if self.seen[place].changes}
+        others = changed - ((numbers | exact) & moves)
+        if exact.isdisjoint(moves):  # latents that two calls have shared
+            others -= exact
         fits = (len(alike) > 0 or len(others) <= 1) and all(
-            self.seen[place].changes and (place in alike or not alike) for place in others
+            place in moves and (place in alike or not alike) for place in others
         )
         return Change(changed, fits)
 
@@ -205,10 +208,10 @@ NEW = Conditioning()
 
 
 @lru_cache(maxsize=1024)
-def _that_may_change(
+def _kinds(
     shapes: tuple[torch.Size, ...], time: torch.Size | None, predicted: frozenset[torch.Size]
-) -> tuple[frozenset[int], frozenset[int]]:
-    """The places of inputs that are numbers or shaped like a prediction, and of those nearly so.
+) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """The places of inputs that are numbers, of a prediction's shape, and of nearly that shape.
 
     Numbers are one, or one for each sample or token, as a timestep is. Nearly a prediction's is a
     shape that differs in its channels at most.
@@ -216,7 +219,8 @@ def _that_may_change(
     like = frozenset(each for shape in predicted for each in _without_channels(shape))
     places = list(enumerate(shapes))
     return (
-        frozenset(p for p, size in places if len(size) < 2 or size == time or size in predicted),
+        frozenset(place for place, size in places if len(size) < 2 or size == time),
+        frozenset(place for place, size in places if size in predicted),
         frozenset(p for p, size in places if len(size) > 1 and _without_channels(size) & like),
     )
 
@@ -228,9 +232,9 @@ def _without_channels(shape: torch.Size) -> frozenset[tuple[object, ...]]:
     return frozenset((last, second))
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written into; tensors of inference mode do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; None for those of inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def host_value(timestep: object) -> float | None:

@@ -58,14 +58,13 @@ class ModelState:
         """The generations of this thread that nobody has named, the oldest first."""
         return self._thread.loops
 
-    def begin(self, over: Collection[Generation | None] = ()) -> Generation:
-        """A generation that nobody has named.
+    def open(self, current: Generation, over: Collection[Generation | None] = ()) -> None:
+        """Take in a generation that nobody has named.
 
         Loops are over that are named in ``over``, that have had no call since the last one began,
         or whose caller has dropped what it had kept.
         """
         open_loops = self.inferred
-        current = Generation(self.expected_steps)
         for each in list(open_loops):
             courses = list(each.run(self).courses.values())
             is_gone = all(course.conditioning.is_gone for course in courses)
@@ -74,7 +73,6 @@ class ModelState:
                 open_loops.remove(each)
             each.is_called = False
         open_loops.append(current)
-        return current
 
     def forget(self) -> None:
         """Free everything and forget all generations, those of other threads included."""

@@ -7,8 +7,9 @@ the place is not known: a gate that measures nothing computes there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ MAX_BRANCHES = 16
 UNKNOWN = "no timestep and no context"
 CROWDED = f"more than {MAX_BRANCHES} calls at one step"
 UNCLEAR = "nothing tells the calls apart"
+REPLACED = "inputs changed"
 
 
 class Loop(Protocol):
@@ -65,12 +67,17 @@ class Called(NamedTuple):
     inputs: Inputs
     computation: object
 
-    @property
-    def needs_value(self) -> bool:
+    def needs_value(self, state: ModelState) -> bool:
         """Whether the step cannot be known without the timestep."""
         if self.loop is not None:
             return self.loop.count(None if self.branch is None else self.branch.name) is None
-        return self.branch is None or (self.generation is None and self.branch.step_index is None)
+        if self.branch is None or self.branch.step_index is not None:
+            return self.branch is None
+        if self.generation is None:
+            return True
+        # The first call of another model, which may have the branch's last step too.
+        name, courses = self.branch.name, self.generation.run(state).courses
+        return name in self.generation.lasts and name not in courses
 
     def generations(self, state: ModelState) -> list[Generation]:
         """Those that the call may belong to, the newest first."""
@@ -91,6 +98,7 @@ class Place:
         changed: the inputs that differ from the branch's last call.
         stale: why nothing that is held fits the call, None where it does.
         is_known: whether more than the order of the calls tells the place.
+        opens: begins the generation, where the call is its first one, once it has ended well.
     """
 
     run: Run
@@ -100,6 +108,7 @@ class Place:
     changed: frozenset[int] | None
     stale: str | None
     is_known: bool = True
+    opens: Callable[[], None] | None = None
     is_committed: bool = False
 
     def commit(self, output: Any) -> None:
@@ -107,10 +116,14 @@ class Place:
         if self.is_committed:
             return
         self.is_committed = True
+        if self.opens is not None:
+            self.opens()
+            self.opens = None
         course, generation, inputs = self.course, self.run.generation, self.called.inputs
         predicted = frozenset([each.shape for each in output if isinstance(each, Tensor)])
         course.conditioning = course.conditioning.after(inputs, self.changed, predicted)
         course.last, course.computation = self.at, self.called.computation
+        course.replaced = course.replaced + 1 if self.stale == REPLACED else 0
         if generation is None:
             return
         if len(self.run.trajectories) > 1 or len(generation.runs) > 1:
@@ -149,7 +162,10 @@ def locate(state: ModelState, called: Called) -> Place | str:
         return UNKNOWN
     if branch is None:
         return _by_inputs(state, generation, index, called)
-    generation = generation or _generation_of(state, branch.name, index, called)
+    if generation is None:
+        generation = _generation_of(state, branch.name, index, called)
+    if generation is None:
+        return _first_place(state, branch.name, index or 0, (), called)
     return _by_name(state, generation, branch, index, called)
 
 
@@ -178,7 +194,7 @@ def likely_place(state: ModelState, called: Called) -> Place | None:
 
 def _by_name(
     state: ModelState, generation: Generation, branch: Branch, index: int | None, called: Called
-) -> Place:
+) -> Place | str:
     """The place of a call whose branch has a name."""
     run, name, count = generation.run(state), branch.name, 1
     course = run.course(name)
@@ -188,10 +204,10 @@ def _by_name(
         joins = course.last is None and last is not None and called.value == last.value
         index = 0 if last is None else last.index + (not joins or called.value is None)
     elif branch.step_index is not None and course.last is not None and index < course.last.index:
-        generation.restart()
-        run = generation.run(state)
-        course = run.course(name)
+        return _anew(state, generation, name, index, called)
     while not course.is_before(index):
+        if count == MAX_BRANCHES:
+            return CROWDED
         # The name has been called for at this step: nothing tells the two apart.
         count += 1
         course = run.course(f"{name} {count}")
@@ -200,7 +216,9 @@ def _by_name(
     return place
 
 
-def _generation_of(state: ModelState, name: str, index: int | None, called: Called) -> Generation:
+def _generation_of(
+    state: ModelState, name: str, index: int | None, called: Called
+) -> Generation | None:
     """The generation of a branch that is named where no generation is: its own timesteps tell."""
     others = []
     for loop in reversed(state.inferred):
@@ -211,7 +229,7 @@ def _generation_of(state: ModelState, name: str, index: int | None, called: Call
         is_next = course.last is not None and course.last.index < _step(loop, index, called)
         if is_next and course.conditioning.change(called.inputs).fits:
             return loop
-    return others[0] if others else state.begin()
+    return others[0] if others else None
 
 
 def _by_inputs(
@@ -243,7 +261,7 @@ def _by_inputs(
                 place.stale = UNCLEAR
             return place
     if told is not None and (over or _step(told, index, called) < 0):
-        told.restart()
+        return _anew(state, told, "branch 0", index or 0, called)
     if loops:
         run, step, latest = (
             loops[0].run(state),
@@ -265,8 +283,32 @@ def _by_inputs(
                 return CROWDED
             return _at(run, run.course(f"branch {len(courses)}"), step, called)
     # The same inputs at an earlier step: that loop is over.
-    run = state.begin({each.run.generation for each in over}).run(state)
-    return _at(run, run.course("branch 0"), 0, called)
+    ended = [each.run.generation for each in over]
+    return _first_place(state, "branch 0", 0, ended, called)
+
+
+def _first_place(
+    state: ModelState,
+    name: str,
+    index: int,
+    over: Sequence[Generation | None],
+    called: Called,
+) -> Place:
+    """The first place of a generation that nobody has named, and that may end others."""
+    generation = Generation(state.expected_steps)
+    place = _at(run := generation.run(state), run.course(name), index, called)
+    place.opens = partial(state.open, generation, over)
+    return place
+
+
+def _anew(
+    state: ModelState, generation: Generation, name: str, index: int, called: Called
+) -> Place:
+    """The first place of a loop that starts over within its generation."""
+    run = Run(generation)
+    place = _at(run, run.course(name), index, called)
+    place.opens = partial(generation.restart, first=(state, run))
+    return place
 
 
 def _step(loop: Generation, index: int | None, called: Called) -> int:
@@ -282,9 +324,7 @@ def _at(
     if course.last is not None:
         change = change or course.conditioning.change(called.inputs)
         if not change.fits:
-            stale = "inputs changed"
-        elif index != course.last.index + 1:
-            stale = "a step was left out"
+            stale = REPLACED
     changed = None if change is None else change.inputs
     return Place(run, course, Time(index, called.value), called, changed, stale)
 

@@ -46,13 +46,10 @@ class Placement:
 
     def place(self, args: Sequence[Any]) -> Step:
         """Place a call, given the graph's inputs, as far as that is possible without a read."""
-        call = bound_call.get()
-        if call is not None:
-            call.is_cached = True
         # A graph that was compiled in bare use has nothing to do with a call around it.
-        call = call if self.strategy is None else None
+        call = bound_call.get() if self.strategy is None else None
         if call is not None:
-            state = call.state
+            state, call.is_cached = call.state, True
         elif self.identity is None:
             state = self.own_state
         else:
