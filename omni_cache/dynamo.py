@@ -31,10 +31,10 @@ Unwrapped = ShortenTraceback
 """Base of the errors of a backend that reach the caller of a compiled function as they are."""
 
 NoGraphError = (Unsupported, UserError, GuardOnDataDependentSymNode)
-"""What is raised for one graph of a function that breaks; nothing of the call has run."""
+"""Raised when a function that is asked for as one graph breaks, before any of the call has run."""
 
 LimitError = FailOnRecompileLimitHit
-"""What is raised for a graph beyond the last one that Dynamo makes; nothing of the call has run."""
+"""Raised when Dynamo's recompile limit is reached, before anything of the call has run."""
 
 GRAPHS = 8
 """So many times ``torch._dynamo.config.recompile_limit`` graphs are made of one code object."""
@@ -93,8 +93,8 @@ def compiled(
         fullgraph: whether to raise `NoGraphError` at a graph break, and `LimitError` for one graph
             too many.
         dynamic: as in ``torch.compile``.
-        at_limit: told in one sentence when Dynamo makes no more graphs of a function, and why it
-            needed another one.
+        at_limit: called when Dynamo makes no more graphs of a function, with one sentence that says
+            so and why it needed another one.
     """
     context: Any = torch._dynamo.optimize(backend, nopython=fullgraph, dynamic=dynamic)
     convert = getattr(context, "callback", None)

@@ -168,7 +168,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
             those that the model is enabled with count, and the defaults for one that is not.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: a flag is unknown or has a value that is not allowed.
     """
     if not isinstance(model, nn.Module):

@@ -28,7 +28,7 @@ FLAGS = (
     "process_group",
     "strict",
 )
-"""Flags of the backend; a strategy adds the fields of its config."""
+"""Flags of the backend; a strategy adds its own fields."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def register_extractor(model_class: str | type[nn.Module], extractor: Extractor 
             module's ``forward``; None takes back what was registered.
 
     Raises:
-        TypeError: ``model_class`` is no class and no name, or ``extractor`` is not callable.
+        TypeError: ``model_class`` is neither a class nor a name, or ``extractor`` is not callable.
     """
     name = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
     if name is None:

@@ -24,7 +24,7 @@ class TracedFrame:
 
     Attributes:
         name: what messages call it: the class of the module that is called, else the function.
-        model: that module, None for a function that is no module's.
+        model: that module, None for a function that is not a module's method.
         variables: what the names in the traced function stand for.
         arguments: what the call is made with, by the names of the parameters.
         is_piece: whether the graph is only a piece of it, between graph breaks.
@@ -74,7 +74,7 @@ class TracedFrame:
     def timestep(self) -> float | None:
         """The timestep of the call, where it is a Python number.
 
-        The first graph is specialised on it, so that it is no input.
+        The first graph is specialised on it, so that it is not an input.
         """
         name = timestep_name(name for name, value in self.arguments.items() if value is not None)
         value = None if name is None else self.arguments[name]

@@ -90,8 +90,8 @@ def with_own_code(
     so many times, and gives it up for good at a graph break in a loop, of whichever module.
 
     Args:
-        function: what to copy, with what it wraps. Given back as it is where that is no plain
-            function, or one that Dynamo is told to treat in a way of its own.
+        function: what to copy, with what it wraps. Given back as it is where that is not a
+            plain function, or is one that a decorator of ``torch.compiler`` marks.
         purpose: what the copy is for, such as the modules of a class.
         flags: what it is compiled with. Copies for equal ones are one and the same.
     """

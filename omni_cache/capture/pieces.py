@@ -24,7 +24,7 @@ from omni_cache.runtime.model_state import states_of_module
 
 
 def refused(compiled: Callable[..., Any], error: RegionError) -> Callable[..., Any]:
-    """A piece that runs uncached, and says so to the call that it runs for."""
+    """Make a piece that runs uncached and reports its reason to the call that it runs for."""
     error = error.with_traceback(None)
     error.node = None  # the graph is not needed any more
 
@@ -92,7 +92,7 @@ def check_piece(loop: BlockLoop, whole: nn.Module) -> None:
 
 
 def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., Any]:
-    """A block that Dynamo compiles by itself; that the loop is given up is said once a model.
+    """Run one block that Dynamo compiled alone; warn once per model that its loop is uncached.
 
     Nothing binds a call here, and several models may share what is compiled, so that the model is
     looked for among the callers.
@@ -113,9 +113,9 @@ def block_by_block(compiled: Callable[..., Any], strict: bool) -> Callable[..., 
 
 
 def is_news(model: nn.Module | None, message: str) -> bool:
-    """Whether nobody has been told this of a model yet; asking tells. Of no model all is news.
+    """Whether this is the first warning of its text for a model; asking counts as warning.
 
-    One call may have many graphs of which the same is true.
+    One call may have many graphs of which the same is true. Without a model, each is the first.
     """
     if model is None:
         return True
@@ -126,7 +126,7 @@ def is_news(model: nn.Module | None, message: str) -> bool:
 
 
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-"""What has been said of a model that nobody has enabled."""
+"""What has been warned of for models that are not enabled."""
 
 _BLOCK_BY_BLOCK = (
     "Dynamo compiles its blocks one by one, because it has given up the code around them at a "

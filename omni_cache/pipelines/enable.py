@@ -1,8 +1,8 @@
 """enable, disable, refresh and summary, for a diffusers pipeline or a bare module.
 
 Enabling compiles each denoising transformer in place, so that it keeps its type and attributes, and
-listens to what the pipeline says of its loop: new timesteps in its scheduler are a new generation
-of so many steps, ``transformer.cache_context`` names the branch. All that it adds are three
+looks at the pipeline's scheduler: new timesteps, or a step that goes back, begin a new generation
+of so many steps; ``transformer.cache_context`` names the branch. All that it adds are three
 attributes of the transformer and one of each block, which ``disable`` takes away and which no copy
 inherits: what runs in place of its ``__call__``, of its ``forward``, of its ``cache_context``, and
 of a block's ``__call__``.
@@ -52,7 +52,8 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
 
     Args:
         target: a diffusers pipeline, or a module.
-        cache: a strategy's name, a strategy's config object, or ``"none"`` to compile only.
+        cache: a strategy's name, a strategy object such as ``TeaCache(...)``, or ``"none"`` to
+            compile only.
         flags: the compile-time flags, see the README. ``dynamic`` and ``fullgraph`` go to
             ``torch.compile``.
 
@@ -60,7 +61,7 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
         ``target``.
 
     Raises:
-        TypeError: ``target`` is no module and has no transformer.
+        TypeError: ``target`` is not a module and has no transformer.
         ValueError: a flag is unknown or has a value that is not allowed, or asks of a model with a
             registered extractor what only a graph has. All transformers of a pipeline are then as
             they were before.
@@ -90,7 +91,7 @@ def disable(target: Any) -> Any:
         ``target``. One that is not enabled is left as it is.
 
     Raises:
-        TypeError: ``target`` is no module and has no transformer.
+        TypeError: ``target`` is not a module and has no transformer.
     """
     for module in _models(target).values():
         _disable_module(module)
@@ -119,11 +120,11 @@ def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
         num_inference_steps: the number of steps of the coming generation, where it is known.
 
     Raises:
-        TypeError: ``target`` is no module and has no transformer.
-        ValueError: ``num_inference_steps`` is no integer >= 1.
+        TypeError: ``target`` is not a module and has no transformer.
+        ValueError: ``num_inference_steps`` is not an integer >= 1.
     """
     models = _models(target)
-    Generation(num_inference_steps)  # refuses what is no number of steps
+    Generation(num_inference_steps)  # raises if it is not a number of steps
     states = [state for _, state in _states(target)]
     if not states and num_inference_steps is not None:
         states = [expected_state(module) for module in models.values()]
@@ -141,7 +142,7 @@ def summary(target: Any) -> Summary:
         target: an enabled pipeline or module, or a module compiled with the backend.
 
     Raises:
-        TypeError: ``target`` is no module and has no transformer.
+        TypeError: ``target`` is not a module and has no transformer.
     """
     return summarise(_states(target))
 
