@@ -23,7 +23,8 @@ def watch_blocks(model: nn.Module, tell: Callable[[], None]) -> list[WatchedBloc
 
     Args:
         model: whose list it is.
-        tell: called before each of them.
+        tell: a method to call before each of them; it is referred to weakly, as its owner may own
+            what this returns.
     """
     watched = []
     for block in largest_list(model) or ():
@@ -57,12 +58,14 @@ class WatchedBlock:
     def __init__(self, block: nn.Module, before: Any, tell: Callable[[], None]) -> None:
         self.block = weakref.ref(block)
         self.before = before
-        self._tell = tell
+        self._tell = weakref.WeakMethod(tell)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and tell if nobody has called the model."""
         if not self._is_within_call():
-            self._tell()
+            tell = self._tell()
+            if tell is not None:
+                tell()
         block = self.block()
         assert block is not None  # somebody calls it
         run = block._call_impl if self.before is None else self.before

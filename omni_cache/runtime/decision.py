@@ -220,7 +220,8 @@ class Step:
         verdict, at, computed = self._verdict, place.at, finite is not None
         if stale:
             trajectory.release()
-        self._state.latest = place.run
+        if not place.run.trajectories:
+            self._state.latest = place.run  # it begins
         place.run.trajectories[place.course.name, self._guarded.region] = trajectory
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
         if finite is not None:
