@@ -77,6 +77,17 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("magcache", "num_inference_steps", 30),
         ("magcache", "mag_ratios", (1.0, 1.1)),
         ("magcache", "variant", "FLUX.1-dev"),
+        ("first_block_cache", "num_inference_steps", 30),
+        ("first_block_cache", "threshold", 0.1),
+        ("dbcache", "num_inference_steps", 30),
+        ("dbcache", "fn_compute_blocks", 1),
+        ("dbcache", "bn_compute_blocks", 2),
+        ("dbcache", "residual_diff_threshold", 0.2),
+        ("dbcache", "max_accumulated_residual_diff_threshold", 1.0),
+        ("dbcache", "max_warmup_steps", 4),
+        ("dbcache", "warmup_interval", 2),
+        ("dbcache", "max_cached_steps", 9),
+        ("dbcache", "max_continuous_cached_steps", 3),
         *(
             (cache, field, value)
             for cache in STRATEGIES

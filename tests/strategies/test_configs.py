@@ -13,7 +13,7 @@ from toy_transformer import Loop, ToyTransformer
 
 import omni_cache
 from omni_cache import MagCache, TeaCache
-from omni_cache.strategies import STRATEGIES, Gate, Strategy, Time
+from omni_cache.strategies import STRATEGIES, DBCache, FirstBlockCache, Gate, Strategy, Time
 from omni_cache.strategies.forecasts import FORECASTS, Hold, Newton, Taylor
 
 NUMBER = "a finite number >= 0"
@@ -56,7 +56,43 @@ WRONG: dict[type[Strategy], Wrong] = {
         ),
         ("variant", [1, ["FLUX.1-dev"]], NAME),
     ],
+    FirstBlockCache: [
+        *OF_ALL,
+        ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
+    ],
+    DBCache: [
+        *OF_ALL,
+        ("fn_compute_blocks", [0, -1, 1.5, "8", None, True], "an integer >= 1"),
+        ("bn_compute_blocks", [-1, 1.5, "8", None, True], "an integer >= 0"),
+        ("residual_diff_threshold", [-0.1, float("nan"), "0.2", None, True], NUMBER),
+        (
+            "max_accumulated_residual_diff_threshold",
+            [0, -0.1, float("inf"), "1", True],
+            "a finite number > 0 or None",
+        ),
+        ("max_warmup_steps", [-1, 1.5, "8", None, True], "an integer >= 0"),
+        ("warmup_interval", [0, 1.5, "1", None, True], "an integer >= 1"),
+        ("max_cached_steps", [-1, 1.5, "8", True], "an integer >= 0 or None"),
+        ("max_continuous_cached_steps", [-1, 1.5, "8", True], "an integer >= 0 or None"),
+    ],
 }
+
+OWN: dict[type[Strategy], dict[str, Any]] = {
+    TeaCache: {"coefficients": [1.0]},
+    MagCache: {"mag_ratios": [1.0]},
+    FirstBlockCache: {},
+    DBCache: {},
+}
+"""What makes each independent of a model's class."""
+
+THRESHOLDS = {
+    TeaCache: "rel_l1_thresh",
+    MagCache: "threshold",
+    FirstBlockCache: "threshold",
+    DBCache: "residual_diff_threshold",
+}
+PUBLISHED = {each.name: each for each in (TeaCache, MagCache)}
+"""Those that have tables of classes."""
 
 
 @pytest.mark.parametrize("strategy", WRONG)
@@ -120,9 +156,8 @@ def test_the_flags_of_a_forecast_name_it_and_its_depth() -> None:
     }
     for (name, order, axis), forecast in found.items():
         for kind in STRATEGIES.values():
-            own = {"mag_ratios": [1.0]} if kind is MagCache else {"coefficients": [1.0]}
             flags = {"forecast": name, "forecast_order": order, "forecast_axis": axis}
-            strategy = kind(**flags, **own)
+            strategy = kind(**flags, **OWN[kind])
             assert strategy.forecasting() == strategy.policy(None).forecast == forecast
             assert strategy.guard().depth == forecast.depth
 
@@ -252,7 +287,7 @@ def test_magcache_without_ratios_says_how_to_get_some() -> None:
     assert "2. pass mag_ratios=ratios" in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("kind", PUBLISHED.values(), ids=PUBLISHED)
 def test_an_unknown_variant_lists_the_published_ones(kind: type[Any]) -> None:
     with pytest.raises(ValueError, match="variant='Wan9'") as raised:
         kind(variant="Wan9").policy("WanTransformer3DModel")
@@ -260,7 +295,7 @@ def test_an_unknown_variant_lists_the_published_ones(kind: type[Any]) -> None:
         assert repr(published) in str(raised.value)
 
 
-@pytest.mark.parametrize("kind", STRATEGIES.values(), ids=STRATEGIES)
+@pytest.mark.parametrize("kind", PUBLISHED.values(), ids=PUBLISHED)
 def test_a_class_with_several_tables_warns_and_takes_the_first(kind: type[Any]) -> None:
     *found, messages = looked_up(kind(), "WanTransformer3DModel")
     (message,) = messages
@@ -294,9 +329,8 @@ def test_a_model_that_runs_is_told_once_that_several_tables_are_published() -> N
 
 @pytest.mark.parametrize("kind", STRATEGIES.values(), ids=STRATEGIES)
 def test_thresholds_compile_nothing(kind: type[Any]) -> None:
-    own = {"mag_ratios": [1.0]} if kind is MagCache else {"coefficients": [1.0]}
-    threshold = "threshold" if kind is MagCache else "rel_l1_thresh"
-    first, second = kind(**own), kind(**own, **{threshold: 0.7, "start": 0.3})
+    own = OWN[kind]
+    first, second = kind(**own), kind(**own, **{THRESHOLDS[kind]: 0.7, "start": 0.3})
     assert repr(first.guard()) == repr(second.guard())
     assert first.guard() == second.guard() != kind(**own, forecast="newton").guard()
 
