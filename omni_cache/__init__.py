@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from omni_cache.passes import RegionError
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime.contexts import branch, generation
-    from omni_cache.strategies import MagCache, TeaCache
+    from omni_cache.strategies import DBCache, FirstBlockCache, MagCache, TeaCache
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
     "CacheContext": "omni_cache.capture.extractor",
+    "DBCache": "omni_cache.strategies",
     "Explanation": "omni_cache.explanation",
+    "FirstBlockCache": "omni_cache.strategies",
     "MagCache": "omni_cache.strategies",
     "RegionError": "omni_cache.passes",
     "TeaCache": "omni_cache.strategies",
@@ -37,7 +39,9 @@ _HOMES = {
 
 __all__ = [
     "CacheContext",
+    "DBCache",
     "Explanation",
+    "FirstBlockCache",
     "MagCache",
     "RegionError",
     "TeaCache",
