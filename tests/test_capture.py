@@ -244,12 +244,13 @@ def test_where_nothing_is_cut_off_after_all_the_call_is_as_without_a_cache(
     latents = [gaussian(step, 1, TOKENS, CHANNELS) for step in range(8)]
     lengths = [first, first, 0, 0, 0, 3, 3, 0]
     omni_cache.enable(model, inner=inner, **ALWAYS_REUSE)
-    for step, (x, length) in enumerate(zip(latents, lengths, strict=True)):
-        args = x, torch.tensor([900.0 - 100 * step]), prompt, torch.arange(6) < length
-        got, expected = model(*args), Joint()(*args)
-        if length == 0:
-            assert torch.equal(got, expected)
-        assert got.shape == expected.shape
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        for step, (x, length) in enumerate(zip(latents, lengths, strict=True)):
+            args = x, torch.tensor([900.0 - 100 * step]), prompt, torch.arange(6) < length
+            got, expected = model(*args), Joint()(*args)
+            if length == 0:
+                assert torch.equal(got, expected)
+            assert got.shape == expected.shape
     (trajectory,) = omni_cache.summary(model).trajectories
     computed = [step.computed for step in trajectory.steps]
     assert computed == [True, first == 0, True, True, True, True, False, True]
