@@ -139,7 +139,7 @@ class Step:
         self._place: Place | str | None = None if call is None else call.place
         if self._place is not None:
             return
-        wanted = called.needs_value(state) or policy.forecast.reads_values
+        wanted = called.needs_value or policy.forecast.reads_values
         if wanted and called.value is None and isinstance(timestep, Tensor):
             self._timestep = timestep
             self._loop = [called.loop.timesteps] if called.loop is not None else []

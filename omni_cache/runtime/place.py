@@ -67,17 +67,12 @@ class Called(NamedTuple):
     inputs: Inputs
     computation: object
 
-    def needs_value(self, state: ModelState) -> bool:
+    @property
+    def needs_value(self) -> bool:
         """Whether the step cannot be known without the timestep."""
         if self.loop is not None:
             return self.loop.count(None if self.branch is None else self.branch.name) is None
-        if self.branch is None or self.branch.step_index is not None:
-            return self.branch is None
-        if self.generation is None:
-            return True
-        # The first call of another model, which may have the branch's last step too.
-        name, courses = self.branch.name, self.generation.run(state).courses
-        return name in self.generation.lasts and name not in courses
+        return self.branch is None or (self.generation is None and self.branch.step_index is None)
 
     def generations(self, state: ModelState) -> list[Generation]:
         """Those that the call may belong to, the newest first."""

@@ -36,7 +36,6 @@ class DBCache(Strategy):
     """
 
     name: ClassVar[str] = "dbcache"
-    has_signal: ClassVar[bool] = True
 
     fn_compute_blocks: int = 8
     bn_compute_blocks: int = 0

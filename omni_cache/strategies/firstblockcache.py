@@ -27,7 +27,6 @@ class FirstBlockCache(Strategy):
     """
 
     name: ClassVar[str] = "first_block_cache"
-    has_signal: ClassVar[bool] = True
 
     threshold: float = 0.05
 

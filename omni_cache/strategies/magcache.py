@@ -39,7 +39,6 @@ class MagCache(Strategy):
     """
 
     name: ClassVar[str] = "magcache"
-    has_signal: ClassVar[bool] = False
 
     threshold: float = 0.24
     max_skip_steps: int = 5

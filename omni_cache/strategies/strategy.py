@@ -85,8 +85,6 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
-    has_signal: ClassVar[bool]
-    """Whether it decides by a signal."""
 
     num_inference_steps: int | None = None
     start: float = 0.0

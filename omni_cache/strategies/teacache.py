@@ -42,7 +42,6 @@ class TeaCache(Strategy):
     """
 
     name: ClassVar[str] = "teacache"
-    has_signal: ClassVar[bool] = True
 
     rel_l1_thresh: float = 0.2
     coefficients: Sequence[float] | None = None

@@ -175,3 +175,16 @@ def test_conditioning_that_differs_at_every_step_is_told_once() -> None:
     said = [str(each.message) for each in told if "differs at every step" in str(each.message)]
     assert len(said) == 1
     assert "[0, 1]" in said[0]
+
+
+def test_residuals_that_overflow_at_every_step_are_told_once() -> None:
+    model = ToyTransformer()
+    model.blocks[0].out.weight.mul_(1e9)
+    cached = compiled(model, **ALWAYS_REUSE, history_dtype="float16")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(5):
+            latents = gaussian(number, 1, TOKENS, CHANNELS)
+            cached(latents, torch.tensor([1e3 - number]), PROMPTS["fox"])
+    assert reasons(model) == [["first step", *["non-finite residual"] * 4]]
+    assert len([each for each in told if "history_dtype" in str(each.message)]) == 1
