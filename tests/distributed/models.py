@@ -19,6 +19,8 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
+import omni_cache
+
 WIDTH, TOKENS = 16, 8
 
 
@@ -127,3 +129,16 @@ class DistributedStreamModel(Model):
 
     def leave(self, h: Tensor) -> Tensor:
         return h.redistribute(placements=[Replicate()]).to_local()
+
+
+def take_apart(model: Any, x: Tensor, timestep: Tensor, prompt: Tensor) -> Any:
+    """The extractor of a model here."""
+    h, time = model.inp(x), model.time(timestep.reshape(-1, 1) / 500) + prompt
+
+    def run_blocks() -> tuple[Tensor]:
+        made = h
+        for block in model.blocks:
+            made = block(made, time)
+        return (made,)
+
+    return omni_cache.CacheContext(h + time[:, None], h, None, time, run_blocks, model.head)

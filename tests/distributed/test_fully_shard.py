@@ -6,7 +6,7 @@ extractor does. A model that is sharded as a whole is captured behind its hooks.
 
 import pytest
 import torch
-from models import TOKENS, WIDTH, Model
+from models import TOKENS, WIDTH, Model, take_apart
 from ranks import run_ranks
 
 import omni_cache
@@ -32,18 +32,6 @@ FLAGS = [
 
 class Extracted(Model):
     """One that an extractor takes apart."""
-
-
-def take_apart(model, x, timestep, prompt):
-    h, time = model.inp(x), model.time(timestep.reshape(-1, 1) / 500) + prompt
-
-    def run_blocks():
-        made = h
-        for block in model.blocks:
-            made = block(made, time)
-        return (made,)
-
-    return omni_cache.CacheContext(h + time[:, None], h, None, time, run_blocks, model.head)
 
 
 def denoise(model, seed=1):

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from models import TOKENS, WIDTH, Model, SequenceParallelBlock
+from models import TOKENS, WIDTH, Model, SequenceParallelBlock, take_apart
 from ranks import run_ranks
 
 import omni_cache
@@ -188,18 +188,6 @@ def measure_nothing(rank):
         trajectory.history.kept[0].is_finite = rank == 0
         denoise(model, x, first=5)
     return schedules(model), counted.calls
-
-
-def take_apart(model, x, timestep, prompt):
-    h, time = model.inp(x), model.time(timestep.reshape(-1, 1) / 500) + prompt
-
-    def run_blocks():
-        made = h
-        for block in model.blocks:
-            made = block(made, time)
-        return (made,)
-
-    return omni_cache.CacheContext(h + time[:, None], h, None, time, run_blocks, model.head)
 
 
 class ExtractedModel(Model):
