@@ -8,7 +8,6 @@ half of `import torch`. No operator waits for the device, and none writes into i
 from __future__ import annotations
 
 import importlib.util
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NoReturn
@@ -208,7 +207,7 @@ def _rel_l1_aten(current: Tensor, previous: Tensor, along: Sequence[Tensor]) -> 
     means = [rider if rider.numel() == 1 else rider.mean(dtype=dtype) for rider in along]
     if current.device.type == "cpu":  # where reading a number waits for nothing, and is fastest
         numbers = [moved.item(), size.item(), current.numel(), *(mean.item() for mean in means)]
-        return torch.frombuffer(array("d", numbers), dtype=dtype)
+        return torch.tensor(numbers, dtype=dtype)
     count = torch.full((), current.numel(), dtype=dtype, device=current.device)
     return _stacked([moved, size, count, *means], dtype)
 
