@@ -8,7 +8,7 @@ are, or by their contents where the caller makes them anew.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ class Seen(NamedTuple):
     the object of the one before.
     """
 
-    reference: weakref.ref[Tensor]
+    reference: Callable[[], Tensor | None]
     version: int | None
     content: Content | None
     changes: bool
@@ -98,6 +98,10 @@ class Seen(NamedTuple):
     def is_again(self, tensor: Tensor) -> bool:
         """Whether a tensor is the same object, and known not to have been written into."""
         return self.reference() is tensor and self.version == _version(tensor) is not None
+
+
+_MOVES = Seen(lambda: None, None, None, changes=True)
+"""An input that has always changed, and is compared no more."""
 
 
 class Change(NamedTuple):
@@ -118,11 +122,13 @@ class Conditioning(NamedTuple):
         seen: the inputs.
         predicted: the shapes of what the last call returned.
         calls: how many calls there were.
+        moves: the places of the inputs that have changed every time.
     """
 
     seen: tuple[Seen, ...] = ()
     predicted: frozenset[torch.Size] = frozenset()
     calls: int = 0
+    moves: frozenset[int] = frozenset()
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -130,13 +136,7 @@ class Conditioning(NamedTuple):
         return (self.calls > LEARNED, *(each.changes for each in self.seen))
 
     def change(self, inputs: Inputs) -> Change:
-        """How a call differs from the last one; what has to be read first counts as unchanged.
-
-        An input that has stayed once is conditioning. Of the others, numbers may change (a second
-        timestep), and inputs of a prediction's shape or of one with other channels (latents, with a
-        control image beside them or not). Without any of these shapes, any one input may. If none
-        of a prediction's shape has always changed, two calls have shared their latents.
-        """
+        """How a call differs from the last one; what has to be read first counts as unchanged."""
         if len(inputs.tensors) != len(self.seen):
             return Change()
         changed = frozenset(
@@ -147,15 +147,8 @@ class Conditioning(NamedTuple):
                 and (seen.content is None or seen.content.differs(inputs.content(place)))
             ]
         )
-        numbers, exact, alike = _kinds(inputs.shapes, inputs.time, self.predicted)
-        moves = {place for place in range(len(self.seen)) if self.seen[place].changes}
-        others = changed - ((numbers | exact) & moves)
-        if exact.isdisjoint(moves):  # latents that two calls have shared
-            others -= exact
-        fits = (len(alike) > 0 or len(others) <= 1) and all(
-            place in moves and (place in alike or not alike) for place in others
-        )
-        return Change(changed, fits)
+        kinds = inputs.shapes, inputs.time, self.predicted
+        return Change(changed, not changed or _fits(changed, self.moves, *kinds))
 
     def doubts(self, inputs: Inputs) -> tuple[bool, int]:
         """How little the objects of a call speak for it, whatever they contain.
@@ -177,18 +170,22 @@ class Conditioning(NamedTuple):
         """The conditioning that a call leaves."""
         begins = changed is None or not self.calls
         calls = 1 if begins else self.calls + 1
-        seen = []
+        seen, moves = [], []
         for place, tensor in enumerate(inputs.tensors):
             before = None if begins else self.seen[place]
             stays = before is not None and place not in (changed or ())
             changes = before is None or (before.changes and not stays)
-            if before is not None and stays and before.reference() is tensor:
+            if changes:
+                moves.append(place)
+            if changes and calls > LEARNED:
+                seen.append(_MOVES)
+            elif before is not None and stays and before.reference() is tensor:
                 kept = before.is_kept and not before.changes
                 seen.append(before if kept else before._replace(changes=False, is_kept=True))
-                continue
-            content = None if changes and calls > LEARNED else inputs.content(place)
-            seen.append(Seen(weakref.ref(tensor), _version(tensor), content, changes))
-        return Conditioning(tuple(seen), predicted, calls)
+            else:
+                content = inputs.content(place)
+                seen.append(Seen(weakref.ref(tensor), _version(tensor), content, changes))
+        return Conditioning(tuple(seen), predicted, calls, frozenset(moves))
 
     @property
     def is_gone(self) -> bool:
@@ -208,20 +205,35 @@ NEW = Conditioning()
 
 
 @lru_cache(maxsize=1024)
-def _kinds(
-    shapes: tuple[torch.Size, ...], time: torch.Size | None, predicted: frozenset[torch.Size]
-) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
-    """The places of inputs that are numbers, of a prediction's shape, and of nearly that shape.
+def _fits(
+    changed: frozenset[int],
+    moves: frozenset[int],
+    shapes: tuple[torch.Size, ...],
+    time: torch.Size | None,
+    predicted: frozenset[torch.Size],
+) -> bool:
+    """Whether a call may go on where these of its inputs differ from the last call's.
 
-    Numbers are one, or one for each sample or token, as a timestep is. Nearly a prediction's is a
-    shape that differs in its channels at most.
+    An input that has stayed once is conditioning. Of the others, numbers may change (one, or one
+    for each sample or token, as a timestep is), and inputs of a prediction's shape or of one with
+    other channels (latents, with a control image beside them or not). Without any of these shapes,
+    any one input may. If none of a prediction's shape has always changed, two calls have shared
+    their latents.
     """
-    like = frozenset(each for shape in predicted for each in _without_channels(shape))
     places = list(enumerate(shapes))
-    return (
-        frozenset(place for place, size in places if len(size) < 2 or size == time),
-        frozenset(place for place, size in places if size in predicted),
-        frozenset(p for p, size in places if len(size) > 1 and _without_channels(size) & like),
+    numbers = {place for place, size in places if len(size) < 2 or size == time}
+    exact = {place for place, size in places if size in predicted}
+    like = {each for shape in predicted for each in _without_channels(shape)}
+    alike = {
+        place
+        for place, size in places
+        if len(size) > 1 and not like.isdisjoint(_without_channels(size))
+    }
+    others = changed - ((numbers | exact) & moves)
+    if exact.isdisjoint(moves):  # latents that two calls have shared
+        others -= exact
+    return (len(alike) > 0 or len(others) <= 1) and all(
+        place in moves and (place in alike or not alike) for place in others
     )
 
 
