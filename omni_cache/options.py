@@ -40,6 +40,7 @@ class CompileOptions:
         strategy: what calls follow; None where that is for the bound call's model to say.
         inner: the compiler of the parts: a registered backend's name or a callable.
         inner_options: options for the inner compiler, ``mode`` its mode.
+        blocks: whether blocks of one structure are compiled once ("rolled") or each ("unrolled").
         signal: the signal flag, None to leave the choice to the strategy.
         region: names of the ModuleLists of the block loop, None to find them.
         history_dtype: what floating residuals are kept in, None for their own dtype.
@@ -53,6 +54,7 @@ class CompileOptions:
     inner: str | Callable[..., Any] = "inductor"
     inner_options: Mapping[str, Any] | None = None
     mode: str | None = None
+    blocks: str = "unrolled"
     signal: str | None = None
     region: tuple[str, ...] | None = None
     history_dtype: torch.dtype | None = None
@@ -117,13 +119,13 @@ class CompileOptions:
         if inner == "inductor":
             _check_inductor(inner_mode, inner_options or {})
         _one_of("lowering", given.get("lowering", "dispatch"), ("dispatch", "cond"))
-        _one_of("blocks", given.get("blocks", "unrolled"), ("rolled", "unrolled"))
-        for flag, value in (("lowering", "cond"), ("blocks", "rolled")):
-            if given.pop(flag, None) == value:
-                raise NotImplementedError(
-                    f"{flag}={value!r} is not built yet; leave {flag} out to get "
-                    f"{'dispatch' if flag == 'lowering' else 'unrolled'!r}"
-                )
+        if given.pop("lowering", None) == "cond":
+            raise NotImplementedError(
+                "lowering='cond' is not built yet; leave lowering out to get 'dispatch'"
+            )
+        # Only a compiler whose work grows with the number of blocks gains by it.
+        blocks = given.pop("blocks", "rolled" if inner == "inductor" else "unrolled")
+        _one_of("blocks", blocks, ("rolled", "unrolled"))
         signal = _signal(given.pop("signal", None))
         if signal is not None and guard is not None and guard.source is None:
             name = "it" if strategy is None else f"cache={strategy.name!r}"
@@ -136,6 +138,7 @@ class CompileOptions:
             inner=inner,
             inner_options=inner_options,
             mode=inner_mode,
+            blocks=blocks,
             signal=signal,
             region=_region(given.pop("region", "auto")),
             history_dtype=_history_dtype(given.pop("history_dtype", None)),

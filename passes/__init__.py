@@ -2,6 +2,7 @@
 
     analyse(graph) -> Analysis        what is there: block loop, region, residual pairs, signal
     split(gm, analysis) -> GuardedGraph   the same graph as prologue, body, epilogue and reuse
+    roll(part) -> part                a part in which blocks of one structure share one subgraph
     graph_text / guarded_text         both as short readable programs
 
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
@@ -26,6 +27,7 @@ from .region import (
     overwritten_inputs,
 )
 from .residual import ResidualPair, pair_outputs
+from .roll import roll
 from .signal import Signal, find_signal, find_timestep, timestep_name
 from .split import FINITE, WEIGHTS, GuardedGraph, split, without_residuals
 from .text import graph_text, guarded_text
@@ -58,6 +60,7 @@ __all__ = [
     "is_static_input",
     "overwritten_inputs",
     "pair_outputs",
+    "roll",
     "split",
     "timestep_name",
     "without_residuals",

@@ -80,7 +80,7 @@ class Builder:
     ) -> None:
         self.graph = Graph()
         self.values: dict[Node, Node] = {}
-        self._source = gm
+        self.source = gm
         self._inputs: dict[str, Node] = {}
         self._numbers = numbers
         self._held_modes = held_modes
@@ -197,15 +197,15 @@ class Builder:
         self._bind_sizes()
         self.graph.lint()
         with _use_lazy_graph_module(True):  # an inner compiler hardly ever runs the part's own code
-            module = _make_graph_module(self._source, self.graph)
-        module.meta = dict(self._source.meta)
+            module = _make_graph_module(self.source, self.graph)
+        module.meta = dict(self.source.meta)
         return Part(module, tuple(self._inputs), outputs)
 
     def _bind_sizes(self) -> None:
         """Take in the symbolic sizes that inputs are laid out by, as compilers want."""
         symbols = {symbol for node in self._inputs.values() for symbol in symbols_of(node)}
         if symbols:
-            for node in self._source.graph.find_nodes(op="placeholder"):
+            for node in self.source.graph.find_nodes(op="placeholder"):
                 value = node.meta["example_value"]
                 if isinstance(value, torch.SymInt) and value.node.expr in symbols:
                     self.read(node)

@@ -84,15 +84,19 @@ def _parameters(target: Target) -> tuple[str, ...]:
 
 def memory_root(node: Node) -> Node:
     """The node that allocated (or received) the memory that a node's tensor lies in."""
-    while node.op in ("call_function", "call_method") and node.all_input_nodes:
-        written = written_nodes(node)
-        if written:
-            node = written[0]
-        elif op_name(node) in _MAY_SHARE_MEMORY:
-            node = node.all_input_nodes[0]
-        else:
-            break
+    while (owner := shares_memory_with(node)) is not None:
+        node = owner
     return node
+
+
+def shares_memory_with(node: Node) -> Node | None:
+    """The input whose memory a node's tensor may lie in; None where it has memory of its own."""
+    if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
+        return None
+    written = written_nodes(node)
+    if written:
+        return written[0]
+    return node.all_input_nodes[0] if op_name(node) in _MAY_SHARE_MEMORY else None
 
 
 def computation(graph: Graph) -> list[Node]:
@@ -117,7 +121,7 @@ def dependencies(graph: Graph) -> Dependencies:
     any of it.
     """
     before = _data_flow(graph)
-    for earlier, later in pairwise([node for node in before if _draws(node)]):
+    for earlier, later in pairwise([node for node in before if draws(node)]):
         before[later] = [*before[later], earlier]
     for span in vmap_spans(graph):
         inner = set(span)
@@ -175,7 +179,7 @@ def _data_flow(graph: Graph) -> dict[Node, list[Node]]:
     return before
 
 
-def _draws(node: Node) -> bool:
+def draws(node: Node) -> bool:
     """Whether a node draws random numbers."""
     if node.op not in ("call_function", "call_method"):
         return False

@@ -11,7 +11,15 @@ from torch.fx import GraphModule
 from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
-from omni_cache.passes import WEIGHTS, Analysis, Part, is_static_input, split, without_residuals
+from omni_cache.passes import (
+    WEIGHTS,
+    Analysis,
+    Part,
+    is_static_input,
+    roll,
+    split,
+    without_residuals,
+)
 from omni_cache.passes.order import memory_root, written_nodes
 
 
@@ -69,6 +77,8 @@ def _is_shared(analysis: Analysis) -> bool:
 
 def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:
     """Compile a part with the whole graph's own inputs where it has them, fake values elsewhere."""
+    if flags.blocks == "rolled":
+        part = roll(part)
     inputs = [
         examples.get(name, traced)
         for name, traced in zip(part.inputs, part.example_inputs, strict=True)
