@@ -27,7 +27,16 @@ from omni_cache.dynamo import (
     traced_frame,
 )
 from omni_cache.options import CompileOptions
-from omni_cache.passes import Analysis, NoBlockLoopError, RegionError, guarded_text, split
+from omni_cache.passes import (
+    Analysis,
+    GuardedGraph,
+    NoBlockLoopError,
+    RegionError,
+    calls_of,
+    guarded_text,
+    roll,
+    split,
+)
 from omni_cache.passes.values import describe_value
 from omni_cache.pipelines import enabled_flags
 from omni_cache.runtime.calls import Call, bind
@@ -214,7 +223,10 @@ def examine(
             if breaks and reports:  # behind a break anything may be called a timestep
                 analysis = replace(analysis, timestep=None)
             guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
-            reports.append(GraphReport(guarded_text(guarded), analysis, None))
+            text = guarded_text(guarded)
+            if flags.blocks == "rolled":
+                text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
+            reports.append(GraphReport(text, analysis, None))
         except NoBlockLoopError as error:
             reports.append(GraphReport("", None, str(error), has_blocks=False))
         except (RegionError, ValueError) as error:
@@ -268,6 +280,17 @@ def _context_text(context: CacheContext) -> str:
         if value is not None:
             lines.append(f"  {field}: {describe_value(value)}")
     return "\n".join(lines)
+
+
+def _rolled_text(guarded: GuardedGraph) -> str:
+    """How many of the region's blocks are compiled once for several."""
+    called = calls_of(roll(guarded.body))
+    region = set(guarded.analysis.region.body)
+    blocks = sum(not region.isdisjoint(each.nodes) for each in guarded.analysis.loop.blocks)
+    if not called:
+        return f"rolled: none of {blocks} blocks, each is compiled on its own"
+    kinds = len(set(called))
+    return f"rolled: {len(called)} of {blocks} blocks are calls of {kinds}, compiled once"
 
 
 def _block_code(model: nn.Module) -> list[tuple[str, range]]:

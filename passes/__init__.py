@@ -27,7 +27,7 @@ from .region import (
     overwritten_inputs,
 )
 from .residual import ResidualPair, pair_outputs
-from .roll import roll
+from .roll import calls_of, roll
 from .signal import Signal, find_signal, find_timestep, timestep_name
 from .split import FINITE, WEIGHTS, GuardedGraph, split, without_residuals
 from .text import graph_text, guarded_text
@@ -49,6 +49,7 @@ __all__ = [
     "Signal",
     "UnknownNameError",
     "analyse",
+    "calls_of",
     "check_cuts",
     "close_region",
     "find_block_lists",

@@ -11,13 +11,15 @@ tensors and sizes enters or leaves it.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from heapq import heappop, heappush
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .block_loop import Block, find_block_lists
@@ -32,15 +34,14 @@ from .order import (
     shares_memory_with,
     written_nodes,
 )
-from .values import is_size, tensor_of
 
+invoke_subgraph: Any
 try:
     from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 except ImportError:  # a private name, which another version of PyTorch may have elsewhere
-    invoke_subgraph = None  # type: ignore[assignment]
+    invoke_subgraph = None
 
-CAN_ROLL = invoke_subgraph is not None
-"""Whether this version of PyTorch can compile a subgraph once and call it several times."""
+logger = logging.getLogger(__name__)
 
 
 def roll(part: Part) -> Part:
@@ -53,25 +54,41 @@ def roll(part: Part) -> Part:
         A part with the same inputs and outputs that computes the same; ``part`` itself where no two
         of its blocks have one structure.
     """
+    if invoke_subgraph is None:
+        _say_that_nothing_rolls()
+        return part
     gm = part.module
     before = dependencies(gm.graph)
     kinds = _kinds(gm.graph, before)
     order = _order(kinds, before)
     if not kinds or not order:
         return part
-    for kind in kinds:
-        gm.add_submodule(kind.name, _subgraph(gm, kind))
+    subgraphs = {kind.name: _subgraph(gm, kind) for kind in kinds}
+    for name, subgraph in subgraphs.items():
+        gm.add_submodule(name, subgraph.module)
     outer = Builder(gm, modes(gm.graph))
     for node in gm.graph.find_nodes(op="placeholder"):
         outer.read(node)
     called = {block.nodes[0]: (kind, block) for kind in kinds for block in kind.blocks}
     for node in order:
         if node in called:
-            _call(outer, *called[node])
+            kind, block = called[node]
+            _call(outer, subgraphs[kind.name], kind, block)
         else:
             outer.copy([node])
     rolled = outer.finish_with(gm.graph.find_nodes(op="output")[0])
     return Part(rolled.module, part.inputs, part.outputs)
+
+
+def calls_of(part: Part) -> list[str]:
+    """The names of the subgraphs that a part calls, one for each call."""
+    calls = part.module.graph.find_nodes(op="call_function", target=invoke_subgraph)
+    return [str(call.args[1]) for call in calls]
+
+
+@cache
+def _say_that_nothing_rolls() -> None:
+    logger.info("torch %s compiles every block on its own", torch.__version__)
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,8 @@ def _is_in_one_piece(block: Block, around: Sequence[Node], before: Dependencies)
 
 
 def _is_value(node: Node) -> bool:
-    return tensor_of(node) is not None or is_size(node)
+    """Whether a value may enter and leave a subgraph: a tensor or an integer."""
+    return isinstance(node.meta.get("example_value"), torch.Tensor | int | torch.SymInt)
 
 
 def _operands(block: Block) -> list[Node]:
@@ -208,21 +226,23 @@ def _order(kinds: list[_Kind], before: Dependencies) -> list[Node]:
     return order if len(order) == len(units) else []
 
 
-def _subgraph(gm: GraphModule, kind: _Kind) -> GraphModule:
-    """A block as a graph module, from its operands to what it returns."""
+def _subgraph(gm: GraphModule, kind: _Kind) -> Part:
+    """A block as a part, from its operands and the sizes they have to what it returns."""
     block = kind.blocks[0]
     inner = Builder(gm, modes(gm.graph))
     for node in _operands(block):
         if not _is_graph(gm, node):
             inner.values[node] = inner.placeholder(node.name, {"example_value": _value(gm, node)})
     inner.copy(block.nodes)
-    return inner.finish({str(at): inner.values[block.nodes[at]] for at in kind.returned}).module
+    return inner.finish({str(at): inner.values[block.nodes[at]] for at in kind.returned})
 
 
-def _call(outer: Builder, kind: _Kind, block: Block) -> None:
+def _call(outer: Builder, part: Part, kind: _Kind, block: Block) -> None:
     """Call the subgraph for a block."""
-    gm = outer.source
-    operands = [outer.read(node) for node in _operands(block) if not _is_graph(gm, node)]
+    sizes = {node.name: node for node in outer.source.graph.find_nodes(op="placeholder")}
+    pairs = zip(_operands(kind.blocks[0]), _operands(block), strict=True)
+    own = {**sizes, **{first.name: node for first, node in pairs}}
+    operands = [outer.read(own[name]) for name in part.inputs]
     subgraph = outer.graph.get_attr(kind.name)
     returned = outer.graph.call_function(invoke_subgraph, (subgraph, kind.name, *operands))
     values = [block.nodes[at].meta["example_value"] for at in kind.returned]

@@ -105,6 +105,14 @@ def test_flux_is_explained_in_words_and_in_figures(capsys: pytest.CaptureFixture
     assert trajectory.memory_bytes == foreseen
 
 
+def test_how_many_blocks_are_compiled_once_for_several_is_said() -> None:
+    case = CASES["ltx_video"]
+    text = str(explain(case.build(), **case.inputs()))
+    assert "rolled: 2 of 3 blocks are calls of 1, compiled once" in text
+    text = str(explain(case.build(), **case.inputs(), cache_options={"blocks": "unrolled"}))
+    assert "rolled" not in text
+
+
 def test_inputs_have_the_names_that_the_model_gives_them() -> None:
     class Loose(Tiny):
         def forward(self, x: Tensor, *others: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""A rolled part computes the bits of the part; what a compiler does for it grows no more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import made_up_models as made_up
+import pytest
+import torch
+from diffusers_models import REPRESENTATIVES
+from made_up_models import Model, inputs
+from omni_cache.passes import Part, calls_of, roll
+from test_split import MADE_UP, made_up_trace
+from torch import Tensor, nn
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
+from tracing import Trace, run, trace
+from twelve import captured
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def same(first: Part, second: Part, values: dict[str, Any]) -> bool:
+    """Whether two parts return the same bits, each from copies of its inputs."""
+    copies = [
+        {name: each.clone() if isinstance(each, Tensor) else each for name, each in values.items()}
+        for _ in range(2)
+    ]
+    outputs = [run(part, copy) for part, copy in zip((first, second), copies, strict=True)]
+    return len(outputs[0]) == len(outputs[1]) and all(map(_equal, *outputs))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if not isinstance(first, Tensor):
+        return bool(first == second)
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def rolled_parts(traced: Trace) -> dict[str, tuple[Part, Part]]:
+    guarded = traced.guarded
+    parts = {"prologue": guarded.prologue, "body": guarded.body, "epilogue": guarded.epilogue}
+    return {name: (part, roll(part)) for name, part in parts.items()}
+
+
+def check(traced: Trace) -> dict[str, tuple[Part, Part]]:
+    """All parts of a guarded graph compute the same when they are rolled."""
+    parts = rolled_parts(traced)
+    values = traced.values()
+    for name, (part, rolled) in parts.items():
+        assert (rolled.inputs, rolled.outputs) == (part.inputs, part.outputs), name
+        assert same(part, rolled, values), name
+    return parts
+
+
+# --- what rolls ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_a_transformer_rolls_and_computes_the_same_bits(name: str) -> None:
+    body, rolled = check(captured(name))["body"]
+    assert len(calls_of(rolled)) >= 2
+    assert len(rolled.module.graph.nodes) < len(body.module.graph.nodes)
+
+
+@pytest.mark.parametrize("kind", MADE_UP)
+def test_however_streams_run_it_computes_the_same_bits(kind: type[Model]) -> None:
+    check(made_up_trace(kind))
+
+
+def deep(blocks: int, **flags: Any) -> Trace:
+    return trace(Model(blocks), **inputs(), **flags)
+
+
+def test_the_nodes_that_are_left_hardly_grow_with_the_blocks() -> None:
+    sizes = []
+    for blocks in (4, 8, 12):
+        body, rolled = check(deep(blocks))["body"]
+        sizes.append(len(rolled.module.graph.nodes))
+        assert len(body.module.graph.nodes) > 10 * blocks
+        # The first block makes the signal and so lies partly outside.
+        assert len(calls_of(rolled)) >= blocks - 1
+        assert len(set(calls_of(rolled))) == 1
+    weights = len(list(made_up.Block().parameters()))
+    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] <= 4 * (weights + 3)
+
+
+def test_the_name_of_a_subgraph_says_what_is_in_it() -> None:
+    # Compilers keep what they have made of a subgraph by its name.
+    assert set(calls_of(roll(deep(4).guarded.body))) == set(calls_of(roll(deep(6).guarded.body)))
+    wider = trace(Model(4), **inputs(batch=3)).guarded.body
+    assert set(calls_of(roll(wider))).isdisjoint(calls_of(roll(deep(4).guarded.body)))
+
+
+# --- what stays as it is -------------------------------------------------------------------------
+
+
+class Alike(nn.Module):
+    """``x + f(attn(x))`` in every block, with the f of a subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = made_up.Attention()
+
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.f(x, self.attn(x * (1 + time.mean())))
+
+
+class WritesIntoItsInput(Alike):
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        return x.add_(made)
+
+
+class WritesIntoItsOwn(Alike):
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        own = torch.empty_like(made)
+        own[..., 0::2] = made[..., 1::2]
+        own[..., 1::2] = -made[..., 0::2]
+        return x + own
+
+
+class WritesIntoWhatLeaves(Alike):
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        return made.add_(x)
+
+
+class Draws(Alike):
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        return x + torch.nn.functional.dropout(made, 0.5, training=True)
+
+
+class UnderAutocast(Alike):
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return x + (made @ made.transpose(1, 2) @ made).float()
+
+
+def of(kind: type[nn.Module]) -> Trace:
+    class OfSuch(Model):
+        block = kind
+
+    return trace(OfSuch(4), **inputs())
+
+
+@pytest.mark.parametrize("block", [WritesIntoItsInput, WritesIntoWhatLeaves, Draws])
+def test_blocks_that_a_call_cannot_stand_for_stay(block: type[Alike]) -> None:
+    body = of(block).guarded.body
+    assert roll(body) is body
+
+
+@pytest.mark.parametrize("block", [WritesIntoItsOwn, UnderAutocast])
+def test_blocks_that_write_into_their_own_or_switch_modes_roll(block: type[Alike]) -> None:
+    _, rolled = check(of(block))["body"]
+    assert len(calls_of(rolled)) >= 3
+
+
+def test_blocks_without_a_like_one_stay() -> None:
+    widths = iter((1, 2, 3, 4))
+
+    class Other(Alike):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = next(widths)
+
+        def f(self, x: Tensor, made: Tensor) -> Tensor:
+            return x + self.factor * made
+
+    body = of(Other).guarded.body
+    assert roll(body) is body
+
+
+def test_two_views_of_one_tensor_leave_as_that_tensor() -> None:
+    """Two outputs of a subgraph may not lie in one memory; views are taken outside."""
+    _, rolled = check(captured("flux"))["body"]
+    for name, subgraph in rolled.module.named_children():
+        if name in calls_of(rolled):
+            outputs = subgraph(*map(made, subgraph.graph.find_nodes(op="placeholder")))
+            memory = [each.untyped_storage().data_ptr() for each in outputs]
+            assert len(memory) == len(set(memory))
+
+
+def made(node: torch.fx.Node) -> Any:
+    value = node.meta["example_value"]
+    return torch.randn(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+
+def test_without_the_operator_each_block_is_compiled_and_one_log_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = deep(4).guarded.body
+    monkeypatch.setattr(sys.modules[roll.__module__], "invoke_subgraph", None)
+    with caplog.at_level("INFO"):
+        assert roll(body) is body is roll(body)
+    assert [each.getMessage() for each in caplog.records if "every block" in each.getMessage()] == [
+        f"torch {torch.__version__} compiles every block on its own"
+    ]
+
+
+# --- sizes that change ---------------------------------------------------------------------------
+
+
+@torch._dynamo.config.patch(specialize_float=True)
+def test_a_part_for_any_batch_rolls() -> None:
+    traced = trace(Model(4), **inputs(), dynamic=True)
+    body, rolled = traced.guarded.body, roll(traced.guarded.body)
+    assert len(calls_of(rolled)) >= 3
+    assert same(body, rolled, traced.values())
+
+
+# --- compiled ------------------------------------------------------------------------------------
+
+
+def test_inductor_compiles_rolled_blocks_once_and_they_compute_the_same() -> None:
+    traced = deep(6)
+    values = traced.values()
+    kernels, outputs = [], []
+    for part in rolled_parts(traced)["body"]:
+        taken = [values[each] for each in part.inputs]
+        with config.patch(force_disable_caches=True):
+            compiled, code = run_and_get_code(compile_fx, part.module, taken)
+        kernels.append(sum(each.count("async_compile.cpp") for each in code))
+        outputs.append(compiled(*taken))
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    assert 0 < kernels[1] < kernels[0]
