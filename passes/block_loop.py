@@ -273,7 +273,7 @@ def structure_of(nodes: Sequence[Node], held: Mapping[Node, Modes]) -> str:
         nodes: the block's nodes, in graph order.
         held: the modes of the whole graph.
     """
-    ambient = held[next(reversed(nodes[0].graph.nodes))]
+    ambient = held[nodes[0].graph.output_node()]
     # What a graph holds as an attribute is an operand, whichever name it has there.
     nodes = [node for node in nodes if node.op != "get_attr"]
     inner = set(nodes)
