@@ -258,6 +258,8 @@ class Step:
         stale = (self._layout.change_from(before) if before else None) or place.stale
         if stale is None and trajectory.last is not None and at.index != trajectory.last.index + 1:
             stale = "a step was left out"
+        if stale is None and gate.begins_anew(at):
+            stale = "refresh"
         # Ranks that measure nothing would not agree on what was finite; what was not is zero.
         symmetric = len(self._guarded.groups) > 0 and not self._is_shared
         kept = [] if stale else history.kept if symmetric else history.usable

@@ -5,10 +5,11 @@ from omni_cache.strategies.dbcache import DBCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
 from omni_cache.strategies.strategy import Guard, Policy, Strategy
+from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache)
+    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache, TaylorSeer)
 }
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Policy",
     "Signal",
     "Strategy",
+    "TaylorSeer",
     "TeaCache",
     "Time",
     "Verdict",

@@ -93,6 +93,10 @@ class Gate(ABC):
         """Why a step is computed whatever is measured; None where the measurement decides."""
         return None
 
+    def begins_anew(self, at: Time) -> bool:
+        """Whether a step is computed as the first one, and all that was kept before is dropped."""
+        return False
+
     @abstractmethod
     def decide(self, state: Any, at: Time, total: int | None, distance: float | None) -> Verdict:
         """Decide on a call.
