@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         MagCache,
         TaylorSeer,
         TeaCache,
+        register_strategy,
     )
 
 # Loaded on first use: importing the package costs little more than importing torch.
@@ -41,6 +42,7 @@ _HOMES = {
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
     "register_extractor": "omni_cache.capture.extractor",
+    "register_strategy": "omni_cache.strategies",
     "summary": "omni_cache.pipelines",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "omni_cache_backend",
     "refresh",
     "register_extractor",
+    "register_strategy",
     "summary",
 ]
 

@@ -4,15 +4,13 @@ from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
 from omni_cache.strategies.dbcache import DBCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
+from omni_cache.strategies.named import NO_CACHE, STRATEGIES, make_strategy, register_strategy
 from omni_cache.strategies.strategy import Guard, Policy, Strategy
 from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache, TaylorSeer)
-}
-
 __all__ = [
+    "NO_CACHE",
     "STRATEGIES",
     "DBCache",
     "FirstBlockCache",
@@ -27,4 +25,6 @@ __all__ = [
     "TeaCache",
     "Time",
     "Verdict",
+    "make_strategy",
+    "register_strategy",
 ]

@@ -10,6 +10,7 @@ its state.
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -138,6 +139,21 @@ def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
     """
     if not condition:
         raise ValueError(f"{flag}={given!r} is not allowed; {flag} must be {allowed}")
+
+
+def one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> None:
+    """Raise ValueError, with the nearest of what is allowed, where a value is none of it.
+
+    Raises:
+        ValueError: ``given`` is not in ``allowed``.
+    """
+    if not isinstance(given, (str, bool)) or given not in allowed:
+        close = difflib.get_close_matches(str(given), [str(each) for each in allowed], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(
+            f"{flag}={given!r} is not allowed{hint}; {flag} must be one of {listed} {also}".rstrip()
+        )
 
 
 def is_number(value: Any) -> bool:
