@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from omni_cache.passes import RegionError
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime.contexts import branch, generation
-    from omni_cache.strategies import DBCache, FirstBlockCache, MagCache, TeaCache
+    from omni_cache.strategies import (
+        DBCache,
+        FirstBlockCache,
+        MagCache,
+        TaylorSeer,
+        TeaCache,
+        register_strategy,
+    )
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
@@ -23,6 +30,7 @@ _HOMES = {
     "FirstBlockCache": "omni_cache.strategies",
     "MagCache": "omni_cache.strategies",
     "RegionError": "omni_cache.passes",
+    "TaylorSeer": "omni_cache.strategies",
     "TeaCache": "omni_cache.strategies",
     "UncachedWarning": "omni_cache.errors",
     "branch": "omni_cache.runtime.contexts",
@@ -34,6 +42,7 @@ _HOMES = {
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
     "register_extractor": "omni_cache.capture.extractor",
+    "register_strategy": "omni_cache.strategies",
     "summary": "omni_cache.pipelines",
 }
 
@@ -44,6 +53,7 @@ __all__ = [
     "FirstBlockCache",
     "MagCache",
     "RegionError",
+    "TaylorSeer",
     "TeaCache",
     "UncachedWarning",
     "branch",
@@ -55,6 +65,7 @@ __all__ = [
     "omni_cache_backend",
     "refresh",
     "register_extractor",
+    "register_strategy",
     "summary",
 ]
 

@@ -34,7 +34,7 @@ from omni_cache.passes.values import is_shape, tensor_of
 from omni_cache.runtime.calls import bound_call
 from omni_cache.runtime.decision import Guarded
 from omni_cache.runtime.executor import Executor
-from omni_cache.runtime.placement import Placement
+from omni_cache.runtime.placement import Placement, without_cache
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def omni_cache_backend(
     except (ValueError, NotImplementedError) as error:
         raise unwrapped(error) from None
     if flags.guard is None:
-        return compile_part(gm, example_inputs, flags)
+        return without_cache(compile_part(gm, example_inputs, flags))
     frame = TracedFrame.current(gm)
     try:
         executor = _compile_guarded(gm, example_inputs, flags, frame)
@@ -131,6 +131,8 @@ def _compile_guarded(
             groups=groups_of_body(analysis.region.body, flags.process_group),
         ),
         owner,
+        flags.guard,
+        flags.signal,
         flags.strategy,
         identity=program.identity,
         inputs=[

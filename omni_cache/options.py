@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from omni_cache.dynamo import inductor_modes, inductor_options, inductor_setting, list_backends
-from omni_cache.strategies import STRATEGIES, Guard, Strategy
-
-NO_CACHE = "none"
+from omni_cache.strategies import Guard, Strategy, TeaCache
+from omni_cache.strategies.base import one_of
+from omni_cache.strategies.named import make_strategy
 
 FLAGS = (
     "cache",
@@ -107,7 +107,7 @@ class CompileOptions:
         guard = strategy.guard() if strategy is not None else guard
         inner = given.pop("inner", "inductor")
         if not callable(inner):
-            _one_of("inner", inner, list_backends(exclude_tags=()), "or a callable")
+            one_of("inner", inner, list_backends(exclude_tags=()), "or a callable")
         if inner == "omni_cache":
             raise ValueError("inner='omni_cache' is not allowed; inner must be another compiler")
         inner_options = given.pop("inner_options", None)
@@ -118,20 +118,20 @@ class CompileOptions:
             raise ValueError(f"mode={inner_mode!r} is not allowed; mode must be a string or None")
         if inner == "inductor":
             _check_inductor(inner_mode, inner_options or {})
-        _one_of("lowering", given.get("lowering", "dispatch"), ("dispatch", "cond"))
+        one_of("lowering", given.get("lowering", "dispatch"), ("dispatch", "cond"))
         if given.pop("lowering", None) == "cond":
             raise NotImplementedError(
                 "lowering='cond' is not built yet; leave lowering out to get 'dispatch'"
             )
         # Only a compiler whose work grows with the number of blocks gains by it.
         blocks = given.pop("blocks", "rolled" if inner == "inductor" else "unrolled")
-        _one_of("blocks", blocks, ("rolled", "unrolled"))
+        one_of("blocks", blocks, ("rolled", "unrolled"))
         signal = _signal(given.pop("signal", None))
         if signal is not None and guard is not None and guard.source is None:
             name = "it" if strategy is None else f"cache={strategy.name!r}"
             raise ValueError(f"signal={signal!r} is not allowed; {name} decides without one")
         strict = given.pop("strict", False)
-        _one_of("strict", strict, (True, False))
+        one_of("strict", strict, (True, False))
         return cls(
             guard=guard,
             strategy=strategy,
@@ -150,54 +150,22 @@ class CompileOptions:
 
 def _strategy(given: dict[str, Any], beside: Sequence[str]) -> Strategy | None:
     """Take the strategy and its fields out of the flags; refuse what is unknown."""
-    cache = given.pop("cache", "teacache")
-    given_one: Strategy | None = cache if isinstance(cache, Strategy) else None
-    if given_one is None:
-        _one_of("cache", cache, (*STRATEGIES, NO_CACHE), "or a strategy object")
-    kind = type(given_one) if given_one is not None else STRATEGIES.get(cache)
-    fields = kind.field_names() if kind is not None else ()
-    for flag in given:
-        if flag not in FLAGS and flag not in fields:
-            raise ValueError(_unknown(flag, kind, (*FLAGS, *fields, *beside)))
-    values = {field: given.pop(field) for field in fields if field in given}
-    if kind is None:
-        return None
-    return replace(given_one, **values) if given_one is not None else kind(**values)
-
-
-def _unknown(flag: str, kind: type[Strategy] | None, allowed: Sequence[str]) -> str:
-    owner = next(
-        (n for n, k in STRATEGIES.items() if k is not kind and flag in k.field_names()), None
-    )
-    message = f"unknown flag {flag!r}"
-    if owner is not None:
-        message += f" for cache={kind.name if kind else NO_CACHE!r} (it belongs to cache={owner!r})"
-    else:
-        close = difflib.get_close_matches(str(flag), allowed, n=1)
-        message += f", did you mean {close[0]!r}?" if close else ""
-    return f"{message}; allowed are: {', '.join(allowed)}"
+    strategy = make_strategy(given.pop("cache", TeaCache.name), given, FLAGS, beside)
+    for field in strategy.field_names() if strategy is not None else ():
+        given.pop(field, None)
+    return strategy
 
 
 def _check_inductor(mode: str | None, options: Mapping[str, Any]) -> None:
     """Refuse now what Inductor would stumble over in the middle of a compilation."""
     if mode is not None:
-        _one_of("mode", mode, tuple(inductor_modes()))
+        one_of("mode", mode, tuple(inductor_modes()))
     known = inductor_options()
     for option in options:
         if option not in known:
             close = difflib.get_close_matches(str(option), known, n=1)
             hint = f", did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"inner_options: inductor has no option {option!r}{hint}")
-
-
-def _one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> None:
-    if not isinstance(given, (str, bool)) or given not in allowed:
-        close = difflib.get_close_matches(str(given), [str(each) for each in allowed], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        listed = ", ".join(map(repr, allowed))
-        raise ValueError(
-            f"{flag}={given!r} is not allowed{hint}; {flag} must be one of {listed} {also}".rstrip()
-        )
 
 
 def _signal(given: Any) -> str | None:

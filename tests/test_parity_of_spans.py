@@ -1,8 +1,11 @@
-"""Blocks that always run: the same schedules and outputs as the peers, live, on eight blocks."""
+"""Blocks that always run: the same schedules and outputs as the peers, live."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import cache_dit
@@ -52,12 +55,28 @@ def ours(case: ModelCase, **flags: Any) -> Found:
 
 def of_cache_dit(case: ModelCase, **config: Any) -> Found:
     model = case.build()
+    # What runs behind the first blocks, and does so in computed steps only.
+    blocks = list(chain(*(getattr(model, name) for name in case.block_lists)))
+    skipped: Any = blocks[config["Fn_compute_blocks"]]
+    computed = [False] * STEPS
+    calls = 0
+
+    def attended(*_: Any) -> None:
+        computed[calls] = True
+
+    (getattr(skipped, "attn", None) or skipped.attn1).register_forward_hook(attended)
     settings = DBCacheConfig(num_inference_steps=STEPS, enable_separate_cfg=False, **config)
     cache_dit.enable_cache(model, cache_config=settings)
+
+    def call(**inputs: Any) -> Any:
+        nonlocal calls
+        output = model(**inputs)
+        calls += 1
+        return output
+
     try:
-        outputs = denoise(model, case)
-        stats, *_ = cache_dit.summary(model, logging=False)
-        return [step not in stats.cached_steps for step in range(STEPS)], outputs
+        outputs = denoise(call, case)
+        return computed, outputs
     finally:
         cache_dit.disable_cache(model)
 
@@ -122,6 +141,28 @@ def test_dbcache_is_that_of_cache_dit(model: str, first: int, last: int, thresho
     assert_same(mine, theirs)
 
 
+TWELVE = {
+    "flux": replace(
+        CASES["flux"], config={**CASES["flux"].config, "num_layers": 5, "num_single_layers": 7}
+    ),
+    "wan": replace(CASES["wan"], config={**CASES["wan"].config, "num_layers": 12}),
+}
+# model, fn_compute_blocks, bn_compute_blocks, residual_diff_threshold
+OF_TWELVE = [("flux", 8, 0, 0.3), ("flux", 4, 4, 0.3), ("wan", 8, 0, 0.1), ("wan", 4, 4, 0.1)]
+
+
+@pytest.mark.parametrize(("model", "first", "last", "threshold"), OF_TWELVE)
+def test_dbcache_is_that_of_cache_dit_on_twelve_blocks(
+    model: str, first: int, last: int, threshold: float
+) -> None:
+    case = TWELVE[model]
+    flags: dict[str, Any] = {"residual_diff_threshold": threshold, "max_warmup_steps": 3}
+    mine = ours(case, cache="dbcache", fn_compute_blocks=first, bn_compute_blocks=last, **flags)
+    theirs = of_cache_dit(case, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
+    assert_same(mine, theirs)
+
+
+FAST = cache_dit.steps_mask(total_steps=STEPS, mask_policy="fast")
 KNOBS: dict[str, dict[str, Any]] = {
     "warm-up": {"max_warmup_steps": 6},
     "warm-up with gaps": {"max_warmup_steps": 12, "warmup_interval": 2},
@@ -136,6 +177,20 @@ KNOBS: dict[str, dict[str, Any]] = {
         "max_accumulated_residual_diff_threshold": 5.0,
         "residual_diff_threshold": 0.45,
     },
+    "mask": {"steps_computation_mask": FAST, "residual_diff_threshold": 0.45},
+    "mask and limit": {"steps_computation_mask": FAST, "max_continuous_cached_steps": 1},
+    "static mask": {"steps_computation_mask": FAST, "steps_computation_policy": "static"},
+    "refresh": {"force_refresh_step_hint": 9, "residual_diff_threshold": 0.45},
+    "refresh again and again": {
+        "force_refresh_step_hint": 6,
+        "force_refresh_step_policy": "repeat",
+        "max_continuous_cached_steps": 2,
+    },
+    "mask and refresh": {
+        "steps_computation_mask": FAST,
+        "steps_computation_policy": "static",
+        "force_refresh_step_hint": 11,
+    },
 }
 
 
@@ -145,3 +200,68 @@ def test_every_knob_is_that_of_cache_dit(name: str) -> None:
     flags = {"max_warmup_steps": 2, "residual_diff_threshold": 0.9, **KNOBS[name]}
     mine = ours(case, cache="dbcache", fn_compute_blocks=1, **flags)
     assert_same(mine, of_cache_dit(case, Fn_compute_blocks=1, Bn_compute_blocks=0, **flags))
+
+
+def test_a_mask_may_be_named() -> None:
+    case = MODELS["qwen_image"]
+    flags = {"cache": "dbcache", "fn_compute_blocks": 1, "steps_computation_policy": "static"}
+    named = ours(case, **flags, steps_computation_mask="fast")
+    assert named[0] == [bool(each) for each in FAST]
+
+
+def guided(
+    model: Callable[..., Any], case: ModelCase, branch: Callable[[str], AbstractContextManager[Any]]
+) -> list[Tensor]:
+    """An Euler loop over two guidance branches, which take turns."""
+    cond, uncond, outputs = case.inputs(), case.inputs(seed=1), []
+    begin = cond["timestep"]
+    for step in range(STEPS):
+        with branch("cond"):
+            outputs.append(sample(model(**cond)))
+        uncond["hidden_states"] = cond["hidden_states"]
+        with branch("uncond"):
+            outputs.append(sample(model(**uncond)))
+        velocity = outputs[-1] + 4 * (outputs[-2] - outputs[-1])
+        cond["hidden_states"] = cond["hidden_states"] - velocity / STEPS
+        cond["timestep"] = uncond["timestep"] = begin * (1 - (step + 1) / STEPS)
+    return outputs
+
+
+@pytest.mark.parametrize("hint", [None, 9])
+def test_branches_are_as_separate_as_with_cache_dit(hint: int | None) -> None:
+    """cache-dit counts calls where it refreshes, and so two for each step; here steps count."""
+    case = MODELS["qwen_image"]
+    flags: dict[str, Any] = {"max_warmup_steps": 2, "residual_diff_threshold": 0.5}
+    model: Any = case.build()
+    mine: Any = {"cache": "dbcache", "fn_compute_blocks": 1, "inner": "eager", "strict": True}
+    omni_cache.enable(model, force_refresh_step_hint=hint, **mine, **flags)
+    with omni_cache.generation(STEPS):
+        outputs = guided(model, case, omni_cache.branch)
+    found = {
+        each.branch: [step.computed for step in each.steps]
+        for each in omni_cache.summary(model).trajectories
+    }
+    peer_model: Any = case.build()
+    computed: list[bool] = []
+    skipped = peer_model.transformer_blocks[1].attn
+    skipped.register_forward_hook(lambda *_: computed.__setitem__(-1, True))
+    peer_model.register_forward_pre_hook(lambda *_: computed.append(False))
+    cache_dit.enable_cache(
+        peer_model,
+        cache_config=DBCacheConfig(
+            num_inference_steps=STEPS,
+            enable_separate_cfg=True,
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            force_refresh_step_hint=None if hint is None else 2 * hint,
+            **flags,
+        ),
+    )
+    try:
+        theirs = guided(peer_model, case, lambda name: nullcontext())
+    finally:
+        cache_dit.disable_cache(peer_model)
+    assert found == {"cond": computed[::2], "uncond": computed[1::2]}
+    assert all(5 <= sum(each) <= STEPS - 5 for each in found.values())
+    for one, other in zip(outputs, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)

@@ -278,9 +278,11 @@ class ExtractedModel:
         # The blocks may write into what they are given.
         program = Program(parts, ["context"], [False], copies_signal=True)
         guarded = Guarded("blocks", self._extractor, depth, self._flags.history_device, groups)
-        return Executor(
-            program, Placement(guarded, self._model_class, None, None, inputs=(), by_call=True)
+        compiled_for = self._guard, self._flags.signal
+        placement = Placement(
+            guarded, self._model_class, *compiled_for, None, None, inputs=(), by_call=True
         )
+        return Executor(program, placement)
 
 
 _STREAMS = ("hidden_states", "encoder_hidden_states")

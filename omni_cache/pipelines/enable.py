@@ -30,7 +30,7 @@ from omni_cache.capture.function import CapturedFunction, with_own_code
 from omni_cache.capture.pieces import refusal_in_pieces
 from omni_cache.dynamo import leave_uncompiled
 from omni_cache.errors import UncachedWarning
-from omni_cache.options import FLAGS, NO_CACHE, CompileOptions
+from omni_cache.options import FLAGS, CompileOptions
 from omni_cache.passes import RegionError
 from omni_cache.pipelines.blocks import WatchedBlock, unwatch_blocks, watch_blocks
 from omni_cache.pipelines.loop import TRANSFORMERS, PipelineLoop, running_loop
@@ -38,7 +38,7 @@ from omni_cache.runtime.calls import Call, bind, bound_call
 from omni_cache.runtime.contexts import Generation, branch
 from omni_cache.runtime.model_state import ModelState, expected_state, states_of_module
 from omni_cache.runtime.records import Summary, summarise
-from omni_cache.strategies import Strategy
+from omni_cache.strategies import NO_CACHE, Strategy
 
 COMPILE_FLAGS = ("dynamic", "fullgraph")
 """Flags of ``enable`` that go to ``torch.compile``."""

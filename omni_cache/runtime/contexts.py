@@ -19,8 +19,9 @@ from torch import Tensor
 
 from omni_cache.runtime.inference import NEW, Conditioning
 from omni_cache.runtime.trajectory import Trajectory
-from omni_cache.strategies import Time
+from omni_cache.strategies import Guard, Policy, Strategy, Time, make_strategy
 from omni_cache.strategies.base import is_count, require
+from omni_cache.strategies.uncached import Uncached
 
 Region = Any
 """What tells the guarded regions of a model apart; compared and hashed, never looked into."""
@@ -55,7 +56,9 @@ current_observer: ContextVar[Observer | None] = ContextVar("observer", default=N
 
 
 @contextmanager
-def generation(num_inference_steps: int | None = None) -> Iterator[Generation]:
+def generation(
+    num_inference_steps: int | None = None, cache: Any = None, **flags: Any
+) -> Iterator[Generation]:
     """Mark one run of the denoising loop; what it cached is freed at its end.
 
     Threads and tasks that each enter their own generation never share state. Models that take turns
@@ -63,11 +66,23 @@ def generation(num_inference_steps: int | None = None) -> Iterator[Generation]:
 
     Args:
         num_inference_steps: number of steps, for strategies that schedule by it.
+        cache: what decides and forecasts in this generation, in place of what the models were
+            compiled or enabled with: a strategy's name, a strategy object, or ``"none"`` to compute
+            every step. Nothing is compiled for it. Where ranks compute together, it has to be the
+            same on all of them.
+        flags: fields of the strategy.
 
     Raises:
-        ValueError: ``num_inference_steps`` is no integer >= 1.
+        ValueError: ``num_inference_steps`` is no integer >= 1, or a name, a flag or its value is
+            not allowed. The first call of a model raises it if what is compiled cannot serve the
+            strategy, because that has other blocks that always run, another signal, or a forecast
+            that weighs more residuals.
     """
-    current = Generation(num_inference_steps)
+    require(cache is not None or not flags, "cache", cache, "given where there are flags")
+    strategy = None
+    if cache is not None:
+        strategy = make_strategy(cache, flags) or Uncached()
+    current = Generation(num_inference_steps, strategy)
     token = named_generation.set(current)
     outer_branch = named_branch.set(None)
     try:
@@ -159,23 +174,61 @@ class Generation:
     """One run of the denoising loop, over all models that take part in it.
 
     ``lasts`` has the last step of each branch over all models, and ``follows`` is the generation of
-    an announced loop that this one, named by its caller, runs in.
+    an announced loop that this one, named by its caller, runs in. ``strategy`` is what its calls
+    follow, None where that is for the models to say.
 
     Raises:
         ValueError: ``num_inference_steps`` (None when nobody has said) is no integer >= 1.
     """
 
-    def __init__(self, num_inference_steps: int | None = None) -> None:
+    def __init__(
+        self, num_inference_steps: int | None = None, strategy: Strategy | None = None
+    ) -> None:
         known = num_inference_steps is None or is_count(num_inference_steps, 1)
         require(known, "num_inference_steps", num_inference_steps, "an integer >= 1 or None")
         self.num_inference_steps = num_inference_steps
+        self.strategy = strategy
         self.number = next(_numbers)
         self.timeline = Timeline()
         self.lasts: dict[str, Time] = {}
         self.follows: Generation | None = None
         self.is_called = False
         self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
+        self._policies: dict[tuple[Guard | None, str | None, str | None], Policy] = {}
         self._lock = threading.Lock()
+
+    def policy(
+        self, guard: Guard | None, model_class: str | None = None, signal: str | None = None
+    ) -> Policy | None:
+        """What calls of a graph follow; None where that is for the model to say.
+
+        Args:
+            guard: what the graph was compiled for, None for no cache.
+            model_class: name of the model's class.
+            signal: the signal that a flag has named.
+
+        Raises:
+            ValueError: the graph cannot serve the generation's strategy.
+        """
+        strategy = self.strategy
+        if strategy is None:
+            return None
+        key = guard, model_class, signal
+        if key not in self._policies:
+            wanted = strategy.guard()
+            if guard is not None:
+                lacking = guard.lacks(wanted, model_class, signal)
+            else:
+                lacking = "a cache, where it has none" if wanted.depth > 0 else None
+            if lacking is not None:
+                raise ValueError(
+                    f"cache={strategy.name!r} is not possible in this generation, because "
+                    f"{model_class or 'the model'} was compiled for something else: it needs "
+                    f"{lacking}. Pass cache={strategy.name!r} with these flags to "
+                    "omni_cache.enable or torch.compile"
+                )
+            self._policies[key] = strategy.policy(model_class)
+        return self._policies[key]
 
     def run(self, model: Any) -> Run:
         """The part of a model in this generation."""

@@ -196,9 +196,10 @@ class Step:
 
     def operands(self) -> tuple[list[Tensor], tuple[float, ...]]:
         """The residuals for a reused step, ``depth`` sets of them, and a weight for each set."""
-        kept, history = self._view.kept, self._view.trajectory.history
+        kept, depth = self._view.kept, self._guarded.depth
         weights = self._policy.forecast.weights([each.at for each in kept], self._view.place.at)
-        return history.operands(kept), weights + (0.0,) * (history.depth - len(kept))
+        operands = self._view.trajectory.history.operands(kept, depth)
+        return operands, weights + (0.0,) * (depth - len(kept))
 
     def commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
         """Have the next call come after this one, once the whole call has ended well.
@@ -250,7 +251,7 @@ class Step:
         trajectory = place.run.trajectories.get((course.name, self._guarded.region))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
-            history = History(self._guarded.depth, self._guarded.device)
+            history = History(self._policy.forecast.depth, self._guarded.device)
             trajectory = Trajectory(course.name, gate, history)
         gate, before, history = trajectory.gate, trajectory.layout, trajectory.history
         told = None if generation is None else generation.num_inference_steps
@@ -258,6 +259,8 @@ class Step:
         stale = (self._layout.change_from(before) if before else None) or place.stale
         if stale is None and trajectory.last is not None and at.index != trajectory.last.index + 1:
             stale = "a step was left out"
+        if stale is None and gate.begins_anew(at):
+            stale = "refresh"
         # Ranks that measure nothing would not agree on what was finite; what was not is zero.
         symmetric = len(self._guarded.groups) > 0 and not self._is_shared
         kept = [] if stale else history.kept if symmetric else history.usable
@@ -267,12 +270,14 @@ class Step:
             must = stale
         elif trajectory.last is None:
             must = "first step"
+        elif (foretold := gate.foretell(at, total)) is not None:
+            must = foretold
         elif not kept:
             must = "non-finite residual" if history.kept else "no residual"
         elif not place.is_known and not gate.measures:
             must = UNCLEAR
         else:
-            must = gate.foretell(at, total)
+            must = None
         return _View(place, trajectory, total, stale, kept, must)
 
     def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:

@@ -57,7 +57,7 @@ class History:
             return
         self.home = residuals[0].device
         moved = tuple(_moved(each, self.device or self.home) for each in residuals)
-        self.kept = [Kept(at, moved, finite), *self.kept[: self.depth - 1]]
+        self.kept = [Kept(at, moved, finite), *self.kept][: self.depth]
 
     @property
     def usable(self) -> list[Kept]:
@@ -65,13 +65,13 @@ class History:
         broken = next((i for i, each in enumerate(self.kept) if each.is_finite is False), None)
         return self.kept[:broken]
 
-    def operands(self, kept: Sequence[Kept]) -> list[Tensor]:
-        """``depth`` sets of residuals where they were made; the newest stands in for missing ones.
+    def operands(self, kept: Sequence[Kept], count: int) -> list[Tensor]:
+        """``count`` sets of residuals where they were made; the newest stands in for missing ones.
 
         The weight of what stands in is 0.
         """
         sets = [each.residuals for each in kept]
-        sets += [sets[0]] * (self.depth - len(sets))
+        sets += [sets[0]] * (count - len(sets))
         assert self.home is not None  # something was kept
         return [_moved(each, self.home) for residuals in sets for each in residuals]
 

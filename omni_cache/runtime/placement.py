@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from omni_cache.runtime.decision import Guarded, Step
 from omni_cache.runtime.inference import Inputs, host_value
 from omni_cache.runtime.model_state import ModelState, state_of_parameter
 from omni_cache.runtime.place import Called
-from omni_cache.strategies import Strategy
+from omni_cache.strategies import Guard, Strategy
 
 
 @dataclass
@@ -24,6 +24,8 @@ class Placement:
     Attributes:
         guarded: the region.
         model_class: name of the model's class.
+        guard: what the graph was compiled for.
+        signal: the signal that a flag has named in its place.
         strategy: what its calls follow in bare use; None where the bound call's model has one.
         identity: slot of an input that only one model instance has, None where there is none.
         inputs: slots of the inputs that are neither weights nor the timestep.
@@ -35,6 +37,8 @@ class Placement:
 
     guarded: Guarded
     model_class: str | None
+    guard: Guard
+    signal: str | None
     strategy: Strategy | None
     identity: int | None
     inputs: Sequence[int]
@@ -54,7 +58,11 @@ class Placement:
             state = self.own_state
         else:
             state = state_of_parameter(args[self.identity])
-        policy = state.policy(self.strategy, self.model_class)
+        generation, policy = named_generation.get(), None
+        if generation is not None:
+            policy = generation.policy(self.guard, self.model_class, self.signal)
+        if policy is None:
+            policy = state.policy(self.strategy, self.model_class)
         timestep: Any = self.constant if self.timestep is None else args[self.timestep]
         if call is not None and call.place is not None:  # another region has found it
             return Step(state, policy, self.guarded, call.place.called, call, timestep)
@@ -65,7 +73,7 @@ class Placement:
             timestep, tensors = call.timestep, call.inputs
         guarded = self.guarded
         called = Called(
-            named_generation.get(),
+            generation,
             named_branch.get(),
             None if call is None else call.loop,
             host_value(timestep),
@@ -73,3 +81,15 @@ class Placement:
             guarded.computation,
         )
         return Step(state, policy, guarded, called, call, timestep)
+
+
+def without_cache(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph that was compiled with ``cache="none"``, and refuses generations that want one."""
+
+    def refusing(*args: Any) -> Any:
+        generation = named_generation.get()
+        if generation is not None:
+            generation.policy(None)
+        return run(*args)
+
+    return refusing

@@ -4,14 +4,13 @@ from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
 from omni_cache.strategies.dbcache import DBCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
+from omni_cache.strategies.named import NO_CACHE, STRATEGIES, make_strategy, register_strategy
 from omni_cache.strategies.strategy import Guard, Policy, Strategy
+from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache)
-}
-
 __all__ = [
+    "NO_CACHE",
     "STRATEGIES",
     "DBCache",
     "FirstBlockCache",
@@ -22,7 +21,10 @@ __all__ = [
     "Policy",
     "Signal",
     "Strategy",
+    "TaylorSeer",
     "TeaCache",
     "Time",
     "Verdict",
+    "make_strategy",
+    "register_strategy",
 ]

@@ -10,6 +10,7 @@ its state.
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -93,6 +94,10 @@ class Gate(ABC):
         """Why a step is computed whatever is measured; None where the measurement decides."""
         return None
 
+    def begins_anew(self, at: Time) -> bool:
+        """Whether a step is computed as the first one, and all that was kept before is dropped."""
+        return False
+
     @abstractmethod
     def decide(self, state: Any, at: Time, total: int | None, distance: float | None) -> Verdict:
         """Decide on a call.
@@ -134,6 +139,21 @@ def require(condition: bool, flag: str, given: Any, allowed: str) -> None:
     """
     if not condition:
         raise ValueError(f"{flag}={given!r} is not allowed; {flag} must be {allowed}")
+
+
+def one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> None:
+    """Raise ValueError, with the nearest of what is allowed, where a value is none of it.
+
+    Raises:
+        ValueError: ``given`` is not in ``allowed``.
+    """
+    if not isinstance(given, (str, bool)) or given not in allowed:
+        close = difflib.get_close_matches(str(given), [str(each) for each in allowed], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(
+            f"{flag}={given!r} is not allowed{hint}; {flag} must be one of {listed} {also}".rstrip()
+        )
 
 
 def is_number(value: Any) -> bool:

@@ -73,13 +73,15 @@ class Taylor:
 
     ``r = sum_i D^i k^i / i!`` with ``k`` the steps since the last computed one, ``D^0 = r_0`` and
     ``D^i = (D^(i-1) - D^(i-1) of the computed step before) / N``, with ``N`` steps between the two.
-    As cache-dit computes it, a step with an index below 2 has no differences.
+    As cache-dit computes it, a step with an index below ``first`` has no differences; as diffusers
+    does, all have (0).
 
     Liu et al., "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", 2025,
     https://arxiv.org/abs/2503.06923.
     """
 
     order: int = 1
+    first: int = 2
     reads_values: ClassVar[bool] = False
 
     @property
@@ -103,7 +105,7 @@ class Taylor:
             total = [sum_ + scale * each for sum_, each in zip(total, ladder[0], strict=True)]
             ladder = [
                 [(a - b) / (step - before) for a, b in zip(new, old, strict=True)]
-                if new is not None and old is not None and step > 1
+                if new is not None and old is not None and step >= self.first
                 else None
                 for (new, old), (step, before) in zip(
                     pairwise(ladder), pairwise(steps), strict=False

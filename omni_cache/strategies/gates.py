@@ -177,6 +177,10 @@ class Wrapped(Gate):
         """Why a step is computed whatever is measured, here or within."""
         return self.against(at, total) or self.gate.foretell(at, total)
 
+    def begins_anew(self, at: Time) -> bool:
+        """As the gate within."""
+        return self.gate.begins_anew(at)
+
     def decide(self, state: Any, at: Time, total: int | None, distance: float | None) -> Verdict:
         """As the gate within, for a step that is not foretold."""
         verdict = self.gate.decide(state, at, total, distance)

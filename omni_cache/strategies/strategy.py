@@ -50,6 +50,28 @@ class Guard:
             return source.find(model_class, source.variant)
         return source
 
+    def lacks(self, wanted: Guard, model_class: str | None, signal: str | None) -> str | None:
+        """What a graph that was compiled for this guard lacks to serve another one; None for none.
+
+        Args:
+            wanted: the other guard.
+            model_class: name of the model's class.
+            signal: the signal that a flag names whatever a guard says, None without such a flag.
+        """
+        if wanted.depth == 0:  # nothing is reused
+            return None
+        span, wanted_span = (self.first, self.last), (wanted.first, wanted.last)
+        if span != wanted_span:
+            return "{} first and {} last blocks that always run, where it has {} and {}".format(
+                *wanted_span, *span
+            )
+        if wanted.depth > self.depth:
+            return f"{wanted.depth} kept residuals, where it has {self.depth} (forecast_order)"
+        source, own = wanted.source_of(model_class), self.source_of(model_class)
+        if source is None or (own is not None and signal is not None) or source == own:
+            return None
+        return f"the signal {source!r}, where it has {own!r}"
+
 
 @dataclass(frozen=True)
 class Policy:

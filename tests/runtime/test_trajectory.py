@@ -503,3 +503,26 @@ def test_memory_is_the_most_that_was_held() -> None:
             cached(gaussian(0, 1, tokens, CHANNELS), None, gaussian("cond", 1, 5, CHANNELS))
 
     assert omni_cache.summary(model).memory_bytes == 9 * WIDTH * 4
+
+
+def test_at_a_refresh_the_residuals_before_it_are_dropped() -> None:
+    """A line through two residuals is then a single one, which is held."""
+    flags: dict[str, Any] = {
+        "cache": "dbcache",
+        "fn_compute_blocks": 1,
+        "steps_computation_policy": "static",
+    }
+    line = {"forecast": "newton", "forecast_axis": "step"}
+    twice, once = [1, 0, 0, 0, 1, 0, 0, 0], [1, 0, 0, 0]
+    found = {}
+    for name, others in {
+        "hold": {"steps_computation_mask": twice},
+        "line": {"steps_computation_mask": twice, **line},
+        "refreshed": {"steps_computation_mask": once, "force_refresh_step_hint": 4, **line},
+    }.items():
+        model = ToyTransformer(blocks=3)
+        found[name] = Loop(explicit=True).run(compiled(model, **flags, **others))
+        assert computed(model) == [[each == 1 for each in twice]]
+    assert reasons(model)[0][4:6] == ["refresh", "as scheduled"]
+    assert same(found["refreshed"], found["hold"])
+    assert not same(found["line"], found["hold"])

@@ -28,6 +28,8 @@ def drive(
     for index, distance in enumerate(distances):
         at = Time(index)
         must = gate.foretell(at, total)
+        if gate.begins_anew(at):
+            must, state = "refresh", gate.begin()
         if index in lost:
             must = "no residual" if index else "first step"
         verdict = gate.decide(state, at, total, None if must else distance)

@@ -13,7 +13,15 @@ from toy_transformer import Loop, ToyTransformer
 
 import omni_cache
 from omni_cache import MagCache, TeaCache
-from omni_cache.strategies import STRATEGIES, DBCache, FirstBlockCache, Gate, Strategy, Time
+from omni_cache.strategies import (
+    STRATEGIES,
+    DBCache,
+    FirstBlockCache,
+    Gate,
+    Strategy,
+    TaylorSeer,
+    Time,
+)
 from omni_cache.strategies.forecasts import FORECASTS, Hold, Newton, Taylor
 
 NUMBER = "a finite number >= 0"
@@ -23,6 +31,8 @@ BOOL = "True or False"
 NAME = "a string or None"
 COEFFICIENTS = "a sequence of at least one finite number, highest power first"
 RATIOS = "a sequence of at least one finite number, or a mapping of branch names to such"
+MASK = "one of 'slow', 'medium', 'fast', 'ultra', a sequence of zeros and ones, or None"
+OF_TAYLOR = "an integer from 1 to 4 for forecast='taylor', or None"
 FORECAST = "one of 'hold', 'newton', 'taylor', or an object with weights()"
 
 Wrong = list[tuple[str, list[Any], str]]
@@ -74,6 +84,18 @@ WRONG: dict[type[Strategy], Wrong] = {
         ("warmup_interval", [0, 1.5, "1", None, True], "an integer >= 1"),
         ("max_cached_steps", [-1, 1.5, "8", True], "an integer >= 0 or None"),
         ("max_continuous_cached_steps", [-1, 1.5, "8", True], "an integer >= 0 or None"),
+        ("steps_computation_mask", ["quick", "", [], [2], [1, 0.0], ["1"], 1, {}], MASK),
+        ("steps_computation_policy", ["both", None, True], "'dynamic' or 'static'"),
+        ("force_refresh_step_hint", [0, -1, 1.5, "8", True], "an integer >= 1 or None"),
+        ("force_refresh_step_policy", ["twice", None, True], "'once' or 'repeat'"),
+    ],
+    TaylorSeer: [
+        *OF_ALL[:4],
+        ("forecast_order", [-1, 0, 5, 1.0, "1", True], OF_TAYLOR),
+        *OF_ALL[5:],
+        ("cache_interval", [0, 1.5, "8", None, True], "an integer >= 1"),
+        ("disable_cache_before_step", [-1, 1.5, "8", None, True], "an integer >= 0"),
+        ("disable_cache_after_step", [-1, 1.5, "8", True], "an integer >= 0 or None"),
     ],
 }
 
@@ -82,15 +104,18 @@ OWN: dict[type[Strategy], dict[str, Any]] = {
     MagCache: {"mag_ratios": [1.0]},
     FirstBlockCache: {},
     DBCache: {},
+    TaylorSeer: {},
 }
 """What makes each independent of a model's class."""
 
-THRESHOLDS = {
-    TeaCache: "rel_l1_thresh",
-    MagCache: "threshold",
-    FirstBlockCache: "threshold",
-    DBCache: "residual_diff_threshold",
+OTHERS: dict[type[Strategy], dict[str, Any]] = {
+    TeaCache: {"rel_l1_thresh": 0.7},
+    MagCache: {"threshold": 0.7},
+    FirstBlockCache: {"threshold": 0.7},
+    DBCache: {"residual_diff_threshold": 0.7, "steps_computation_mask": "fast"},
+    TaylorSeer: {"cache_interval": 2},
 }
+"""Flags that compile nothing."""
 PUBLISHED = {each.name: each for each in (TeaCache, MagCache)}
 """Those that have tables of classes."""
 
@@ -154,12 +179,20 @@ def test_the_flags_of_a_forecast_name_it_and_its_depth() -> None:
         ("taylor", 4, "step"): Taylor(4),
         (Newton(2), None, "sigma"): Newton(2),
     }
-    for (name, order, axis), forecast in found.items():
+    for (name, order, axis), named in found.items():
         for kind in STRATEGIES.values():
+            # Its own takes differences from the first step on, as its peer does.
+            own = kind is TaylorSeer and name == "taylor"
+            forecast = Taylor(named.depth - 1, first=0) if own else named
             flags = {"forecast": name, "forecast_order": order, "forecast_axis": axis}
             strategy = kind(**flags, **OWN[kind])
             assert strategy.forecasting() == strategy.policy(None).forecast == forecast
             assert strategy.guard().depth == forecast.depth
+
+
+def test_a_static_policy_without_a_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"policy='static' .* without a steps_computation_mask"):
+        DBCache(steps_computation_policy="static")
 
 
 def test_wrong_ratios_of_a_branch_name_the_branch() -> None:
@@ -330,9 +363,11 @@ def test_a_model_that_runs_is_told_once_that_several_tables_are_published() -> N
 @pytest.mark.parametrize("kind", STRATEGIES.values(), ids=STRATEGIES)
 def test_thresholds_compile_nothing(kind: type[Any]) -> None:
     own = OWN[kind]
-    first, second = kind(**own), kind(**own, **{THRESHOLDS[kind]: 0.7, "start": 0.3})
+    first, second = kind(**own), kind(**own, **OTHERS[kind], start=0.3)
     assert repr(first.guard()) == repr(second.guard())
-    assert first.guard() == second.guard() != kind(**own, forecast="newton").guard()
+    assert (
+        first.guard() == second.guard() != kind(**own, forecast="newton", forecast_order=3).guard()
+    )
 
 
 def test_a_gate_of_a_policy_decides() -> None:
