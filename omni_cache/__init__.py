@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from omni_cache.passes import RegionError
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime.contexts import branch, generation
-    from omni_cache.strategies import DBCache, FirstBlockCache, MagCache, TeaCache
+    from omni_cache.strategies import (
+        DBCache,
+        FirstBlockCache,
+        MagCache,
+        SeaCache,
+        TeaCache,
+    )
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
@@ -23,6 +29,7 @@ _HOMES = {
     "FirstBlockCache": "omni_cache.strategies",
     "MagCache": "omni_cache.strategies",
     "RegionError": "omni_cache.passes",
+    "SeaCache": "omni_cache.strategies",
     "TeaCache": "omni_cache.strategies",
     "UncachedWarning": "omni_cache.errors",
     "branch": "omni_cache.runtime.contexts",
@@ -44,6 +51,7 @@ __all__ = [
     "FirstBlockCache",
     "MagCache",
     "RegionError",
+    "SeaCache",
     "TeaCache",
     "UncachedWarning",
     "branch",

@@ -88,16 +88,23 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("dbcache", "warmup_interval", 2),
         ("dbcache", "max_cached_steps", 9),
         ("dbcache", "max_continuous_cached_steps", 3),
+        ("seacache", "num_inference_steps", 30),
+        ("seacache", "threshold", 0.1),
+        ("seacache", "power_exp", 2.0),
+        ("seacache", "max_consecutive_cached", 0),
+        ("seacache", "retention_steps", 4),
+        ("seacache", "cache_end_steps", 0),
+        ("seacache", "grid", (4, 6)),
         *(
             (cache, field, value)
             for cache in STRATEGIES
             for field, value in (
                 ("start", 0.1),
                 ("end", 0.9),
-                ("forecast", "newton"),
+                ("forecast", "hold" if cache == "seacache" else "newton"),
                 ("forecast", Taylor(2)),
                 ("forecast_order", 0),
-                ("forecast_axis", "step"),
+                ("forecast_axis", "sigma" if cache == "seacache" else "step"),
             )
         ),
     ],

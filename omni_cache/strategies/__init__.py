@@ -4,11 +4,13 @@ from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
 from omni_cache.strategies.dbcache import DBCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
+from omni_cache.strategies.seacache import SeaCache
 from omni_cache.strategies.strategy import Guard, Policy, Strategy
 from omni_cache.strategies.teacache import TeaCache
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache)
+    each.name: each
+    for each in (TeaCache, MagCache, FirstBlockCache, DBCache, SeaCache)
 }
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Guard",
     "MagCache",
     "Policy",
+    "SeaCache",
     "Signal",
     "Strategy",
     "TeaCache",

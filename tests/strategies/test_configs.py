@@ -13,7 +13,15 @@ from toy_transformer import Loop, ToyTransformer
 
 import omni_cache
 from omni_cache import MagCache, TeaCache
-from omni_cache.strategies import STRATEGIES, DBCache, FirstBlockCache, Gate, Strategy, Time
+from omni_cache.strategies import (
+    STRATEGIES,
+    DBCache,
+    FirstBlockCache,
+    Gate,
+    SeaCache,
+    Strategy,
+    Time,
+)
 from omni_cache.strategies.forecasts import FORECASTS, Hold, Newton, Taylor
 
 NUMBER = "a finite number >= 0"
@@ -75,6 +83,21 @@ WRONG: dict[type[Strategy], Wrong] = {
         ("max_cached_steps", [-1, 1.5, "8", True], "an integer >= 0 or None"),
         ("max_continuous_cached_steps", [-1, 1.5, "8", True], "an integer >= 0 or None"),
     ],
+    SeaCache: [
+        *OF_ALL[:4],
+        (
+            "forecast_order",
+            [-1, 5, 1.0, "1", True],
+            "an integer from 0 to 4 for forecast='newton', or None",
+        ),
+        OF_ALL[-1],
+        ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
+        ("power_exp", [0, -1, float("nan"), "3", None, True], "a finite number > 0"),
+        ("max_consecutive_cached", [-1, 1.5, "2", None, True], "an integer >= 0"),
+        ("retention_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
+        ("cache_end_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
+        ("grid", [3, [], [0], [1.5], "ab", [True]], "a sequence of integers >= 1, or None"),
+    ],
 }
 
 OWN: dict[type[Strategy], dict[str, Any]] = {
@@ -82,6 +105,7 @@ OWN: dict[type[Strategy], dict[str, Any]] = {
     MagCache: {"mag_ratios": [1.0]},
     FirstBlockCache: {},
     DBCache: {},
+    SeaCache: {},
 }
 """What makes each independent of a model's class."""
 
@@ -90,6 +114,7 @@ THRESHOLDS = {
     MagCache: "threshold",
     FirstBlockCache: "threshold",
     DBCache: "residual_diff_threshold",
+    SeaCache: "threshold",
 }
 PUBLISHED = {each.name: each for each in (TeaCache, MagCache)}
 """Those that have tables of classes."""
@@ -159,7 +184,9 @@ def test_the_flags_of_a_forecast_name_it_and_its_depth() -> None:
             flags = {"forecast": name, "forecast_order": order, "forecast_axis": axis}
             strategy = kind(**flags, **OWN[kind])
             assert strategy.forecasting() == strategy.policy(None).forecast == forecast
-            assert strategy.guard().depth == forecast.depth
+            compared = strategy.policy(None).signal
+            looks_back = 0 if compared is None else compared.looks_back
+            assert strategy.guard().depth == max(forecast.depth, looks_back)
 
 
 def test_wrong_ratios_of_a_branch_name_the_branch() -> None:
@@ -332,7 +359,9 @@ def test_thresholds_compile_nothing(kind: type[Any]) -> None:
     own = OWN[kind]
     first, second = kind(**own), kind(**own, **{THRESHOLDS[kind]: 0.7, "start": 0.3})
     assert repr(first.guard()) == repr(second.guard())
-    assert first.guard() == second.guard() != kind(**own, forecast="newton").guard()
+    assert (
+        first.guard() == second.guard() != kind(**own, forecast="taylor", forecast_order=3).guard()
+    )
 
 
 def test_a_gate_of_a_policy_decides() -> None:
