@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from omni_cache.runtime.contexts import branch, generation
     from omni_cache.strategies import (
         DBCache,
+        EasyCache,
         FirstBlockCache,
         MagCache,
         SeaCache,
+        StepCache,
         TeaCache,
     )
 
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "CacheContext": "omni_cache.capture.extractor",
     "DBCache": "omni_cache.strategies",
+    "EasyCache": "omni_cache.strategies",
     "Explanation": "omni_cache.explanation",
     "FirstBlockCache": "omni_cache.strategies",
     "MagCache": "omni_cache.strategies",
     "RegionError": "omni_cache.passes",
     "SeaCache": "omni_cache.strategies",
+    "StepCache": "omni_cache.strategies",
     "TeaCache": "omni_cache.strategies",
     "UncachedWarning": "omni_cache.errors",
     "branch": "omni_cache.runtime.contexts",
@@ -47,11 +51,13 @@ _HOMES = {
 __all__ = [
     "CacheContext",
     "DBCache",
+    "EasyCache",
     "Explanation",
     "FirstBlockCache",
     "MagCache",
     "RegionError",
     "SeaCache",
+    "StepCache",
     "TeaCache",
     "UncachedWarning",
     "branch",

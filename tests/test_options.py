@@ -95,6 +95,13 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("seacache", "retention_steps", 4),
         ("seacache", "cache_end_steps", 0),
         ("seacache", "grid", (4, 6)),
+        ("stepcache", "num_inference_steps", 30),
+        ("stepcache", "sim_thresholds", (0.9, 0.8)),
+        ("stepcache", "skip_countdowns", (2, 1)),
+        ("easycache", "num_inference_steps", 30),
+        ("easycache", "threshold", 0.1),
+        ("easycache", "retention_steps", 3),
+        ("easycache", "force_last_step", False),
         *(
             (cache, field, value)
             for cache in STRATEGIES

@@ -184,6 +184,8 @@ class ExtractedModel:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
         self._extractor = extractor
         self._model_class = model_class.__name__
+        if flags.guard.whole:
+            raise ValueError(_WHOLE)
         source = flags.guard.source_of(self._model_class)
         signal = None if source is None else flags.signal or source
         if signal not in (*_SIGNALS, None):
@@ -286,6 +288,13 @@ class ExtractedModel:
 _STREAMS = ("hidden_states", "encoder_hidden_states")
 _SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb"}
 _ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
+
+
+_WHOLE = (
+    "cache is not allowed; this strategy skips the whole model, and a model with an extractor runs "
+    "in parts. Take back the extractor with omni_cache.register_extractor(..., None), or choose "
+    "another strategy"
+)
 
 
 def _run_blocks(blocks: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

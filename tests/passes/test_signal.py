@@ -132,7 +132,7 @@ def test_without_a_timestep_it_is_the_hidden_states() -> None:
 def test_there_need_be_none() -> None:
     traced = trace(Model(), **inputs(), signal=None)
     assert traced.guarded.signal is None
-    assert traced.guarded.analysis.signal_bytes == 0
+    assert traced.guarded.analysis.signal_bytes() == 0
     assert "if gate() ==" in traced.after
     assert torch.equal(traced.computed()[0], traced.whole()[0])
 

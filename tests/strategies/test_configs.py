@@ -16,9 +16,11 @@ from omni_cache import MagCache, TeaCache
 from omni_cache.strategies import (
     STRATEGIES,
     DBCache,
+    EasyCache,
     FirstBlockCache,
     Gate,
     SeaCache,
+    StepCache,
     Strategy,
     Time,
 )
@@ -100,12 +102,30 @@ WRONG: dict[type[Strategy], Wrong] = {
     ],
 }
 
+WRONG[StepCache] = [
+    *OF_ALL,
+    (
+        "sim_thresholds",
+        [[], "12", 0.9, [float("nan")], [None]],
+        "a sequence of at least one finite number",
+    ),
+    ("skip_countdowns", [[], 4, [4], [4, 0], [4, 1.5], "42"], "a sequence of 2 integers >= 1"),
+]
+WRONG[EasyCache] = [
+    *OF_ALL,
+    ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
+    ("retention_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
+    ("force_last_step", ["yes", 1, None], BOOL),
+]
+
 OWN: dict[type[Strategy], dict[str, Any]] = {
     TeaCache: {"coefficients": [1.0]},
     MagCache: {"mag_ratios": [1.0]},
     FirstBlockCache: {},
     DBCache: {},
     SeaCache: {},
+    StepCache: {},
+    EasyCache: {},
 }
 """What makes each independent of a model's class."""
 
@@ -115,6 +135,8 @@ THRESHOLDS = {
     FirstBlockCache: "threshold",
     DBCache: "residual_diff_threshold",
     SeaCache: "threshold",
+    StepCache: "end",
+    EasyCache: "threshold",
 }
 PUBLISHED = {each.name: each for each in (TeaCache, MagCache)}
 """Those that have tables of classes."""
