@@ -185,11 +185,13 @@ class ExtractedModel:
         self._extractor = extractor
         self._model_class = model_class.__name__
         if flags.guard.whole:
-            raise ValueError(_WHOLE)
+            given = "one that skips the whole model"
+            raise ValueError(_refusal("cache", given, _RUNS_IN_PARTS))
         source = flags.guard.source_of(self._model_class)
         signal = None if source is None else flags.signal or source
         if signal not in (*_SIGNALS, None):
-            raise ValueError(_refusal("signal", repr(signal), _ONLY_GRAPHS))
+            known = f"{' or '.join(map(repr, _SIGNALS))} for a model with an extractor"
+            raise ValueError(_refusal("signal", repr(signal), known))
         self._signal = None if signal is None else _SIGNALS[signal]
         self._flags, self._guard = flags, flags.guard
         self._run_blocks = _compiled_blocks(model_class, flags, compile_flags)
@@ -290,11 +292,7 @@ _SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb"}
 _ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
 
 
-_WHOLE = (
-    "cache is not allowed; this strategy skips the whole model, and a model with an extractor runs "
-    "in parts. Take back the extractor with omni_cache.register_extractor(..., None), or choose "
-    "another strategy"
-)
+_RUNS_IN_PARTS = "another strategy for a model with an extractor, which runs in parts"
 
 
 def _run_blocks(blocks: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

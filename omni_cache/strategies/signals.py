@@ -35,8 +35,19 @@ class RelativeL1:
         return (moved / count) / (size / count + 1e-8) if count else float("nan")
 
 
+class BySample:
+    """The sums and the distance of signals that are compared sample by sample."""
+
+    sums: ClassVar[int] = 2
+
+    def distance(self, sums: Sequence[float]) -> float:
+        """The mean over the samples."""
+        total, samples = sums
+        return total / samples
+
+
 @dataclass(frozen=True)
-class FilteredL1:
+class FilteredL1(BySample):
     """The distance of SeaCache: relative L1, by sample, of what a filter leaves of the latents.
 
     The filter knows how much noise there is at a frequency and a sigma (flow matching: latents are
@@ -52,7 +63,6 @@ class FilteredL1:
     power: float
     grid: tuple[int, ...] | None = None
     against: ClassVar[Literal["last call"]] = "last call"
-    sums: ClassVar[int] = 2
     reads_values: ClassVar[bool] = True
     looks_back: ClassVar[int] = 0
 
@@ -76,21 +86,15 @@ class FilteredL1:
             axes = list(range(1, now.dim() - 1))
         return sea_distance(now, before, _sigmas(around.times), axes, self.power, along)
 
-    def distance(self, sums: Sequence[float]) -> float:
-        """The mean over the samples."""
-        total, samples = sums
-        return total / samples
-
 
 @dataclass(frozen=True)
-class ResultSimilarity:
+class ResultSimilarity(BySample):
     """How alike the results of the last two computed calls are: their cosine, the mean by sample.
 
     It is known before a call begins. 1 is no change, so that a gate reuses above a threshold.
     """
 
     against: ClassVar[Literal["results"]] = "results"
-    sums: ClassVar[int] = 2
     reads_values: ClassVar[bool] = False
     looks_back: ClassVar[int] = 2
 
@@ -104,11 +108,6 @@ class ResultSimilarity:
         samples = torch.full((), len(now), dtype=dtype, device=now.device)
         means = (each.to(dtype).mean() for each in along)
         return torch.stack([cosines.sum().to(dtype), samples, *means])
-
-    def distance(self, sums: Sequence[float]) -> float:
-        """The mean over the samples."""
-        total, samples = sums
-        return total / samples
 
 
 @dataclass(frozen=True)
