@@ -10,6 +10,7 @@ from omni_cache.kernels.ops import (
     number_dtype,
     rel_l1,
     rel_l1_gate,
+    sea_distance,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "number_dtype",
     "rel_l1",
     "rel_l1_gate",
+    "sea_distance",
 ]

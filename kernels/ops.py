@@ -62,6 +62,39 @@ def rel_l1(current: Tensor, previous: Tensor, along: Sequence[Tensor] = ()) -> T
     return numbers
 
 
+def sea_distance(
+    current: Tensor,
+    previous: Tensor,
+    sigmas: Tensor,
+    axes: Sequence[int],
+    power: float,
+    along: Sequence[Tensor] = (),
+) -> Tensor:
+    """Measure how far two latents are apart once noise is filtered out; formula: spectrum.py.
+
+    One operator, of several launches: filter and distance. NaN and infinity pass through.
+
+    Args:
+        current: the latents of this step, (B, ...), fp32, bf16 or fp16, not empty.
+        previous: those they are compared with, of the same shape and dtype.
+        sigmas: (2,) of `number_dtype`, from 0 to 1: the noise in `current` and in `previous`.
+        axes: which dimensions are filtered, those of space and time.
+        power: exponent of the power that clean latents have at a frequency.
+        along: as in `rel_l1`.
+
+    Returns:
+        (2 + len(along),) of `number_dtype`: the sum of the samples' distances, the number of
+        samples, and the mean of each tensor of `along`.
+
+    Raises:
+        ValueError: an argument has another shape, dtype or device.
+    """
+    numbers: Tensor = torch.ops.omni_cache.sea_distance.default(
+        current, previous, sigmas, axes, power, along
+    )
+    return numbers
+
+
 def fingerprint(tensor: Tensor) -> Tensor:
     """Tell the contents of tensors apart, bit by bit, without reading them on the host.
 
@@ -227,6 +260,39 @@ def _rel_l1_triton(current: Tensor, previous: Tensor, along: Sequence[Tensor]) -
             scratch=scratch_on(current.device),
             programs=grid.programs_on(current.device),
         )
+
+
+def _check_sea_distance(
+    current: Tensor,
+    previous: Tensor,
+    sigmas: Tensor,
+    axes: Sequence[int],
+    power: float,
+    along: Sequence[Tensor],
+) -> None:
+    _check_rel_l1(current, previous, along)
+    numbers = [number_dtype(current.device)]
+    _check("sigmas", sigmas, dtypes=numbers, shapes=[(2,)], device=current.device)
+    if not axes or not all(0 < axis < current.dim() for axis in axes):
+        _reject("axes", list(axes), [f"one or more of 1 to {current.dim() - 1}"])
+    if current.numel() == 0:
+        _reject("current.shape", tuple(current.shape), ["one with elements"])
+
+
+def _sea_distance_aten(
+    current: Tensor,
+    previous: Tensor,
+    sigmas: Tensor,
+    axes: Sequence[int],
+    power: float,
+    along: Sequence[Tensor],
+) -> Tensor:
+    from omni_cache.kernels import spectrum
+
+    each = spectrum.distances(current, previous, sigmas, axes, power)
+    means = [rider.mean(dtype=sigmas.dtype) for rider in along]
+    count = torch.full((), each.numel(), dtype=sigmas.dtype, device=each.device)
+    return _stacked([each.sum(), count, *means], sigmas.dtype)
 
 
 def _check_fingerprint(tensor: Tensor) -> None:
@@ -414,7 +480,7 @@ def _register(
     *,
     check: Callable[..., None],
     aten: Callable[..., Tensor],
-    triton: Callable[..., Tensor],
+    triton: Callable[..., Tensor] | None = None,
     shape: Callable[..., int] = lambda *_: 3,
     dtype: Callable[[torch.device], torch.dtype] = number_dtype,
 ) -> Callable[..., Tensor]:
@@ -424,6 +490,7 @@ def _register(
     call ten times as much as the dispatcher does. No gradient flows through a measurement.
 
     Args:
+        triton: the kernel; None where ATen's serve on every device.
         shape: returns the length of the vector, from the arguments.
         dtype: returns the vector's dtype, from the device of the first argument.
 
@@ -454,7 +521,7 @@ def _register(
     _LIBRARY.impl(name, on_host, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"omni_cache::{name}", checked(fake), lib=_LIBRARY)
-    if importlib.util.find_spec("triton") is not None:
+    if triton is not None and importlib.util.find_spec("triton") is not None:
         _LIBRARY.impl(name, checked(triton), "CUDA")
     return on_host
 
@@ -465,6 +532,13 @@ _rel_l1_on_host = _register(
     aten=_rel_l1_aten,
     triton=_rel_l1_triton,
     shape=lambda current, previous, along: 3 + len(along),
+)
+_register(
+    "sea_distance(Tensor current, Tensor previous, Tensor sigmas, int[] axes, float power, "
+    "Tensor[] along)",
+    check=_check_sea_distance,
+    aten=_sea_distance_aten,
+    shape=lambda current, previous, sigmas, axes, power, along: 2 + len(along),
 )
 _register(
     "fingerprint(Tensor tensor)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,17 +115,20 @@ def _compile_guarded(
     assert flags.guard is not None
     if is_bucket(gm):
         raise RegionError(_CUT_AT_BUCKETS)
+    if flags.guard.whole and frame.is_piece:
+        raise RegionError(_NOT_WHOLE)
     try:
         owner, analysis = analyse_for_guard(gm, flags, frame)
     except ValueError as error:
         raise unwrapped(error) from None
     program = compile_program(gm, analysis, example_inputs, flags)
     timestep = None if frame.is_resumed else analysis.timestep
+    skipped = analysis.region.body if analysis.whole else analysis.loop.nodes
     static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
     placement = Placement(
         Guarded(
             region=(*(each.path for each in analysis.loop.lists), repr(flags.strategy)),
-            computation=_computation(analysis),
+            computation=_computation(skipped),
             depth=flags.guard.depth,
             device=flags.history_device,
             groups=groups_of_body(analysis.region.body, flags.process_group),
@@ -184,6 +187,7 @@ def analyse_for_guard(
         parameters=frame.parameters(owner),
         first=flags.guard.first,
         last=flags.guard.last,
+        whole=flags.guard.whole,
     )
 
 
@@ -194,15 +198,21 @@ _CUT_AT_BUCKETS = (
 )
 
 
-def _computation(analysis: Analysis) -> str:
-    """Equal for two graphs whose blocks compute the same, on whatever sizes.
+_NOT_WHOLE = (
+    "this strategy skips the whole model, and a graph holds only a piece of it; omni_cache.explain "
+    "names the graph breaks"
+)
+
+
+def _computation(nodes: Iterable[Node]) -> str:
+    """Equal for two graphs whose regions compute the same, on whatever sizes.
 
     Dynamo compiles a model again for another prompt length, and for any; what that leaves fits what
     came before. Another constant, operation or weight is another computation, such as that of a
     model which leaves out other blocks.
     """
     digest = hashlib.sha256()
-    for node in analysis.loop.nodes:
+    for node in nodes:
         if tensor_of(node) is not None and not is_shape(node):
             constants = [
                 each for each in tree_leaves((node.args, node.kwargs)) if _is_constant(each)

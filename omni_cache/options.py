@@ -171,8 +171,8 @@ def _check_inductor(mode: str | None, options: Mapping[str, Any]) -> None:
 def _signal(given: Any) -> str | None:
     if given is not None and (not isinstance(given, str) or not given):
         raise ValueError(
-            f"signal={given!r} is not allowed; signal must be 'auto', 'timestep_embedding' or the "
-            "path of a module, such as 'transformer_blocks.0.norm1'"
+            f"signal={given!r} is not allowed; signal must be 'auto', 'timestep_embedding', "
+            "'latents' or the path of a module, such as 'transformer_blocks.0.norm1'"
         )
     return given
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from .block_loop import BlockLoop, candidate_loops
-from .order import Dependencies, dependencies
+from .block_loop import BlockLoop, candidate_loops, find_block_loop
+from .names import nodes_in
+from .order import Dependencies, computation, dependencies
 from .region import (
     Region,
     RegionError,
@@ -25,9 +26,17 @@ from .region import (
     with_ancestors,
 )
 from .residual import ResidualPair, check_results, pair_outputs, unreached_outputs
-from .signal import FIRST_BLOCKS, Signal, find_signal, find_timestep, first_residual
-from .values import nbytes, numel, tensor_of
-from .views import leaves
+from .signal import (
+    FIRST_BLOCKS,
+    LATENTS,
+    Signal,
+    find_latents,
+    find_signal,
+    find_timestep,
+    first_residual,
+)
+from .values import nbytes, numel, same_shape, tensor_of
+from .views import Leaf, leaves
 
 WORTHWHILE = 1 / 4
 """A loop is taken in place of the likeliest one if it does at least this share of its work."""
@@ -38,7 +47,7 @@ class Analysis:
     """What the pass found in a graph, before anything is rewritten.
 
     ``overwritten`` are the region inputs that the body writes into, ``last`` says how many blocks
-    follow the region.
+    follow the region, ``whole`` that it is the whole graph.
     """
 
     graph: Graph
@@ -49,6 +58,7 @@ class Analysis:
     timestep: Node | None
     overwritten: tuple[Node, ...]
     last: int = 0
+    whole: bool = False
 
     @property
     def supposed(self) -> tuple[Node, ...]:
@@ -64,10 +74,15 @@ class Analysis:
         """
         return depth * sum(_bytes(pair.output, history_dtype) for pair in self.pairs)
 
-    @property
-    def signal_bytes(self) -> int:
-        """Bytes of the signal that is kept from the step before."""
-        return 0 if self.signal is None else _bytes(self.signal.node)
+    def signal_bytes(self, depth: int = 1) -> int:
+        """Bytes of the signal that is kept from the step before, and of what a whole graph took in.
+
+        Args:
+            depth: of how many computed steps residuals are kept, and with them a whole graph's
+                signal.
+        """
+        count = 1 + depth if self.whole else 1
+        return 0 if self.signal is None else count * _bytes(self.signal.node)
 
 
 def analyse(
@@ -78,26 +93,31 @@ def analyse(
     parameters: Sequence[str] = (),
     first: int = 0,
     last: int = 0,
+    whole: bool = False,
 ) -> Analysis:
     """Find block loop, region, residual pairs and signal. Changes nothing.
 
     Args:
         graph: a Dynamo graph.
         region: paths of the ``ModuleList``s that make up the block loop, or None to find them.
-        signal: ``"auto"``, ``"timestep_embedding"``, ``"first_blocks"``, a module's path, or None
-            for no signal. ``"first_blocks"`` is what the first blocks that always run add to the
-            hidden states; it is the only one where there are such blocks.
+        signal: ``"auto"``, ``"timestep_embedding"``, ``"latents"``, ``"first_blocks"``, a module's
+            path, or None for no signal. ``"first_blocks"`` is what the first blocks that always run
+            add to the hidden states; it is the only one where there are such blocks.
         parameters: names of the model's positional parameters, by which to know the timestep where
             the model's ``forward`` is wrapped in one with ``*args``.
         first: how many blocks at the beginning of the loop always run; the region begins after.
         last: how many blocks at its end always run.
+        whole: whether the region is the whole graph. Its results are held as values, or, with
+            ``"latents"`` for the signal, are updates of these.
 
     Raises:
         RegionError: nothing in the graph can be skipped; the message says why.
     """
     before = dependencies(graph)
-    loop, found, pairs = _paired_loop(graph, region, before, first, last)
     timestep = find_timestep(graph, parameters)
+    if whole:
+        return _whole(graph, find_block_loop(graph, region), signal, timestep, before)
+    loop, found, pairs = _paired_loop(graph, region, before, first, last)
     chosen = None
     if signal is not None:
         if (signal == FIRST_BLOCKS) != (first > 0):
@@ -125,6 +145,39 @@ def analyse(
     check_results(graph, found, pairs)
     overwritten = overwritten_inputs(found)
     return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten, last)
+
+
+def _whole(
+    graph: Graph, loop: BlockLoop, signal: str | None, timestep: Node | None, before: Dependencies
+) -> Analysis:
+    """The analysis whose region is the whole graph: nothing comes before it, nothing after."""
+    if signal not in (None, LATENTS):
+        raise RegionError(
+            f"signal={signal!r} is made in the model, of which a reused step runs nothing; only "
+            f"signal={LATENTS!r} goes with that"
+        )
+    found = take_in_sizes(graph, close_region(graph, computation(graph), before))
+    (end,) = graph.find_nodes(op="output")
+    results = [node for node in dict.fromkeys(nodes_in(end.args)) if node in found.outputs]
+    outputs = dict.fromkeys([*results, *found.outputs])
+    chosen = None if signal is None else Signal(find_latents(graph, timestep), LATENTS, ())
+    pairs = tuple(_update_of(None if chosen is None else chosen.node, each) for each in outputs)
+    check_cuts(found)
+    if chosen is not None:
+        check_results(graph, found, pairs)
+    overwritten = overwritten_inputs(found)
+    return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten, whole=True)
+
+
+def _update_of(latents: Node | None, output: Node) -> ResidualPair:
+    """A result as an update of the latents, where it has their shape; otherwise as a value."""
+    entered = None if latents is None else tensor_of(latents)
+    value = tensor_of(output)
+    if latents is None or entered is None or value is None or not value.is_floating_point():
+        return ResidualPair(output, None, 0)
+    leaf = Leaf(latents, tuple(entered.shape))
+    fits = same_shape(leaf.shape, value.shape)
+    return ResidualPair(output, leaf if fits else None, 0)
 
 
 def _paired_loop(

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from .block_loop import BlockLoop
-from .names import ELEMENTWISE_OPS, argument_name, module_path, op_name, position
+from .names import ELEMENTWISE_OPS, argument_name, module_path, nodes_in, op_name, position
 from .order import Dependencies, computation, dependencies
 from .region import Region, RegionError, UnknownNameError, close_region, with_ancestors
 from .residual import ResidualPair, pair_outputs
 from .streams import Origin, streams, trace_origins
-from .values import is_static_input, numel, same_shape, tensor_of
+from .values import is_static_input, numel, same_shape, same_size, tensor_of
 from .views import View, leaves
 
 TIMESTEP_ARGUMENTS = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level")
@@ -32,6 +32,10 @@ short to count as a word.
 """
 
 
+LATENTS = "latents"
+"""The signal that is the graph input which is denoised."""
+
+
 FIRST_BLOCKS = "first_blocks"
 """The signal that is made of the first blocks, where some always run."""
 
@@ -40,10 +44,10 @@ FIRST_BLOCKS = "first_blocks"
 class Signal:
     """The tensor to compare between steps.
 
-    ``kind`` is ``"modulated input"``, ``"timestep embedding"``, ``"module output"``, ``"hidden
-    states"`` (where no timestep reaches the blocks) or ``"residual of the first blocks"``, which is
-    ``node`` less the view ``minus``. ``moved`` are the nodes of the region that must move to the
-    prologue for the signal to be known before the body.
+    ``kind`` is ``"modulated input"``, ``"timestep embedding"``, ``"module output"``, ``"latents"``,
+    ``"hidden states"`` (where no timestep reaches the blocks) or ``"residual of the first
+    blocks"``, which is ``node`` less the view ``minus``. ``moved`` are the nodes of the region that
+    must move to the prologue for the signal to be known before the body.
     """
 
     node: Node
@@ -82,6 +86,34 @@ def timestep_name(names: Iterable[str]) -> str | None:
     return next((name for name in names if not words.isdisjoint(name.split("_"))), None)
 
 
+def find_latents(graph: Graph, timestep: Node | None) -> Node:
+    """The graph input that is denoised: of the shape of a result, or with other channels.
+
+    Args:
+        graph: a Dynamo graph.
+        timestep: the graph input that carries the timestep, if there is one.
+
+    Raises:
+        RegionError: no input is of such a shape.
+    """
+    (end,) = graph.find_nodes(op="output")
+    results = [_shape(node) for node in nodes_in(end.args) if _is_floating(node)]
+    inputs: list[Node] = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if node is not timestep and not is_static_input(node) and _is_floating(node)
+    ]
+    for alike in (same_shape, _same_but_channels):
+        for result in results:
+            for node in inputs:
+                if alike(_shape(node), result):
+                    return node
+    raise RegionError(
+        "signal='latents': no input has the shape of what the model returns, up to its channels; "
+        "choose signal='auto' or a module's path"
+    )
+
+
 def find_signal(
     graph: Graph,
     loop: BlockLoop,
@@ -99,7 +131,7 @@ def find_signal(
         region: the region around the loop.
         pairs: the region's residual pairs; at least one has a partner.
         timestep: the graph input that carries the timestep, if there is one.
-        which: ``"auto"``, ``"timestep_embedding"`` or the path of a module, such as
+        which: ``"auto"``, ``"timestep_embedding"``, ``"latents"`` or the path of a module, such as
             ``"blocks.0.norm1"``, whose largest output is then the signal. All of the region that
             the signal depends on moves to the prologue and runs on every step.
         before: the graph's dependencies, where the caller has them.
@@ -111,6 +143,8 @@ def find_signal(
     before = dependencies(graph) if before is None else before
     first, origins = loop.lists[0], trace_origins(region)
     hidden = _hidden_states(pairs)
+    if which == LATENTS:
+        return Signal(find_latents(graph, timestep), LATENTS, ())
     if which not in ("auto", "timestep_embedding"):
         node = _module_output(graph, region, which)
         return Signal(node, "module output", with_ancestors(region, [node], before))
@@ -239,6 +273,19 @@ def _module_output(graph: Graph, region: Region, path: str) -> Node:
     if node in region.epilogue:
         raise RegionError(f"signal={path!r}: that module runs after the block loop")
     return node
+
+
+def _is_floating(node: Node) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.is_floating_point()
+
+
+def _same_but_channels(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Whether two shapes differ in one size, which is the last, or the second of (B, C, ...)."""
+    if len(one) != len(other) or len(one) < 3:
+        return False
+    differing = [place for place in range(len(one)) if not same_size(one[place], other[place])]
+    return differing in ([len(one) - 1], [1]) and (len(one) > 3 or differing != [1])
 
 
 def _descendants(graph: Graph, sources: Iterable[Node]) -> set[Node]:

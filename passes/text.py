@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from .analysis import Analysis
 from .block_loop import find_block_lists, structure_of
 from .build import Part, is_guard
 from .cost import arithmetic
@@ -82,7 +83,9 @@ def guarded_text(guarded: GuardedGraph) -> str:
     names.leave(guarded.body)
     for residual, pair in pairs.items():
         kept = names.name(residual, "value" if pair.held else "residual")
-        page.write(f"{kept} = {_residual(pair, guarded, partners, names)}", _pair_comment(pair))
+        page.write(
+            f"{kept} = {_residual(pair, guarded, partners, names)}", _pair_comment(pair, analysis)
+        )
     finite = names.name(FINITE, "finite")
     listed = ", ".join(f"isfinite({names.named(residual)})" for residual in pairs)
     page.write(f"{finite} = all({listed})", "elements that are not are kept as 0")
@@ -470,9 +473,11 @@ def _partners(guarded: GuardedGraph) -> dict[Node, str]:
     return {**partners, **dict(zip(composed, made, strict=True))}
 
 
-def _pair_comment(pair: ResidualPair) -> str:
+def _pair_comment(pair: ResidualPair, analysis: Analysis) -> str:
     value = tensor_of(pair.output)
     size = f"{describe_value(value)}, {_bytes(nbytes(value))}" if value is not None else ""
+    if analysis.whole:
+        return size
     if pair.held:
         return f"{size}; kept as a value: no input matches its shape"
     return f"{size}; {_count(pair.additions, 'residual addition')}"
@@ -496,7 +501,7 @@ def _findings(guarded: GuardedGraph, work: int) -> list[str]:
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
     residual = analysis.residual_bytes(len(guarded.history), guarded.history_dtype)
-    signal = analysis.signal_bytes
+    signal = analysis.signal_bytes(len(guarded.history))
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",

@@ -97,7 +97,7 @@ def test_flux_is_explained_in_words_and_in_figures(capsys: pytest.CaptureFixture
     for word in ("transformer_blocks", "FluxTransformerBlock", "residual", "modulated input"):
         assert word in text
     # What it says a trajectory will hold is what one holds.
-    foreseen = graph.analysis.residual_bytes() + graph.analysis.signal_bytes
+    foreseen = graph.analysis.residual_bytes() + graph.analysis.signal_bytes()
     omni_cache.enable(model, inner="eager")
     with torch.no_grad():
         model(**case.inputs())

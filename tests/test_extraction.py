@@ -651,6 +651,11 @@ def test_flags_that_only_a_graph_understands_are_refused(registered: Any) -> Non
     with pytest.raises(ValueError, match=r"^signal='blocks\.0\.norm'"):
         enabled(NumpyToy(), signal="blocks.0.norm", **TEACACHE)
     enabled(NumpyToy(), signal="timestep_embedding", **TEACACHE)
+    with pytest.raises(ValueError, match=r"^signal='latents' .* 'auto' or 'timestep_embedding'"):
+        enabled(NumpyToy(), cache="seacache")
+    enabled(NumpyToy(), cache="seacache", signal="auto")
+    with pytest.raises(ValueError, match=r"^cache=one that skips the whole model is not allowed"):
+        enabled(NumpyToy(), cache="stepcache")
 
 
 def test_what_is_registered_is_checked() -> None:

@@ -96,16 +96,30 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("taylorseer", "cache_interval", 3),
         ("taylorseer", "disable_cache_before_step", 2),
         ("taylorseer", "disable_cache_after_step", 20),
+        ("seacache", "num_inference_steps", 30),
+        ("seacache", "threshold", 0.1),
+        ("seacache", "power_exp", 2.0),
+        ("seacache", "max_consecutive_cached", 0),
+        ("seacache", "retention_steps", 4),
+        ("seacache", "cache_end_steps", 0),
+        ("seacache", "grid", (4, 6)),
+        ("stepcache", "num_inference_steps", 30),
+        ("stepcache", "sim_thresholds", (0.9, 0.8)),
+        ("stepcache", "skip_countdowns", (2, 1)),
+        ("easycache", "num_inference_steps", 30),
+        ("easycache", "threshold", 0.1),
+        ("easycache", "retention_steps", 3),
+        ("easycache", "force_last_step", False),
         *(
             (cache, field, value)
             for cache in STRATEGIES
             for field, value in (
                 ("start", 0.1),
                 ("end", 0.9),
-                ("forecast", "newton"),
+                ("forecast", "hold" if cache == "seacache" else "newton"),
                 ("forecast", Taylor(2)),
                 ("forecast_order", 2 if cache == "taylorseer" else 0),
-                ("forecast_axis", "step"),
+                ("forecast_axis", "sigma" if cache == "seacache" else "step"),
             )
         ),
     ],

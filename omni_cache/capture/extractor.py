@@ -184,10 +184,14 @@ class ExtractedModel:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
         self._extractor = extractor
         self._model_class = model_class.__name__
+        if flags.guard.whole:
+            given = "one that skips the whole model"
+            raise ValueError(_refusal("cache", given, _RUNS_IN_PARTS))
         source = flags.guard.source_of(self._model_class)
         signal = None if source is None else flags.signal or source
         if signal not in (*_SIGNALS, None):
-            raise ValueError(_refusal("signal", repr(signal), _ONLY_GRAPHS))
+            known = f"{' or '.join(map(repr, _SIGNALS))} for a model with an extractor"
+            raise ValueError(_refusal("signal", repr(signal), known))
         self._signal = None if signal is None else _SIGNALS[signal]
         self._flags, self._guard = flags, flags.guard
         self._run_blocks = _compiled_blocks(model_class, flags, compile_flags)
@@ -288,6 +292,9 @@ class ExtractedModel:
 _STREAMS = ("hidden_states", "encoder_hidden_states")
 _SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb"}
 _ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
+
+
+_RUNS_IN_PARTS = "another strategy for a model with an extractor, which runs in parts"
 
 
 def _run_blocks(blocks: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -76,7 +76,12 @@ def _is_shared(analysis: Analysis) -> bool:
 
 
 def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:
-    """Compile a part with the whole graph's own inputs where it has them, fake values elsewhere."""
+    """Compile a part with the whole graph's own inputs where it has them, fake values elsewhere.
+
+    One that computes nothing, such as what comes before a whole model, is run as it is.
+    """
+    if not any(node.op.startswith("call_") for node in part.module.graph.nodes):
+        return CompiledPart(part.module.forward, part.inputs, part.outputs)
     if flags.blocks == "rolled":
         part = roll(part)
     inputs = [

@@ -7,6 +7,7 @@ most one read from the device: what the gate measures and all that the host want
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from omni_cache.runtime.place import (
 from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
-from omni_cache.strategies.base import DEFAULT_STEPS
+from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made
 
 AFTER = "after the last step"
 _NAME_IT = (
@@ -139,7 +140,7 @@ class Step:
         self._place: Place | str | None = None if call is None else call.place
         if self._place is not None:
             return
-        wanted = called.needs_value or policy.forecast.reads_values
+        wanted = called.needs_value or policy.reads_values
         if wanted and called.value is None and isinstance(timestep, Tensor):
             self._timestep = timestep
             self._loop = [called.loop.timesteps] if called.loop is not None else []
@@ -196,8 +197,9 @@ class Step:
 
     def operands(self) -> tuple[list[Tensor], tuple[float, ...]]:
         """The residuals for a reused step, ``depth`` sets of them, and a weight for each set."""
-        kept, depth = self._view.kept, self._guarded.depth
-        weights = self._policy.forecast.weights([each.at for each in kept], self._view.place.at)
+        forecast, depth = self._policy.forecast, self._guarded.depth
+        kept = self._view.kept[: forecast.depth]
+        weights = forecast.weights([each.at for each in kept], self._view.place.at)
         operands = self._view.trajectory.history.operands(kept, depth)
         return operands, weights + (0.0,) * (depth - len(kept))
 
@@ -225,16 +227,18 @@ class Step:
             self._state.latest = place.run  # it begins
         place.run.trajectories[place.course.name, self._guarded.region] = trajectory
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
-        if finite is not None:
-            trajectory.history.push(at, made, finite)
         compares = self._policy.signal
+        looks_back = compares is not None and compares.looks_back > 0
+        if finite is not None:
+            kept = self._signal if looks_back else None
+            trajectory.history.push(at, made, finite, kept)
         if compares is not None and (computed or compares.against == "last call"):
             trajectory.signal = self._signal
         trajectory.layout, trajectory.last = self._layout, at
         distance, accumulated = verdict.distance, verdict.accumulated
         record = StepRecord(computed, distance, accumulated, at.value, verdict.reason, at.index)
         trajectory.steps.append(record)
-        if computed:
+        if computed or looks_back:  # which keeps more signals than one
             trajectory.measure_memory()
         place.commit(output)
         observer, generation = current_observer.get(), place.run.generation
@@ -274,6 +278,8 @@ class Step:
             must = foretold
         elif not kept:
             must = "non-finite residual" if history.kept else "no residual"
+        elif self._policy.signal is not None and len(kept) < self._policy.signal.looks_back:
+            must = "too few computed steps"
         elif not place.is_known and not gate.measures:
             must = UNCLEAR
         else:
@@ -288,6 +294,8 @@ class Step:
             [*self._contents, *self._loop],
         )
         compares = signal is not None and view is not None and view.must is None
+        if view is not None and not view.trajectory.gate.compares(view.trajectory.state):
+            compares = False
         unread = [each for each in (view.kept if view else ()) if each.is_finite is None]
         # What would cost a read of its own is not asked for.
         unread = unread if compares or others or timestep is not None else []
@@ -317,9 +325,9 @@ class Step:
         """
         signal, guarded, contents = self._policy.signal, self._guarded, self._contents
         assert signal is not None
-        assert self._signal is not None
-        found, going_by = torch.zeros(signal.sums, device=self._signal.device), 0
-        lacking = torch.ones(guarded.depth, device=self._signal.device)
+        device = self._layout.device[0]
+        found, going_by = torch.zeros(signal.sums, device=device), 0
+        lacking = torch.ones(guarded.depth, device=device)
         if view is not None and view.must is None:
             found, going_by = self._compared(view, ()), digest(view.goes_by)
             for age, kept in enumerate(view.kept):
@@ -344,9 +352,30 @@ class Step:
     def _compared(self, view: _View, along: Sequence[Tensor]) -> Tensor:
         signal, now, before = self._policy.signal, self._signal, view.trajectory.signal
         assert signal is not None
+        history = view.trajectory.history
+        computed = [
+            Made(each.signal, tuple(map(local, history.at_home(each))))
+            for each in view.kept[: signal.looks_back]
+        ]
+        if signal.against == "results":
+            now, before = (each.residuals[0] for each in computed)
         assert now is not None
         assert before is not None
-        return signal.measure(now, before, along)
+        around = Around(self._times(view, now.device), computed)
+        return signal.measure(now, before, along, around)
+
+    def _times(self, view: _View, device: torch.device) -> Tensor | None:
+        """The timesteps of this call and of the one that it is compared with, for `Around`."""
+        signal, last = self._policy.signal, view.trajectory.last
+        if signal is None or not signal.reads_values:
+            return None
+        before = last if signal.against == "last call" else view.trajectory.history.kept[0].at
+        values = [None if at is None else at.value for at in (view.place.at, before)]
+        known = [math.nan if value is None else value for value in values]
+        times = torch.tensor(known, dtype=number_dtype(device), device=device)
+        if self._timestep is not None:
+            times[0] = self._timestep.to(times).mean()
+        return times
 
     def _warn(self, view: _View) -> None:
         """Tell what is odd of a place, which is the call's own and no guess."""

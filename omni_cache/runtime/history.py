@@ -21,12 +21,14 @@ class Kept:
         residuals: tensors, in the order of the program's residuals.
         finite: bool tensor, whether all of them were finite when they were made.
         is_finite: the same on the host; None until somebody has read it.
+        signal: of that step, for what looks back at it.
     """
 
     at: Time
     residuals: tuple[Tensor, ...]
     finite: Tensor
     is_finite: bool | None = None
+    signal: Tensor | None = None
 
     def __post_init__(self) -> None:
         if on_host(self.finite):
@@ -47,7 +49,9 @@ class History:
         self.device = self.home = device
         self.kept: list[Kept] = []
 
-    def push(self, at: Time, residuals: Sequence[Tensor], finite: Tensor) -> None:
+    def push(
+        self, at: Time, residuals: Sequence[Tensor], finite: Tensor, signal: Tensor | None = None
+    ) -> None:
         """Take over the residuals of a computed step, by reference unless they move.
 
         A step without residuals ends the history.
@@ -57,7 +61,7 @@ class History:
             return
         self.home = residuals[0].device
         moved = tuple(_moved(each, self.device or self.home) for each in residuals)
-        self.kept = [Kept(at, moved, finite), *self.kept][: self.depth]
+        self.kept = [Kept(at, moved, finite, signal=signal), *self.kept][: self.depth]
 
     @property
     def usable(self) -> list[Kept]:
@@ -70,15 +74,20 @@ class History:
 
         The weight of what stands in is 0.
         """
-        sets = [each.residuals for each in kept]
+        sets = [self.at_home(each) for each in kept]
         sets += [sets[0]] * (count - len(sets))
+        return [each for residuals in sets for each in residuals]
+
+    def at_home(self, kept: Kept) -> tuple[Tensor, ...]:
+        """The residuals of an entry where they were made."""
         assert self.home is not None  # something was kept
-        return [_moved(each, self.home) for residuals in sets for each in residuals]
+        return tuple(_moved(each, self.home) for each in kept.residuals)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all residuals that are kept."""
-        return sum(tensor.nbytes for each in self.kept for tensor in each.residuals)
+    def tensors(self) -> list[Tensor]:
+        """All that is kept."""
+        signals = [each.signal for each in self.kept if each.signal is not None]
+        return [*signals, *(tensor for each in self.kept for tensor in each.residuals)]
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -108,5 +108,6 @@ class Trajectory:
 
     def measure_memory(self) -> None:
         """Raise ``memory_bytes`` to what the trajectory holds now."""
-        held = self.history.nbytes + (0 if self.signal is None else self.signal.nbytes)
-        self.memory_bytes = max(self.memory_bytes, held)
+        tensors = [*self.history.tensors, *([] if self.signal is None else [self.signal])]
+        held = {id(each): each.nbytes for each in tensors}
+        self.memory_bytes = max(self.memory_bytes, sum(held.values()))

@@ -2,9 +2,12 @@
 
 from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
 from omni_cache.strategies.dbcache import DBCache
+from omni_cache.strategies.easycache import EasyCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
 from omni_cache.strategies.named import NO_CACHE, STRATEGIES, make_strategy, register_strategy
+from omni_cache.strategies.seacache import SeaCache
+from omni_cache.strategies.stepcache import StepCache
 from omni_cache.strategies.strategy import Guard, Policy, Strategy
 from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
@@ -13,13 +16,16 @@ __all__ = [
     "NO_CACHE",
     "STRATEGIES",
     "DBCache",
+    "EasyCache",
     "FirstBlockCache",
     "Forecast",
     "Gate",
     "Guard",
     "MagCache",
     "Policy",
+    "SeaCache",
     "Signal",
+    "StepCache",
     "Strategy",
     "TaylorSeer",
     "TeaCache",

@@ -48,24 +48,62 @@ class Verdict(NamedTuple):
     accumulated: float | None = None
 
 
+class Made(NamedTuple):
+    """What a computed step has left: its signal, and its residuals in the order of the results."""
+
+    signal: Tensor | None
+    residuals: tuple[Tensor, ...]
+
+
+class Around(NamedTuple):
+    """What a measurement may take into account beside the two signals.
+
+    Attributes:
+        times: (2,) of ``kernels.number_dtype``, on the signal's device: the timesteps of this call
+            and of the one that it is compared with, NaN where unknown. None for a signal that does
+            not read them.
+        computed: the last computed steps, newest first, as many as the signal looks back at.
+    """
+
+    times: Tensor | None = None
+    computed: Sequence[Made] = ()
+
+
+NOTHING = Around()
+
+
 class Signal(Protocol):
     """What is compared between calls."""
 
     @property
-    def against(self) -> Literal["last call", "last computed call"]:
-        """The call whose signal this one's is compared with."""
+    def against(self) -> Literal["last call", "last computed call", "results"]:
+        """The call whose signal this one's is compared with.
+
+        A signal of "results" compares those of the last two computed calls, and nothing of this.
+        """
 
     @property
     def sums(self) -> int:
         """How many numbers a measurement has."""
 
-    def measure(self, now: Tensor, before: Tensor, along: Sequence[Tensor]) -> Tensor:
+    @property
+    def reads_values(self) -> bool:
+        """Whether it compares by `Time.value` too."""
+
+    @property
+    def looks_back(self) -> int:
+        """At how many computed steps it looks; with fewer, the step is computed."""
+
+    def measure(
+        self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
+    ) -> Tensor:
         """Compare two signals on their device.
 
         Args:
             now: the signal of this call, any shape.
             before: of the call that it is compared with, of the same shape and dtype.
             along: small tensors whose means are wanted on the host with the measurement.
+            around: what else there is to know.
 
         Returns:
             ``(sums + len(along),)``: sums that may be added up over ranks, then the means.
@@ -97,6 +135,10 @@ class Gate(ABC):
     def begins_anew(self, at: Time) -> bool:
         """Whether a step is computed as the first one, and all that was kept before is dropped."""
         return False
+
+    def compares(self, state: Any) -> bool:
+        """Whether the decision in a state depends on the measurement, which costs a read."""
+        return self.measures
 
     @abstractmethod
     def decide(self, state: Any, at: Time, total: int | None, distance: float | None) -> Verdict:

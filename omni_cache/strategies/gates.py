@@ -169,6 +169,10 @@ class Wrapped(Gate):
         """As the gate within."""
         return self.gate.begin()
 
+    def compares(self, state: Any) -> bool:
+        """As the gate within."""
+        return self.gate.compares(state)
+
     def against(self, at: Time, total: int | None) -> str | None:
         """Why this gate computes a step; None where it leaves that to the gate within."""
         return None
@@ -230,6 +234,10 @@ class Limit(Wrapped):
     def begin(self) -> Counted:
         """Nothing was reused."""
         return Counted(self.gate.begin())
+
+    def compares(self, state: Counted) -> bool:
+        """As the gate within."""
+        return self.gate.compares(state.within)
 
     def decide(
         self, state: Counted, at: Time, total: int | None, distance: float | None

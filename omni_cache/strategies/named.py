@@ -12,8 +12,11 @@ from typing import Any
 
 from omni_cache.strategies.base import one_of, require
 from omni_cache.strategies.dbcache import DBCache
+from omni_cache.strategies.easycache import EasyCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
+from omni_cache.strategies.seacache import SeaCache
+from omni_cache.strategies.stepcache import StepCache
 from omni_cache.strategies.strategy import Strategy
 from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
@@ -21,7 +24,17 @@ from omni_cache.strategies.teacache import TeaCache
 NO_CACHE = "none"
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    each.name: each for each in (TeaCache, MagCache, FirstBlockCache, DBCache, TaylorSeer)
+    each.name: each
+    for each in (
+        TeaCache,
+        MagCache,
+        FirstBlockCache,
+        DBCache,
+        TaylorSeer,
+        SeaCache,
+        StepCache,
+        EasyCache,
+    )
 }
 
 

@@ -36,12 +36,14 @@ class Guard:
         depth: how many residuals the reused step takes.
         first: how many blocks at the beginning of the block loop always run.
         last: how many blocks at its end always run.
+        whole: whether the region is the whole model, so that a reused step runs nothing of it.
     """
 
     source: str | PublishedSource | None
     depth: int
     first: int = 0
     last: int = 0
+    whole: bool = False
 
     def source_of(self, model_class: str | None) -> str | None:
         """The signal for a model's class."""
@@ -88,6 +90,12 @@ class Policy:
     gate: Callable[[str, int], Gate]
     forecast: Forecast
     num_inference_steps: int | None
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether a call's timestep has to be known, whatever its place."""
+        compares = self.signal is not None and self.signal.reads_values
+        return compares or self.forecast.reads_values
 
 
 @dataclass(frozen=True, kw_only=True)

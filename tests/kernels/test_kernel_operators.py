@@ -40,6 +40,18 @@ def rel_l1_arguments(device: str = "cpu", **replaced: Any) -> dict[str, Any]:
     return arguments | replaced
 
 
+def sea_distance_arguments(device: str = "cpu", **replaced: Any) -> dict[str, Any]:
+    arguments = {
+        "current": torch.randn(2, 4, 6, 3, device=device),
+        "previous": torch.randn(2, 4, 6, 3, device=device),
+        "sigmas": torch.tensor([0.4, 0.5], dtype=torch.float64, device=device),
+        "axes": [1, 2],
+        "power": 3.0,
+        "along": [torch.tensor(981, device=device)],
+    }
+    return arguments | replaced
+
+
 def fingerprint_arguments(device: str = "cpu", **replaced: Any) -> dict[str, Any]:
     return {"tensor": torch.randn(2, 5, 7, device=device)} | replaced
 
@@ -95,8 +107,34 @@ def test_fingerprint_passes_opcheck(device: str, dtype: torch.dtype, shape: tupl
     torch.library.opcheck(torch.ops.omni_cache.fingerprint, (tensor,))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sea_distance_passes_opcheck(device: str, dtype: torch.dtype) -> None:
+    arguments = sea_distance_arguments(device)
+    for name in ("current", "previous"):
+        arguments[name] = arguments[name].to(dtype)
+    torch.library.opcheck(torch.ops.omni_cache.sea_distance, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize(
+    ("replaced", "said"),
+    [
+        ({"axes": [0]}, r"axes is \[0\]; allowed: one or more of 1 to 3"),
+        ({"axes": []}, "axes is"),
+        ({"sigmas": torch.zeros(2)}, r"sigmas.dtype is torch.float32"),
+        ({"sigmas": torch.zeros(3, dtype=f64)}, r"sigmas.shape is \(3,\)"),
+        ({"previous": torch.zeros(2, 4, 6, 1)}, "previous.shape"),
+        ({"current": torch.zeros(0, 1), "previous": torch.zeros(0, 1), "axes": [1]}, "elements"),
+    ],
+)
+def test_sea_distance_says_what_is_wrong(replaced: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ops.sea_distance(**sea_distance_arguments(**replaced))
+
+
 def test_no_operator_writes_into_its_arguments() -> None:
-    for name in ("rel_l1", "fingerprint", "rel_l1_gate", "magnitude_gate", "magnitude_stats"):
+    gates = ("rel_l1_gate", "magnitude_gate")
+    for name in ("rel_l1", "sea_distance", "fingerprint", "magnitude_stats", *gates):
         schema = getattr(torch.ops.omni_cache, name).default._schema
         assert not schema.is_mutable
         assert all(each.alias_info is None for each in [*schema.arguments, *schema.returns])

@@ -56,7 +56,7 @@ def test_the_signal_is_the_modulated_input(name: str) -> None:
     assert analysis.signal is not None
     assert analysis.signal.kind == "modulated input"
     assert analysis.timestep is not None
-    assert analysis.signal_bytes == analysis.residual_bytes()
+    assert analysis.signal_bytes() == analysis.residual_bytes()
 
 
 def test_blocks_of_sd3_have_three_structures() -> None:

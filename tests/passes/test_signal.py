@@ -10,8 +10,9 @@ import torch
 from made_up_models import IMAGE, WIDTH, Block, Model, inputs
 from omni_cache.passes import RegionError, Signal, analyse, find_timestep
 from omni_cache.passes.names import argument_name, module_path
+from omni_cache.passes.signal import find_latents
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from tracing import Trace, trace
 from twelve import captured
 
@@ -131,7 +132,7 @@ def test_without_a_timestep_it_is_the_hidden_states() -> None:
 def test_there_need_be_none() -> None:
     traced = trace(Model(), **inputs(), signal=None)
     assert traced.guarded.signal is None
-    assert traced.guarded.analysis.signal_bytes == 0
+    assert traced.guarded.analysis.signal_bytes() == 0
     assert "if gate() ==" in traced.after
     assert torch.equal(traced.computed()[0], traced.whole()[0])
 
@@ -280,3 +281,47 @@ def test_a_timestep_may_be_a_number() -> None:
     assert timestep is not None
     assert timestep.meta["example_value"].node.hint == 999
     assert torch.equal(traced.computed()[0], traced.whole()[0])
+
+
+# --- latents --------------------------------------------------------------------------------------
+
+
+def test_latents_are_the_input_of_the_shape_of_the_result() -> None:
+    signal = signal_of(trace(Model(), **inputs(), signal="latents"))
+    assert (signal.kind, argument_name(signal.node), signal.moved) == ("latents", "latents", ())
+
+
+@pytest.mark.parametrize(
+    ("shape", "alike"),
+    [
+        ((1, 6, 8), True),
+        ((1, 12, 4), False),
+        ((1, 6), False),
+        ((1, 9, 4, 4), False),
+    ],
+)
+def test_latents_may_have_other_channels(shape: tuple[int, ...], alike: bool) -> None:
+    graph = Graph()
+    given = graph.placeholder("x")
+    given.meta["example_value"] = torch.empty(shape)
+    made = graph.call_function(torch.relu, (given,))
+    made.meta["example_value"] = torch.empty(1, 6, 4)
+    graph.output((made,))
+    if alike:
+        assert find_latents(graph, None) is given
+    else:
+        with pytest.raises(RegionError, match="no input has the shape of what the model returns"):
+            find_latents(graph, None)
+
+
+def test_channels_of_pictures_may_be_second() -> None:
+    graph = Graph()
+    nodes = []
+    for name, shape in (("t", (1,)), ("control", (1, 9, 8, 6)), ("x", (1, 9, 4, 4))):
+        nodes.append(graph.placeholder(name))
+        nodes[-1].meta["example_value"] = torch.empty(shape)
+    made = graph.call_function(torch.relu, (nodes[-1],))
+    made.meta["example_value"] = torch.empty(1, 3, 4, 4)
+    graph.output((made,))
+    assert find_latents(graph, nodes[0]) is nodes[-1]
+    assert find_latents(graph, None) is nodes[-1]

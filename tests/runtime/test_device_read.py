@@ -203,6 +203,23 @@ def test_a_known_place_costs_a_measuring_strategy_one_read(
     assert reads == [0, 0] + [1] * 14  # nothing to compare at the first step
 
 
+SEACACHE = {"cache": "seacache", "threshold": 0.4, "num_inference_steps": 8}
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["inferred", "named"])
+def test_a_distance_that_depends_on_sigma_costs_one_read(
+    explicit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timestep itself is read with what was measured by it."""
+    loops = [Loop(BRANCHES[2], explicit=explicit, seed=seed) for seed in (0, 1)]
+    expected, expected_schedules, _ = generations(loops, **SEACACHE)
+    with pretended_device(monkeypatch) as reads:
+        predictions, schedules, _ = generations(loops, **SEACACHE)
+    assert (schedules, same(predictions, expected)) == (expected_schedules, True)
+    assert all(2 <= sum(each) <= 6 for schedule in schedules for each in schedule), schedules
+    assert set(reads) == {1}
+
+
 # --- every kind of loop ---------------------------------------------------------------------------
 
 Run = Callable[[Callable[..., Tensor], Sequence[float], int], None]

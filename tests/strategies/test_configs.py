@@ -16,8 +16,11 @@ from omni_cache import MagCache, TeaCache
 from omni_cache.strategies import (
     STRATEGIES,
     DBCache,
+    EasyCache,
     FirstBlockCache,
     Gate,
+    SeaCache,
+    StepCache,
     Strategy,
     TaylorSeer,
     Time,
@@ -97,7 +100,38 @@ WRONG: dict[type[Strategy], Wrong] = {
         ("disable_cache_before_step", [-1, 1.5, "8", None, True], "an integer >= 0"),
         ("disable_cache_after_step", [-1, 1.5, "8", True], "an integer >= 0 or None"),
     ],
+    SeaCache: [
+        *OF_ALL[:4],
+        (
+            "forecast_order",
+            [-1, 5, 1.0, "1", True],
+            "an integer from 0 to 4 for forecast='newton', or None",
+        ),
+        OF_ALL[-1],
+        ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
+        ("power_exp", [0, -1, float("nan"), "3", None, True], "a finite number > 0"),
+        ("max_consecutive_cached", [-1, 1.5, "2", None, True], "an integer >= 0"),
+        ("retention_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
+        ("cache_end_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
+        ("grid", [3, [], [0], [1.5], "ab", [True]], "a sequence of integers >= 1, or None"),
+    ],
 }
+
+WRONG[StepCache] = [
+    *OF_ALL,
+    (
+        "sim_thresholds",
+        [[], "12", 0.9, [float("nan")], [None]],
+        "a sequence of at least one finite number",
+    ),
+    ("skip_countdowns", [[], 4, [4], [4, 0], [4, 1.5], "42"], "a sequence of 2 integers >= 1"),
+]
+WRONG[EasyCache] = [
+    *OF_ALL,
+    ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
+    ("retention_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
+    ("force_last_step", ["yes", 1, None], BOOL),
+]
 
 OWN: dict[type[Strategy], dict[str, Any]] = {
     TeaCache: {"coefficients": [1.0]},
@@ -105,6 +139,9 @@ OWN: dict[type[Strategy], dict[str, Any]] = {
     FirstBlockCache: {},
     DBCache: {},
     TaylorSeer: {},
+    SeaCache: {},
+    StepCache: {},
+    EasyCache: {},
 }
 """What makes each independent of a model's class."""
 
@@ -114,6 +151,9 @@ OTHERS: dict[type[Strategy], dict[str, Any]] = {
     FirstBlockCache: {"threshold": 0.7},
     DBCache: {"residual_diff_threshold": 0.7, "steps_computation_mask": "fast"},
     TaylorSeer: {"cache_interval": 2},
+    SeaCache: {"threshold": 0.7},
+    StepCache: {"end": 0.7},
+    EasyCache: {"threshold": 0.7},
 }
 """Flags that compile nothing."""
 PUBLISHED = {each.name: each for each in (TeaCache, MagCache)}
@@ -187,7 +227,9 @@ def test_the_flags_of_a_forecast_name_it_and_its_depth() -> None:
             flags = {"forecast": name, "forecast_order": order, "forecast_axis": axis}
             strategy = kind(**flags, **OWN[kind])
             assert strategy.forecasting() == strategy.policy(None).forecast == forecast
-            assert strategy.guard().depth == forecast.depth
+            compared = strategy.policy(None).signal
+            looks_back = 0 if compared is None else compared.looks_back
+            assert strategy.guard().depth == max(forecast.depth, looks_back)
 
 
 def test_a_static_policy_without_a_mask_is_refused() -> None:
@@ -366,7 +408,7 @@ def test_thresholds_compile_nothing(kind: type[Any]) -> None:
     first, second = kind(**own), kind(**own, **OTHERS[kind], start=0.3)
     assert repr(first.guard()) == repr(second.guard())
     assert (
-        first.guard() == second.guard() != kind(**own, forecast="newton", forecast_order=3).guard()
+        first.guard() == second.guard() != kind(**own, forecast="taylor", forecast_order=3).guard()
     )
 
 
