@@ -255,7 +255,7 @@ class Step:
         trajectory = place.run.trajectories.get((course.name, self._guarded.region))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
-            history = History(self._policy.forecast.depth, self._guarded.device)
+            history = History(self._policy.depth, self._guarded.device)
             trajectory = Trajectory(course.name, gate, history)
         gate, before, history = trajectory.gate, trajectory.layout, trajectory.history
         told = None if generation is None else generation.num_inference_steps

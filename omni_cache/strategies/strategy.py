@@ -62,6 +62,9 @@ class Guard:
         """
         if wanted.depth == 0:  # nothing is reused
             return None
+        if wanted.whole != self.whole:
+            regions = ("its blocks", "the whole model")
+            return f"{regions[wanted.whole]} as the region, where it has {regions[self.whole]}"
         span, wanted_span = (self.first, self.last), (wanted.first, wanted.last)
         if span != wanted_span:
             return "{} first and {} last blocks that always run, where it has {} and {}".format(
@@ -90,6 +93,11 @@ class Policy:
     gate: Callable[[str, int], Gate]
     forecast: Forecast
     num_inference_steps: int | None
+
+    @property
+    def depth(self) -> int:
+        """How many residuals have to be kept."""
+        return max(self.forecast.depth, 0 if self.signal is None else self.signal.looks_back)
 
     @property
     def reads_values(self) -> bool:
