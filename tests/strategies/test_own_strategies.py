@@ -50,8 +50,8 @@ def test_the_page_runs() -> None:
     Loop(explicit=True).run(model)
     assert set(reasons(model)[0]) == {"first step", "relaxing"}
     assert 1 < sum(computed(model)[0]) < 8
-    # Each in under 30 lines.
-    assert all(len(each.strip().splitlines()) < 40 for each in BLOCKS)
+    # Each in under 30 lines, blank ones aside.
+    assert all(len([line for line in each.splitlines() if line]) < 30 for each in BLOCKS)
 
 
 def made(name: Any, base: type = Strategy) -> type[Strategy]:
