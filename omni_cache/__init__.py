@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omni_cache.pipelines import disable, enable, refresh, summary
     from omni_cache.runtime.contexts import branch, generation
     from omni_cache.strategies import DBCache, FirstBlockCache, MagCache, TeaCache
+    from omni_cache.strategies.forecasts import register_forecast
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
     "register_extractor": "omni_cache.capture.extractor",
+    "register_forecast": "omni_cache.strategies.forecasts",
     "summary": "omni_cache.pipelines",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "omni_cache_backend",
     "refresh",
     "register_extractor",
+    "register_forecast",
     "summary",
 ]
 
