@@ -299,6 +299,8 @@ def _batch(residuals: Sequence[Node]) -> int | torch.SymInt:
     shapes = [node.meta["example_value"].shape for node in residuals]
     first = shapes[0][:1] if shapes else ()
     shared = all(len(shape) > 2 and same_shape(shape[:1], first) for shape in shapes)
+    # Rows for a batch that is split over ranks would have to be split with it.
+    shared = shared and not any(map(is_distributed, residuals))
     if not first or not shared:
         raise RegionError(
             "per_sample: the residuals have no batch dimension in common, their shapes are "
