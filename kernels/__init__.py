@@ -5,6 +5,7 @@ Knows tensors only: imports torch and triton and nothing else of ours.
 
 from omni_cache.kernels.ops import (
     fingerprint,
+    inner_products,
     magnitude_gate,
     magnitude_stats,
     number_dtype,
@@ -15,6 +16,7 @@ from omni_cache.kernels.ops import (
 
 __all__ = [
     "fingerprint",
+    "inner_products",
     "magnitude_gate",
     "magnitude_stats",
     "number_dtype",

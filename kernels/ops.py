@@ -28,6 +28,9 @@ RIDERS = (
 
 MAX_RIDERS = 4
 
+MAX_PREVIOUS = 15
+"""Bound on the earlier residuals of one launch; the kernel is compiled for each number of them."""
+
 
 def number_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of what is measured on `device`: float64, or float32 where it has none."""
@@ -198,6 +201,32 @@ def magnitude_stats(residual: Tensor, previous: Tensor) -> Tensor:
     """
     stats: Tensor = torch.ops.omni_cache.magnitude_stats.default(residual, previous)
     return stats
+
+
+def inner_products(residual: Tensor, previous: Sequence[Tensor], samples: int = 1) -> Tensor:
+    """Take the inner products of a residual with itself and with earlier ones, for each sample.
+
+    Products and sums are in fp64 (fp32 where the device has none): the eigenvalues of a matrix of
+    inner products are squares, so that as many digits again are needed of them. Reads each tensor
+    about once. NaN and infinity pass through. The same inputs always give the same bits.
+
+    Args:
+        residual: any shape and strides; fp32, bf16, fp16 or fp64, or complex, whose real and
+            imaginary parts are numbers like others.
+        previous: at most MAX_PREVIOUS earlier ones, of the same shape and dtype; any strides.
+        samples: 1 for the whole tensor, or the size of the first dimension for its slices.
+
+    Returns:
+        (samples * (1 + len(previous)),) of `number_dtype`, sample by sample: the product with
+        itself, and then with each of `previous`.
+
+    Raises:
+        ValueError: an argument has another shape, dtype or device.
+    """
+    if residual.is_complex():
+        residual, previous = torch.view_as_real(residual), [*map(torch.view_as_real, previous)]
+    products: Tensor = torch.ops.omni_cache.inner_products.default(residual, previous, samples)
+    return products
 
 
 def _check(
@@ -472,6 +501,34 @@ def _magnitude_stats_triton(residual: Tensor, previous: Tensor) -> Tensor:
         )
 
 
+def _check_inner_products(residual: Tensor, previous: Sequence[Tensor], samples: int) -> None:
+    device, shape = residual.device, residual.shape
+    _check("residual", residual, dtypes=(*FLOATS, torch.float64), device=device)
+    if len(previous) > MAX_PREVIOUS:
+        _reject("len(previous)", len(previous), [f"0 to {MAX_PREVIOUS}"])
+    for i, each in enumerate(previous):
+        _check(f"previous[{i}]", each, dtypes=[residual.dtype], shapes=[shape], device=device)
+    if samples != 1 and samples not in shape[:1]:
+        _reject("samples", samples, [1, *shape[:1]])
+
+
+def _inner_products_aten(residual: Tensor, previous: Sequence[Tensor], samples: int) -> Tensor:
+    dtype = number_dtype(residual.device)
+    shape = samples, residual.numel() // max(samples, 1)
+    rows = residual.to(dtype).reshape(shape)
+    others = (each.to(dtype).reshape(shape) for each in previous)
+    products = [torch.linalg.vecdot(rows, each) for each in (rows, *others)]
+    return torch.stack(products, 1).reshape(-1)
+
+
+def _inner_products_triton(residual: Tensor, previous: Sequence[Tensor], samples: int) -> Tensor:
+    from omni_cache.kernels import grid, products
+
+    with torch.cuda.device(residual.device):
+        programs = grid.programs_on(residual.device)
+        return products.launch(residual, previous, samples, programs=programs)
+
+
 _LIBRARY: Any = torch.library.Library("omni_cache", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -567,4 +624,11 @@ _register(
     aten=_magnitude_stats_aten,
     triton=_magnitude_stats_triton,
     dtype=lambda device: torch.float32,
+)
+_register(
+    "inner_products(Tensor residual, Tensor[] previous, int samples)",
+    check=_check_inner_products,
+    aten=_inner_products_aten,
+    triton=_inner_products_triton,
+    shape=lambda residual, previous, samples: samples * (1 + len(previous)),
 )

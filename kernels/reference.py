@@ -49,3 +49,12 @@ def magnitude_stats(residual: Tensor, previous: Tensor) -> Tensor:
     cosine = torch.where(r_norm == 0, 0.0, (r * p).sum(dim=-1) / (r_norm * p_norm))[counted]
     std = ratio.std() if ratio.numel() > 1 else torch.zeros_like(ratio[0])
     return torch.stack([ratio.mean(), std, (1 - cosine).mean()]).float()
+
+
+def inner_products(residual: Tensor, previous: Sequence[Tensor], samples: int) -> Tensor:
+    """Return for each sample [residual . residual, *(residual . p for p in previous)]."""
+    all_ = [
+        each.double().reshape(samples, residual.numel() // samples)
+        for each in (residual, *previous)
+    ]
+    return torch.stack([(all_[0] * each).sum(1) for each in all_], dim=1).reshape(-1)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         TeaCache,
         register_strategy,
     )
+    from omni_cache.strategies.forecasts import register_forecast
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
     "register_extractor": "omni_cache.capture.extractor",
+    "register_forecast": "omni_cache.strategies.forecasts",
     "register_strategy": "omni_cache.strategies",
     "summary": "omni_cache.pipelines",
 }
@@ -74,6 +76,7 @@ __all__ = [
     "omni_cache_backend",
     "refresh",
     "register_extractor",
+    "register_forecast",
     "register_strategy",
     "summary",
 ]

@@ -125,13 +125,16 @@ def _compile_guarded(
     timestep = None if frame.is_resumed else analysis.timestep
     skipped = analysis.region.body if analysis.whole else analysis.loop.nodes
     static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
+    groups = groups_of_body(analysis.region.body, flags.process_group)
     placement = Placement(
         Guarded(
             region=(*(each.path for each in analysis.loop.lists), repr(flags.strategy)),
             computation=_computation(skipped),
             depth=flags.guard.depth,
             device=flags.history_device,
-            groups=groups_of_body(analysis.region.body, flags.process_group),
+            groups=groups,
+            # Ranks have batches of their own, and one number of numbers to add up.
+            per_sample=program.per_sample and not groups,
         ),
         owner,
         flags.guard,

@@ -295,10 +295,13 @@ class _Weights:
 
 
 def _batch(residuals: Sequence[Node]) -> int | torch.SymInt:
-    """The first size that all residuals share."""
+    """The first size that all residuals share; one with two dimensions may well be of tokens."""
     shapes = [node.meta["example_value"].shape for node in residuals]
     first = shapes[0][:1] if shapes else ()
-    if not first or not all(same_shape(shape[:1], first) for shape in shapes):
+    shared = all(len(shape) > 2 and same_shape(shape[:1], first) for shape in shapes)
+    # Rows for a batch that is split over ranks would have to be split with it.
+    shared = shared and not any(map(is_distributed, residuals))
+    if not first or not shared:
         raise RegionError(
             "per_sample: the residuals have no batch dimension in common, their shapes are "
             f"{', '.join(str(list(shape)) for shape in shapes)}; decide for the whole batch instead"

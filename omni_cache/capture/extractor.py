@@ -260,7 +260,7 @@ class ExtractedModel:
             for place, old in enumerate(entered):
                 dtype = kept[len(streams) + place].dtype
                 # Of as many dimensions as the stream, so that sums are of float32 at least.
-                weights = row.reshape(1, *[1] * (old.dim() - 1), depth).unbind(-1)
+                weights = row.reshape(-1, *[1] * (old.dim() - 1), depth).unbind(-1)
                 changes = kept[place :: len(residuals)]
                 terms = (w * each for w, each in zip(weights, changes, strict=True))
                 left.append((old.to(dtype) + reduce(torch.add, terms)).to(dtype))
@@ -281,7 +281,8 @@ class ExtractedModel:
         )
         # The blocks may write into what they are given.
         program = Program(parts, ["context"], [False], copies_signal=True)
-        guarded = Guarded("blocks", self._extractor, depth, self._flags.history_device, groups)
+        device, per_sample = self._flags.history_device, not groups
+        guarded = Guarded("blocks", self._extractor, depth, device, groups, per_sample)
         compiled_for = self._guard, self._flags.signal
         placement = Placement(
             guarded, self._model_class, *compiled_for, None, None, inputs=(), by_call=True

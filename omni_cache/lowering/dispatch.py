@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from omni_cache.options import CompileOptions
 from omni_cache.passes import (
     WEIGHTS,
     Analysis,
+    GuardedGraph,
     Part,
+    RegionError,
     is_static_input,
     roll,
     split,
@@ -40,7 +43,7 @@ def compile_program(
     rest = None
     if analysis.supposed:
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
-    guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
+    guarded, per_sample = _split(gm, analysis, flags.guard.depth, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
     row = rows.get(WEIGHTS)
     parts = GuardedParts(
@@ -56,6 +59,7 @@ def compile_program(
         weights=WEIGHTS,
         signal=guarded.signal,
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
+        per_sample=per_sample,
     )
     return Program(
         parts,
@@ -64,6 +68,20 @@ def compile_program(
         reuses_memory=flags.inner_reuses_memory,
         copies_signal=_is_shared(analysis),
     )
+
+
+def _split(
+    gm: GraphModule, analysis: Analysis, depth: int, history_dtype: torch.dtype | None
+) -> tuple[GuardedGraph, bool]:
+    """Split a graph, and say whether its weights are of each sample.
+
+    They are wherever there is something to weigh and a batch to tell apart, so that forecasts with
+    as many residuals share what is compiled.
+    """
+    if depth > 1:
+        with contextlib.suppress(RegionError):
+            return split(gm, analysis, depth, history_dtype, per_sample=True), True
+    return split(gm, analysis, depth, history_dtype), False
 
 
 def _is_shared(analysis: Analysis) -> bool:

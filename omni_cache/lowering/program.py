@@ -46,6 +46,7 @@ class GuardedParts:
             ``reuse``.
         weights: name of the row of weights in ``reuse``.
         weights_dtype: its dtype.
+        per_sample: whether it has a row for each sample.
         signal: name of the prologue's output that the gate compares, None where it needs none.
         merges: whether ``reuse`` makes the first outputs of ``body``, and the epilogue follows it.
         rest: body and epilogue at once, for calls that have no residual; None where all have.
@@ -61,6 +62,7 @@ class GuardedParts:
     weights: str
     signal: str | None
     weights_dtype: torch.dtype = torch.float32
+    per_sample: bool = False
     merges: bool = False
     rest: CompiledPart | None = None
     supposed: Sequence[str] = ()
@@ -119,6 +121,11 @@ class Program:
         weights = [slot for slot in read if slot < len(static) and static[slot]]
         self.identity = max(weights, default=None)
 
+    @property
+    def per_sample(self) -> bool:
+        """Whether a reused step takes weights for each sample."""
+        return self._parts.per_sample
+
     def begin(self, args: Sequence[Any]) -> Values:
         """Run what comes before the block loop."""
         values = list(args)
@@ -153,16 +160,19 @@ class Program:
             residuals, finite = [each.clone() for each in residuals], finite.clone()
         return Computed(result, tuple(residuals), finite)
 
-    def reuse(self, values: Values, history: Sequence[Tensor], weights: tuple[float, ...]) -> Any:
+    def reuse(
+        self, values: Values, history: Sequence[Tensor], rows: Sequence[tuple[float, ...]]
+    ) -> Any:
         """Run what comes after the block loop, on residuals that are forecast from earlier ones.
 
         Args:
             values: as `begin` left them.
             history: the residuals of each entry of the history, newest first.
-            weights: one for each entry.
+            rows: one weight for each entry, for every sample or for all of them at once.
         """
-        row = _row(weights, self._parts.weights_dtype, history[0].device)
-        result = self._parts.reuse.run(*self._reuse_inputs([*values, *history, row]))
+        samples = _samples(history) if self._parts.per_sample and len(rows) == 1 else 1
+        weights = _weights((*rows,) * samples, self._parts.weights_dtype, history[0].device)
+        result = self._parts.reuse.run(*self._reuse_inputs([*values, *history, weights]))
         if not self._parts.merges:
             return result
         return self._parts.epilogue.run(*self._epilogue_inputs([*values, *result]))
@@ -172,11 +182,18 @@ class Program:
         return all(values[slot] < 0 for slot in self._supposed)
 
 
+def _samples(history: Sequence[Tensor]) -> int:
+    """The size of the batch that residuals share; integers may have another."""
+    return next(each.shape[0] for each in history if each.is_floating_point() or each.is_complex())
+
+
 @lru_cache(maxsize=256)
-def _row(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Weights as a tensor ``(1, depth)``; the few that a schedule repeats are copied once."""
+def _weights(
+    rows: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Rows as a tensor ``(1 or B, depth)``; the few that a schedule repeats are copied once."""
     with torch.inference_mode(False):
-        return torch.tensor([weights], dtype=dtype, device=device)
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _numbered(names: Sequence[str], first: int) -> dict[str, int]:

@@ -37,7 +37,7 @@ from omni_cache.runtime.place import (
 from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
-from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made
+from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
 
 AFTER = "after the last step"
 _NAME_IT = (
@@ -55,6 +55,8 @@ _WARNINGS = {
     "computed; with history_dtype='float16', 'bfloat16' keeps larger ones",
     AFTER: "a call came after the last of {total} steps, and is computed. Name their number in "
     "omni_cache.generation(num_inference_steps=...)",
+    "products": "ranks that measure nothing together do not know their inner products, and so the "
+    "forecast goes without them (a DMD is TaylorSeer); choose a strategy that measures",
     "steps": f"nobody said how many steps there are, so {DEFAULT_STEPS} were assumed. Pass "
     "num_inference_steps=..., or name it in omni_cache.generation(...)",
 }
@@ -71,6 +73,7 @@ class Guarded:
         device: where residuals are kept, None where they are made.
         groups: the process groups of the ranks that compute a call together: several for the
             dimensions of a mesh, none where this rank computes alone.
+        per_sample: whether its reused step takes weights for each sample.
     """
 
     region: Region
@@ -78,6 +81,7 @@ class Guarded:
     depth: int = 1
     device: torch.device | None = None
     groups: Sequence[Any] = ()
+    per_sample: bool = False
 
     def is_shared(self, policy: Policy) -> bool:
         """Whether ranks measure together. Without a measurement they agree by themselves."""
@@ -133,6 +137,8 @@ class Step:
         self._state, self._policy, self._guarded = state, policy, guarded
         self._called, self._call = called, call
         self._is_shared = guarded.is_shared(policy)
+        # Ranks that measure nothing would not agree on what was finite; what was not is zero.
+        self._is_symmetric = len(guarded.groups) > 0 and not self._is_shared
         self._contents: list[Content] = []
         self._loop: list[Reading] = []
         self._timestep: Tensor | None = None
@@ -195,13 +201,15 @@ class Step:
         self._view, self._verdict = view, verdict
         return verdict.reuse
 
-    def operands(self) -> tuple[list[Tensor], tuple[float, ...]]:
-        """The residuals for a reused step, ``depth`` sets of them, and a weight for each set."""
-        forecast, depth = self._policy.forecast, self._guarded.depth
-        kept = self._view.kept[: forecast.depth]
-        weights = forecast.weights([each.at for each in kept], self._view.place.at)
-        operands = self._view.trajectory.history.operands(kept, depth)
-        return operands, weights + (0.0,) * (depth - len(kept))
+    def operands(self) -> tuple[list[Tensor], list[Row]]:
+        """The residuals for a reused step, ``depth`` sets of them, and rows of a weight for each.
+
+        Inner products that a forecast reads are on the host by now if the decision read anything.
+        """
+        view, depth = self._view, self._guarded.depth
+        kept, history = view.kept[: self._policy.forecast.depth], view.trajectory.history
+        now = view.place.at._replace(total=view.total)
+        return history.operands(kept, depth), history.rows(kept, now, depth)
 
     def commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
         """Have the next call come after this one, once the whole call has ended well.
@@ -252,10 +260,12 @@ class Step:
     def _look(self, place: Place) -> _View:
         """What the call finds at a place."""
         generation, course, at = place.run.generation, place.course, place.at
-        trajectory = place.run.trajectories.get((course.name, self._guarded.region))
+        guarded, forecast = self._guarded, self._policy.forecast
+        trajectory = place.run.trajectories.get((course.name, guarded.region))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
-            history = History(self._policy.depth, self._guarded.device)
+            settings = guarded.device, guarded.per_sample, not self._is_symmetric
+            history = History(self._policy.depth, forecast, *settings)
             trajectory = Trajectory(course.name, gate, history)
         gate, before, history = trajectory.gate, trajectory.layout, trajectory.history
         told = None if generation is None else generation.num_inference_steps
@@ -265,9 +275,7 @@ class Step:
             stale = "a step was left out"
         if stale is None and gate.begins_anew(at):
             stale = "refresh"
-        # Ranks that measure nothing would not agree on what was finite; what was not is zero.
-        symmetric = len(self._guarded.groups) > 0 and not self._is_shared
-        kept = [] if stale else history.kept if symmetric else history.usable
+        kept = [] if stale else history.kept if self._is_symmetric else history.usable
         if total is not None and at.index >= total:
             must: str | None = AFTER
         elif stale is not None:
@@ -307,7 +315,7 @@ class Step:
         elif along:
             dtype = number_dtype(along[0].device)
             measured = [Reading(torch.stack([each.to(dtype).mean() for each in along]))]
-        read([*measured, *others])
+        read([*measured, *others, *(self._unread_products() if measured or others else ())])
         numbers = measured[0].numbers or () if measured else ()
         for each in unread:
             each.is_finite = numbers[-1] == 1.0
@@ -333,21 +341,43 @@ class Step:
             for age, kept in enumerate(view.kept):
                 lacking[age] = 0.0 if kept.is_finite else ~kept.finite
         prints = [each.tensor for each in contents]
-        shared = Reading(add_up([found, *prints], lacking, going_by, guarded.groups))
+        newest = view.kept[0] if view is not None and view.kept else None
+        wanted = self._policy.depth + 1 if self._policy.forecast.reads_products else 0
+        products = torch.zeros(wanted, device=device)
+        if newest is not None and newest.products is not None:
+            products = torch.nn.functional.pad(newest.products.tensor, (0, 1), value=1.0)
+        shared = Reading(add_up([found, *prints, products], lacking, going_by, guarded.groups))
         timesteps = (
             [] if self._timestep is None else [self._timestep.to(shared.tensor).mean()[None]]
         )
-        own = [Reading(each) for each in timesteps]
-        read([shared, *own, *self._loop])
+        moments = [Reading(each) for each in timesteps]
+        read([shared, *moments, *self._loop])
         numbers = list(shared.numbers or ())
         sums, numbers = numbers[: signal.sums], numbers[signal.sums :]
         for each in contents:
             each.numbers, numbers = tuple(numbers[:2]), numbers[2:]
+        own, numbers = numbers[:wanted], numbers[wanted:]
+        if newest is not None and newest.products is not None:
+            newest.products.numbers = tuple(own[:-1])
+            if own[-1] != numbers[-1]:  # some rank has none
+                newest.products = None
         usable = common(numbers)
         if view is not None:
             must = view.must if usable or view.must else "another rank computes"
             view = view._replace(kept=view.kept[:usable], must=must)
-        return view, sums, own[0].numbers[0] if own and own[0].numbers else None
+        return view, sums, moments[0].numbers[0] if moments and moments[0].numbers else None
+
+    def _unread_products(self) -> list[Reading]:
+        """What a forecast will want to know of residuals, wherever the call turns out to lie."""
+        kept = [
+            each
+            for run in list(self._state.runs)
+            for (_, region), trajectory in list(run.trajectories.items())
+            if region == self._guarded.region
+            for each in trajectory.history.kept
+        ]
+        found = [each.products for each in kept if each.products is not None]
+        return [each for each in found if each.numbers is None]
 
     def _compared(self, view: _View, along: Sequence[Tensor]) -> Tensor:
         signal, now, before = self._policy.signal, self._signal, view.trajectory.signal
@@ -385,6 +415,8 @@ class Step:
             self._tell(REPLACED, inputs=sorted(view.place.changed or ()))
         if view.must == "non-finite residual":
             self._tell(view.must)
+        if self._is_symmetric and self._policy.forecast.reads_products:
+            self._tell("products")
         is_late = view.total is None and view.place.at.index >= DEFAULT_STEPS
         if is_late and view.trajectory.gate.schedules:
             self._tell("steps")

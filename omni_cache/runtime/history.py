@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from omni_cache.runtime.reading import on_host
-from omni_cache.strategies import Time
+from omni_cache.kernels import inner_products
+from omni_cache.runtime.agreement import local
+from omni_cache.runtime.reading import Reading, on_host, read
+from omni_cache.strategies import Forecast, Time
+from omni_cache.strategies.base import Matrix, Row
 
 
 @dataclass
 class Kept:
-    """The residuals of one computed step.
+    """The residuals of one computed step, or forecasts that stand in for them.
 
     Attributes:
         at: when they were made.
         residuals: tensors, in the order of the program's residuals.
         finite: bool tensor, whether all of them were finite when they were made.
-        is_finite: the same on the host; None until somebody has read it.
+        products: for each sample its inner products with itself and with those that were kept when
+            it came, newest first; None where nobody wants them.
+        is_finite: ``finite`` on the host; None until somebody has read it.
         signal: of that step, for what looks back at it.
     """
 
     at: Time
     residuals: tuple[Tensor, ...]
     finite: Tensor
+    products: Reading | None = None
     is_finite: bool | None = None
     signal: Tensor | None = None
 
@@ -40,14 +47,27 @@ class History:
 
     Args:
         depth: how many there are at most.
+        forecast: what weighs them.
         device: where they are kept; None where they are made. Copies to the host are asynchronous:
             the device's own order of work has them done before they are used.
+        per_sample: whether each sample may have weights of its own.
+        measures: whether inner products are taken for a forecast that reads them.
     """
 
-    def __init__(self, depth: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        depth: int,
+        forecast: Forecast,
+        device: torch.device | None = None,
+        per_sample: bool = False,
+        measures: bool = True,
+    ) -> None:
         self.depth = depth
+        self.forecast = forecast
         self.device = self.home = device
         self.kept: list[Kept] = []
+        self._per_sample = per_sample
+        self._measures = measures and forecast.reads_products
 
     def push(
         self, at: Time, residuals: Sequence[Tensor], finite: Tensor, signal: Tensor | None = None
@@ -60,8 +80,13 @@ class History:
             self.kept = []
             return
         self.home = residuals[0].device
+        older = self.kept[: self.depth - 1]
+        if self.forecast.feeds_back and older:
+            older = [older[0], self._forecast(at._replace(index=at.index - 1, value=None))]
+        products = self._products(residuals, older) if self._measures else None
         moved = tuple(_moved(each, self.device or self.home) for each in residuals)
-        self.kept = [Kept(at, moved, finite, signal=signal), *self.kept][: self.depth]
+        made = Kept(at, moved, finite, products, signal=signal)
+        self.kept = [made, *older][: self.depth]
 
     @property
     def usable(self) -> list[Kept]:
@@ -83,11 +108,86 @@ class History:
         assert self.home is not None  # something was kept
         return tuple(_moved(each, self.home) for each in kept.residuals)
 
+    def rows(self, kept: Sequence[Kept], now: Time, count: int) -> list[Row]:
+        """The weights of ``count`` sets of residuals: a row for each sample, or one for all."""
+        times = [each.at for each in kept]
+        readings = [each.products for each in kept if each.products is not None]
+        if len(readings) == len(kept):
+            read(readings)
+            rows = self.forecast.rows(times, now, _matrices(readings, self.depth))
+        else:
+            rows = [self.forecast.weights(times, now)]
+        return [(*row, *[0.0] * (count - len(kept))) for row in rows]
+
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is kept."""
+        """All that is kept, each once: a forecast of a computed step is its residual."""
         signals = [each.signal for each in self.kept if each.signal is not None]
-        return [*signals, *(tensor for each in self.kept for tensor in each.residuals)]
+        residuals = (tensor for each in self.kept for tensor in each.residuals)
+        return list({id(each): each for each in (*signals, *residuals)}.values())
+
+    def _forecast(self, now: Time) -> Kept:
+        """What the forecast says of a step, kept as a residual is."""
+        assert self.home is not None  # something was made
+        usable = self.usable or self.kept
+        (row,) = self.rows(usable, now, len(usable))
+        if row[0] == 1.0 and not any(row[1:]):
+            return usable[0]
+        made = [
+            _weighed(row, [_moved(kept.residuals[place], self.home) for kept in usable])
+            for place in range(len(usable[0].residuals))
+        ]
+        finite = torch.stack([local(each).isfinite().all() for each in made]).all()
+        numbers = [each.nan_to_num(0.0, 0.0, 0.0) for each in made]
+        return Kept(now, tuple(_moved(each, self.device or self.home) for each in numbers), finite)
+
+    def _products(self, residuals: Sequence[Tensor], older: Sequence[Kept]) -> Reading:
+        """For each sample ``depth`` numbers: the newest's products with itself and older ones.
+
+        Streams add up: a sample is one vector, whatever its streams.
+        """
+        places = [place for place, each in enumerate(residuals) if _is_weighed(each)]
+        new = [local(residuals[place]) for place in places]
+        sizes = {each.shape[0] if each.dim() > 2 else 1 for each in new}
+        samples = sizes.pop() if len(sizes) == 1 and self._per_sample else 1
+        found = [
+            inner_products(each, [self._at_home(kept.residuals[place]) for kept in older], samples)
+            for place, each in zip(places, new, strict=True)
+        ]
+        total = reduce(torch.add, (each.to(found[0].device) for each in found))
+        missing = self.depth - 1 - len(older)
+        return Reading(torch.nn.functional.pad(total.view(samples, -1), (0, missing)).view(-1))
+
+    def _at_home(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a kept tensor, where it was made."""
+        assert self.home is not None  # something was made
+        return local(_moved(tensor, self.home))
+
+
+def _matrices(readings: Sequence[Reading], depth: int) -> list[Matrix]:
+    """For each sample the inner products of all entries, of what each was measured with."""
+    found = [each.numbers or () for each in readings]
+    ages = range(len(found))
+    return [
+        tuple(tuple(found[min(i, j)][first + abs(i - j)] for j in ages) for i in ages)
+        for first in range(0, len(found[0]), depth)
+    ]
+
+
+def _is_weighed(residual: Tensor) -> bool:
+    """Whether a residual is of numbers that a sum can weigh, and has any."""
+    weighed = residual.is_floating_point() or residual.is_complex()
+    return weighed and residual.numel() > 0
+
+
+def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:
+    """``sum_i row[i] * entries[i]``, summed in float32 at least; the newest of what has no sum."""
+    newest = entries[0]
+    if not _is_weighed(newest):
+        return newest
+    precise = torch.promote_types(newest.dtype, torch.float32)
+    terms = (weight * each.to(precise) for weight, each in zip(row, entries, strict=True))
+    return reduce(torch.add, terms).to(newest.dtype)
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -23,14 +23,22 @@ DEFAULT_STEPS = 28
 """Number of inference steps that a gate that schedules by it assumes when nobody says."""
 
 
+Row = tuple[float, ...]
+"""The weights of a forecast, one for each residual that is kept, newest first."""
+
+Matrix = tuple[Row, ...]
+
+
 class Time(NamedTuple):
     """Where a call lies on its trajectory: its step, and its timestep or sigma where it is known.
 
     Steps count over the whole schedule, so that image-to-image begins in the middle of them.
+    ``total`` is their number, where a forecast is asked for one and somebody has said it.
     """
 
     index: int  # type: ignore[assignment]  # hides a method that nobody needs here
     value: float | None = None
+    total: int | None = None
 
 
 class Verdict(NamedTuple):
@@ -152,25 +160,46 @@ class Gate(ABC):
         """
 
 
-class Forecast(Protocol):
+class Forecast(ABC):
     """What stands in for the residual: ``sum_i weights[i] * kept[i]``."""
 
-    @property
-    def depth(self) -> int:
-        """How many computed residuals it wants kept."""
+    feeds_back: ClassVar[bool] = False
+    """Whether it weighs a forecast of its own: of what is kept, the third is then what it says of
+    the step before the newest computed one, and there is nothing older."""
+    reads_products: ClassVar[bool] = False
+    """Whether it weighs by what the residuals are, for which it has `rows`."""
 
     @property
     def reads_values(self) -> bool:
         """Whether it weighs by `Time.value`, and not by the step alone."""
+        return False
 
-    def weights(self, kept: Sequence[Time], now: Time) -> tuple[float, ...]:
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many residuals it wants kept."""
+
+    @abstractmethod
+    def weights(self, kept: Sequence[Time], now: Time) -> Row:
         """One weight for each kept residual.
 
         Args:
             kept: times of the computed steps whose residuals are kept, newest first; at least one
                 and at most ``depth``.
-            now: the time to forecast for.
+            now: the time to forecast for; it alone has `Time.total`.
         """
+
+    def rows(self, kept: Sequence[Time], now: Time, products: Sequence[Matrix]) -> Sequence[Row]:
+        """One row of weights for each sample, or one for all of them.
+
+        It is asked only of a forecast that reads products, and `weights` only where there are none.
+
+        Args:
+            kept: as for `weights`.
+            now: as for `weights`.
+            products: for each sample the inner products of the kept residuals, newest first.
+        """
+        return [self.weights(kept, now)]
 
 
 def require(condition: bool, flag: str, given: Any, allowed: str) -> None:

@@ -7,9 +7,9 @@ so that other thresholds compile nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omni_cache.strategies.base import Forecast, Gate, Signal, is_count, is_number, require
 from omni_cache.strategies.forecasts import make_forecast
@@ -115,9 +115,10 @@ class Strategy(ABC):
             context says.
         start (float, default 0): share of the steps before which all are computed.
         end (float, default 1): share of the steps from which on all are computed.
-        forecast (str, default "hold"): what stands in for the residual: "hold", "newton", "taylor",
-            or a :class:`Forecast`.
-        forecast_order (int, optional): order of the forecast; 1 by default.
+        forecast (str, default "hold"): what stands in for the residual: the name of a forecast
+            ("hold", "newton", "taylor", "hermite", "adams", "foca", "chebyshev", "dmd", or one that
+            was registered), fitted weights by steps, or a :class:`Forecast`.
+        forecast_order (int, optional): order of the forecast, which has a default of its own.
         forecast_axis (str, default "sigma"): what "newton" extrapolates in: "sigma", the timestep
             argument, or "step", its index.
     """
@@ -127,7 +128,7 @@ class Strategy(ABC):
     num_inference_steps: int | None = None
     start: float = 0.0
     end: float = 1.0
-    forecast: str | Forecast = "hold"
+    forecast: str | Forecast | Mapping[int, Sequence[float]] | Sequence[Any] = "hold"
     forecast_order: int | None = None
     forecast_axis: str = "sigma"
 

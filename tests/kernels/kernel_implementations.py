@@ -23,6 +23,7 @@ class Implementation:
     rel_l1_gate: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
     magnitude_gate: Callable[[Tensor, Tensor, float, int], Tensor]
     magnitude_stats: Callable[[Tensor, Tensor], Tensor]
+    inner_products: Callable[[Tensor, Sequence[Tensor], int], Tensor]
 
 
 def operators_on(device: str) -> Implementation:
@@ -33,12 +34,13 @@ def operators_on(device: str) -> Implementation:
         kernels.rel_l1_gate,
         kernels.magnitude_gate,
         kernels.magnitude_stats,
+        kernels.inner_products,
     )
 
 
 def interpreted() -> Implementation:
     """Return the Triton kernels, run by the interpreter on a grid of at most three programs."""
-    from omni_cache.kernels import contents, distance, magnitude, scratch
+    from omni_cache.kernels import contents, distance, magnitude, products, scratch
 
     device = torch.device("cpu")
     alone = {"scratch": scratch.new_scratch(device), "programs": 3}
@@ -49,4 +51,5 @@ def interpreted() -> Implementation:
         partial(distance.launch_gate, **alone),
         magnitude.launch_gate,
         partial(magnitude.launch_stats, **alone),
+        partial(products.launch, programs=3),
     )

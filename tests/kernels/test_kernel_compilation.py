@@ -10,7 +10,7 @@ from kernel_implementations import INTERPRETED
 
 triton = pytest.importorskip("triton")
 
-from omni_cache.kernels import contents, distance, magnitude  # noqa: E402
+from omni_cache.kernels import contents, distance, magnitude, products  # noqa: E402
 from omni_cache.kernels.grid import WARPS, tile_shape  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -158,6 +158,27 @@ def magnitude_stats_for(
     return compile_for(target, magnitude.magnitude_stats_kernel, pointers, constants, **options)
 
 
+def inner_products_for(
+    target: str, dtype: str, count: int, integers: str = "i32", aligned: bool = True
+) -> dict[str, Any]:
+    # A tuple of pointers is one parameter, whose elements are named by their places in it.
+    kernel = products.inner_products_kernel
+    signature = {
+        "residual_ptrs": ("*" + dtype,) * count,
+        "partials_ptr": "*fp64",
+        "size": integers,
+        "TILE": "constexpr",
+    }
+    places = [*((0, place) for place in range(count)), (1,), (2,)]
+    attributes = {place: [["tt.divisibility", 16]] for place in places if aligned}
+    compiled: dict[str, Any] = triton.compile(
+        ASTSource(kernel, signature, {"TILE": 1024}, attributes),
+        target=TARGETS[target],
+        options={"num_warps": WARPS, "enable_fp_fusion": False},
+    ).asm
+    return compiled
+
+
 def machine_code(compiled: dict[str, Any]) -> bytes:
     code: bytes = compiled["cubin"] if "cubin" in compiled else compiled["hsaco"]
     return code
@@ -220,6 +241,18 @@ def test_magnitude_stats_compile(target: str, dtype: torch.dtype) -> None:
 @EVERY_TARGET
 def test_magnitude_stats_compile_for_unaligned_strided_and_huge_tensors(target: str) -> None:
     compiled = magnitude_stats_for(target, torch.bfloat16, 3, integers="i64", aligned=False)
+    assert machine_code(compiled).startswith(b"\x7fELF")
+
+
+@EVERY_TARGET
+@pytest.mark.parametrize("dtype", [*TYPES.values(), "fp64"])
+def test_inner_products_compile(target: str, dtype: str) -> None:
+    assert machine_code(inner_products_for(target, dtype, 6)).startswith(b"\x7fELF")
+
+
+@EVERY_TARGET
+def test_inner_products_compile_for_one_unaligned_huge_tensor(target: str) -> None:
+    compiled = inner_products_for(target, "bf16", 1, integers="i64", aligned=False)
     assert machine_code(compiled).startswith(b"\x7fELF")
 
 

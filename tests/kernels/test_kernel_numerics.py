@@ -560,3 +560,56 @@ def test_magnitude_stats_do_not_hide_what_is_not_finite(
     pair[where, 3, 600] = poison
     residual, previous = pair.to(implementation.device)
     assert not implementation.magnitude_stats(residual, previous).isfinite().all()
+
+
+@settings(max_examples=25)
+@given(sequence=sequences(length=4), count=st.integers(0, 3), whole=st.booleans())
+def test_inner_products_follow_the_reference_sample_by_sample(
+    implementation: Implementation, sequence: list[Tensor], count: int, whole: bool
+) -> None:
+    residual, *previous = sequence[: 1 + count]
+    samples = 1 if whole or residual.ndim == 0 else residual.shape[0]
+    device = implementation.device
+    products = implementation.inner_products(
+        placed(residual, device), [placed(each, device) for each in previous], samples
+    )
+    expected = reference.inner_products(residual, previous, samples)
+    assert (products.shape, products.dtype) == ((samples * (1 + count),), torch.float64)
+    size = expected.abs().max().item()
+    assert_close(products.cpu(), expected, rtol=FP64, atol=FP64 * size)
+
+
+def test_inner_products_keep_the_digits_that_a_small_eigenvalue_needs(
+    implementation: Implementation,
+) -> None:
+    """What is left of two nearly equal residuals, once their common part is taken out."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(3, 5_001, generator=generator, dtype=torch.float32) + 100
+    other = one * (1 + 2.0**-10)  # exact in fp32 but for its last bits
+    device = implementation.device
+    (own, across) = implementation.inner_products(one.to(device), [other.to(device)], 1).tolist()
+    (theirs,) = implementation.inner_products(other.to(device), [], 1).tolist()
+    left = (own - 2 * across + theirs) / own
+    exact = ((one.double() - other.double()) ** 2).sum() / (one.double() ** 2).sum()
+    assert left == pytest.approx(exact.item(), rel=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3), (0, 4, 5)])
+def test_inner_products_of_nothing_are_zero(
+    implementation: Implementation, shape: tuple[int, ...]
+) -> None:
+    nothing = torch.ones(shape, device=implementation.device)
+    assert implementation.inner_products(nothing, [nothing], 1).tolist() == [0.0, 0.0]
+    found = implementation.inner_products(nothing, [nothing], shape[0]).tolist()
+    assert found == [0.0] * 2 * shape[0]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_inner_products_do_not_hide_what_is_not_finite(
+    implementation: Implementation, poison: float
+) -> None:
+    pair = torch.ones(2, 6, 700, 1)
+    pair[1, 3, 600] = poison
+    residual, previous = pair.to(implementation.device)
+    products = implementation.inner_products(residual, [previous], 6).view(6, 2)
+    assert products.isfinite().tolist() == [[True, sample != 3] for sample in range(6)]

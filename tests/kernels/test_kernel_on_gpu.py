@@ -134,6 +134,14 @@ def test_rel_l1_gate_is_a_single_launch(strided: bool) -> None:
     assert launches(decide) == ["rel_l1_gate_kernel"]
 
 
+def test_inner_products_on_a_full_grid_give_the_same_bits_every_time() -> None:
+    residual, *previous = torch.randn(4, 2, 1024, 3072, device="cuda").bfloat16()
+    products = [kernels.inner_products(residual, previous, 2) for _ in range(100)]
+    expected = reference.inner_products(residual, previous, 2)
+    assert_close(products[0], expected, rtol=1e-12, atol=1e-12 * expected.max().item())
+    assert all(torch.equal(each, products[0]) for each in products)
+
+
 def test_magnitude_stats_are_a_single_launch() -> None:
     residual, previous = torch.randn(2, 64, 256, device="cuda")
     compare = partial(kernels.magnitude_stats, residual, previous)

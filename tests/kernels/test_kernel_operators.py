@@ -77,6 +77,15 @@ def magnitude_gate_arguments(device: str = "cpu", **replaced: Any) -> dict[str, 
     return arguments | replaced
 
 
+def inner_products_arguments(device: str = "cpu", **replaced: Any) -> dict[str, Any]:
+    arguments = {
+        "residual": torch.randn(2, 5, 7, device=device),
+        "previous": [torch.randn(2, 5, 7, device=device) for _ in range(3)],
+        "samples": 2,
+    }
+    return arguments | replaced
+
+
 def magnitude_stats_arguments(device: str = "cpu", **replaced: Any) -> dict[str, Any]:
     arguments = {
         "residual": torch.randn(2, 5, 7, device=device),
@@ -134,7 +143,8 @@ def test_sea_distance_says_what_is_wrong(replaced: dict[str, Any], said: str) ->
 
 def test_no_operator_writes_into_its_arguments() -> None:
     gates = ("rel_l1_gate", "magnitude_gate")
-    for name in ("rel_l1", "sea_distance", "fingerprint", "magnitude_stats", *gates):
+    others = ("sea_distance", "fingerprint", "magnitude_stats", "inner_products")
+    for name in ("rel_l1", *others, *gates):
         schema = getattr(torch.ops.omni_cache, name).default._schema
         assert not schema.is_mutable
         assert all(each.alias_info is None for each in [*schema.arguments, *schema.returns])
@@ -164,6 +174,7 @@ def test_on_a_device_without_float64_all_numbers_are_float32(
         gate = ops._rel_l1_gate_aten(arguments["current"], arguments["previous"], one, three, 0.2)
         assert gate.dtype == torch.float32
         assert ops._magnitude_gate_aten(three, one, 0.24, 5).dtype == torch.float32
+        assert ops._inner_products_aten(three, [three], 1).dtype == torch.float32
 
 
 def test_numbers_of_any_dtype_and_of_one_element_stack() -> None:
@@ -231,6 +242,24 @@ def test_magnitude_stats_pass_opcheck(device: str, dtype: torch.dtype, shape: tu
     torch.library.opcheck(torch.ops.omni_cache.magnitude_stats, (residual, previous))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [*DTYPES, f64])
+@pytest.mark.parametrize(("shape", "samples"), [((), 1), ((4, 6), 4), ((4, 6), 1), ((0, 3), 0)])
+def test_inner_products_pass_opcheck(
+    device: str, dtype: torch.dtype, shape: tuple[int], samples: int
+) -> None:
+    residual, *previous = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    torch.library.opcheck(torch.ops.omni_cache.inner_products, (residual, previous, samples))
+
+
+def test_inner_products_of_complex_residuals_are_those_of_their_parts() -> None:
+    one, other = torch.randn(2, 2, 5, 7, dtype=torch.complex64)
+    whole = kernels.inner_products(one, [other], 2).view(2, 2)
+    expected = (one * other.conj()).real.double().sum((1, 2))
+    assert_close(whole[:, 1], expected, rtol=1e-5, atol=1e-5)
+    assert_close(whole[:, 0], one.abs().double().square().sum((1, 2)), rtol=1e-5, atol=0.0)
+
+
 def test_no_gradient_flows_through_a_decision() -> None:
     current = torch.randn(2, 5, 7, requires_grad=True)
     arguments = rel_l1_gate_arguments(current=current)
@@ -239,6 +268,7 @@ def test_no_gradient_flows_through_a_decision() -> None:
     assert not kernels.magnitude_stats(current, current).requires_grad
     assert not kernels.rel_l1(current, current.detach(), [current[0, 0, 0]]).requires_grad
     assert not kernels.fingerprint(current).requires_grad
+    assert not kernels.inner_products(current, [current]).requires_grad
 
 
 REJECTED = [
@@ -263,6 +293,12 @@ REJECTED = [
     (kernels.magnitude_gate, {"state": torch.ones(4, dtype=f64)}, "state.shape"),
     (kernels.magnitude_gate, {"state": torch.ones(6, dtype=f64)[::2]}, "state.stride()"),
     (kernels.magnitude_gate, {"ratio": torch.ones(2, dtype=f64)}, "ratio.shape"),
+    (kernels.inner_products, {"residual": torch.ones(2, 5, 7).int()}, "residual.dtype"),
+    (kernels.inner_products, {"previous": [torch.ones(2, 5, 8)]}, "previous[0].shape"),
+    (kernels.inner_products, {"previous": [torch.ones(2, 5, 7).half()]}, "previous[0].dtype"),
+    (kernels.inner_products, {"previous": [torch.ones(2, 5, 7)] * 16}, "len(previous)"),
+    (kernels.inner_products, {"samples": 5}, "samples"),
+    (kernels.inner_products, {"samples": 0}, "samples"),
     (kernels.magnitude_stats, {"residual": torch.ones(2, 5, 7).int()}, "residual.dtype"),
     (kernels.magnitude_stats, {"residual": torch.tensor(1.0)}, "residual.shape"),
     (kernels.magnitude_stats, {"previous": torch.ones(2, 5, 8)}, "previous.shape"),
@@ -275,6 +311,7 @@ ARGUMENTS = {
     kernels.rel_l1_gate: rel_l1_gate_arguments,
     kernels.magnitude_gate: magnitude_gate_arguments,
     kernels.magnitude_stats: magnitude_stats_arguments,
+    kernels.inner_products: inner_products_arguments,
 }
 
 

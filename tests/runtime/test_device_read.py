@@ -176,6 +176,27 @@ def test_forecasts_are_those_of_the_host(
         assert known == loops[0].timesteps
 
 
+@pytest.mark.parametrize("forecast", ["dmd", "foca"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("explicit", [False, True], ids=["inferred", "named"])
+def test_a_forecast_that_looks_at_residuals_costs_no_second_read(
+    explicit: bool, strategy: str, forecast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loops = [Loop(BRANCHES[2], steps=16, explicit=explicit, seed=seed) for seed in (0, 1)]
+    flags = {**STRATEGIES[strategy], "forecast": forecast}
+    if strategy == "magcache":
+        often = {"num_inference_steps": 16, "threshold": 9.0, "max_skip_steps": 1}
+        flags = {**flags, **often, "retention_ratio": 0.0}
+    expected, expected_schedules, _ = generations(loops, **flags)
+
+    with pretended_device(monkeypatch) as reads:
+        predictions, schedules, _ = generations(loops, **flags)
+
+    assert (schedules, same(predictions, expected)) == (expected_schedules, True)
+    assert all(False in schedule for schedule in schedules[-1])
+    assert max(reads) == 1
+
+
 def test_a_known_place_costs_a_host_decided_strategy_no_read_once_it_knows_its_inputs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -36,7 +36,7 @@ COEFFICIENTS = "a sequence of at least one finite number, highest power first"
 RATIOS = "a sequence of at least one finite number, or a mapping of branch names to such"
 MASK = "one of 'slow', 'medium', 'fast', 'ultra', a sequence of zeros and ones, or None"
 OF_TAYLOR = "an integer from 1 to 4 for forecast='taylor', or None"
-FORECAST = "one of 'hold', 'newton', 'taylor', or an object with weights()"
+FORECAST = f"one of {', '.join(map(repr, FORECASTS))}, weights by steps, or a Forecast"
 
 Wrong = list[tuple[str, list[Any], str]]
 
@@ -44,7 +44,7 @@ OF_ALL: Wrong = [
     ("num_inference_steps", [0, -1, 2.0, "28", True], STEPS),
     ("start", [-0.1, 1.1, float("nan"), "0.1", None, True], SHARE),
     ("end", [-0.1, 1.1, float("nan"), "0.1", None, True], SHARE),
-    ("forecast", ["newtn", "", None, 2, object(), Newton, np.float64(1)], FORECAST),
+    ("forecast", ["newtn", "", None, 2, object(), Newton, np.float64(1), np.eye(2)], FORECAST),
     ("forecast_order", [-1, 1, 1.0, "1", True], "0 for forecast='hold', or None"),
     ("forecast_axis", ["time", "", None, 1], "'sigma' or 'step'"),
 ]
@@ -187,7 +187,7 @@ def test_a_wrong_value_names_the_field_what_was_given_and_what_is_allowed(
     [("newton", [-1, 5, 1.0, "1", True]), ("taylor", [0, 5, 2.0, "1", True])],
 )
 def test_a_wrong_order_is_told_the_range_of_its_forecast(forecast: str, orders: list[Any]) -> None:
-    least, most = FORECASTS[forecast]
+    _, least, most = FORECASTS[forecast]
     for order in orders:
         message = (
             f"forecast_order={order!r} is not allowed; forecast_order must be an integer from "
