@@ -7,7 +7,7 @@ so that other thresholds compile nothing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -118,6 +118,19 @@ class Strategy(ABC):
         Raises:
             ValueError: the strategy lacks numbers for this class.
         """
+
+    def for_transformer(self, name: str, classes: Sequence[str], scheduler: str | None) -> Strategy:
+        """The strategy of one transformer of a pipeline, checked against it.
+
+        Args:
+            name: the component's name in its pipeline, "" for a bare module.
+            classes: names of the classes that it is made of, its own first.
+            scheduler: the class of the pipeline's scheduler, where there is one.
+
+        Raises:
+            ValueError: the strategy has numbers of another model.
+        """
+        return self
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ BOOL = "True or False"
 NAME = "a string or None"
 COEFFICIENTS = "a sequence of at least one finite number, highest power first"
 RATIOS = "a sequence of at least one finite number, or a mapping of branch names to such"
+FILE = "the path of a file that `omni-cache calibrate` wrote"
 FORECAST = "one of 'hold', 'newton', 'taylor', or an object with weights()"
 
 Wrong = list[tuple[str, list[Any], str]]
@@ -35,17 +36,22 @@ OF_ALL: Wrong = [
     ("forecast_order", [-1, 1, 1.0, "1", True], "0 for forecast='hold', or None"),
     ("forecast_axis", ["time", "", None, 1], "'sigma' or 'step'"),
 ]
+OF_CALIBRATED: Wrong = [
+    ("variant", [1, ["FLUX.1-dev"]], NAME),
+    ("calibration", [1, ["file.json"]], FILE),
+]
 
 WRONG: dict[type[Strategy], Wrong] = {
     TeaCache: [
         *OF_ALL,
+        *OF_CALIBRATED,
         ("rel_l1_thresh", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
         ("coefficients", [[], "12", 3.0, [1.0, float("nan")], [None], [[1.0]]], COEFFICIENTS),
-        ("variant", [1, ["FLUX.1-dev"]], NAME),
         ("force_last_step", ["yes", 1, None], BOOL),
     ],
     MagCache: [
         *OF_ALL,
+        *OF_CALIBRATED,
         ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
         ("max_skip_steps", [-1, 1.5, "5", None, True], "an integer >= 0"),
         ("retention_ratio", [-0.1, 1.1, float("nan"), "0.1", True], SHARE),
@@ -54,7 +60,6 @@ WRONG: dict[type[Strategy], Wrong] = {
             [[], "12", 1.0, [float("inf")], [None], {}, {0: [1.0]}],
             RATIOS,
         ),
-        ("variant", [1, ["FLUX.1-dev"]], NAME),
     ],
     FirstBlockCache: [
         *OF_ALL,
@@ -190,6 +195,7 @@ def test_defaults_are_the_documented_ones() -> None:
         retention_ratio=0.1,
         mag_ratios=None,
         variant=None,
+        calibration=None,
         **of_all,
     )
 
