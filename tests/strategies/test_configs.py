@@ -21,7 +21,10 @@ SHARE = "a number from 0 to 1"
 STEPS = "an integer >= 1 or None"
 BOOL = "True or False"
 NAME = "a string or None"
-COEFFICIENTS = "a sequence of at least one finite number, highest power first"
+COEFFICIENTS = (
+    "a sequence of at least one finite number, highest power first, or a mapping of branch names "
+    "to such"
+)
 RATIOS = "a sequence of at least one finite number, or a mapping of branch names to such"
 FILE = "the path of a file that `omni-cache calibrate` wrote"
 FORECAST = "one of 'hold', 'newton', 'taylor', or an object with weights()"
