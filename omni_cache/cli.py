@@ -96,6 +96,41 @@ def calibrate(
         raise typer.BadParameter(str(error)) from None
 
 
+@app.command()
+def compare(
+    pipeline: Pipeline,
+    prompts: Prompts,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of an uncached generation.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the page, the plot and the table.")
+    ] = Path("comparison"),
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Compare with diffusers' hooks and cache-dit too.")
+    ] = False,
+    inner: Annotated[str, typer.Option(help="Compiler of the model, cached and not.")] = "inductor",
+    seed: Annotated[int, typer.Option(help="Prompt i starts from the noise of seed + i.")] = 0,
+    arguments: Arguments = "{}",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+) -> None:
+    """Run every strategy, the peers and fewer steps on the same prompts, and write one page."""
+    from omni_cache.compare.command import run
+    from omni_cache.pipelines.folder import read_prompts
+
+    try:
+        run(
+            _folder(pipeline, arguments, dtype, device),
+            read_prompts(prompts),
+            steps,
+            output,
+            peers=peers,
+            inner=inner,
+            seed=seed,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _folder(pipeline: str, arguments: str, dtype: str, device: str) -> "Folder":
     from omni_cache.demo import demo_arguments, demo_pipeline_path
     from omni_cache.pipelines.folder import Folder

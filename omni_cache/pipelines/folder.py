@@ -48,11 +48,10 @@ class Folder:
             raise ValueError(
                 f"{self.path} holds no pipeline in diffusers format: model_index.json is missing"
             )
-        pipe = DiffusionPipeline.from_pretrained(
-            self.path, torch_dtype=dtype, local_files_only=True
-        )
+        silence()
+        pipe = DiffusionPipeline.from_pretrained(self.path, local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(self.device)
+        return pipe.to(self.device, dtype)
 
     def draw(
         self, pipe: Any, prompt: str, seed: int, num_inference_steps: int
@@ -68,6 +67,16 @@ class Folder:
         )
         pictures = made.images if hasattr(made, "images") else made.frames
         return np.asarray(pictures[0], dtype=np.float32), time.perf_counter() - started
+
+
+def silence() -> None:
+    """Keep the libraries that load and run pipelines from printing."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def read_prompts(path: Path) -> list[str]:
