@@ -50,7 +50,7 @@ def run(
     """Compare strategies, peers and fewer steps on the same prompts and seeds.
 
     Writes ``results.json``, ``results.md``, ``frontier.png`` and ``index.html``, the calibrations
-    that were used, and what each process printed.
+    that were used, and what the processes of kinds that failed have printed.
 
     Args:
         pipeline: what to compare them on.
@@ -85,10 +85,11 @@ def run(
             measured.add(kind)
         # Once more with all steps, so that both rounds stand for the time of the whole run.
         counts = {round(median(row.computed)) for row in measured.rows} - {num_inference_steps}
-        again, *_ = measured.add(fewer_steps([num_inference_steps, *sorted(counts)]))
-    if again is not reference:
-        measured.rows.remove(again)
-        reference.seconds += again.seconds
+        for again in measured.add(fewer_steps([num_inference_steps, *sorted(counts)]))[:1]:
+            measured.rows.remove(again)
+            reference.seconds += again.seconds
+    if not any(logs.iterdir()):
+        logs.rmdir()
     comparison = Comparison(task, measured.rows, measured.failures)
     console.print(table(comparison))
     for name, why in measured.failures.items():
@@ -122,7 +123,7 @@ class _Measured:
         log = self.logs / f"{kind.family} {kind.name}.log"
         try:
             for drawn in in_its_own_process(self.task, kind, log):
-                if not self.rows and not rows.get(1):
+                if not self.rows:
                     self.references.append(drawn.picture)
                     self.started = drawn.started
                 row = rows.setdefault(drawn.setting, Row(kind, kind.settings[drawn.setting]))
@@ -132,6 +133,7 @@ class _Measured:
                 if drawn.prompt < _SHOWN:
                     row.pictures.append(as_png(drawn.picture))
                 self.progress.update(bar, advance=1)
+            log.unlink(missing_ok=True)
         except KindFailed as failure:
             if not self.rows:
                 raise RuntimeError(f"the uncached pipeline: {failure}") from None
