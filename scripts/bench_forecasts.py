@@ -25,9 +25,12 @@ from diffusers import FluxPipeline
 from rich.progress import track
 
 import omni_cache
+from omni_cache.compare.quality import fidelity_to, quality_of
+from omni_cache.compare.report import processor
 from omni_cache.demo import load_demo_pipeline
-from omni_cache.demo.command import demo_captions, processor
-from omni_cache.demo.measurement import Fidelity, Picture, calibrated_variants, draw, fidelity_to
+from omni_cache.demo.command import demo_captions
+from omni_cache.demo.measurement import calibrated_variants, draw
+from omni_cache.pipelines.folder import Picture
 from omni_cache.strategies import STRATEGIES, Time
 
 STEPS, TARGETS, CALIBRATION_PROMPTS = 28, (6, 8, 10, 12), 4
@@ -127,24 +130,16 @@ def row(
 ) -> dict[str, Any]:
     """The fidelity of some pictures."""
     each = [fidelity_to(*pair) for pair in zip(references, pictures, strict=True)]
+    quality = quality_of(each)
     return {
         "strategy": strategy,
         "forecast": forecast,
         "target": target,
-        **summed_up(each),
+        "psnr": quality.median.psnr,
+        "psnr_5th": quality.fifth.psnr,
+        "ssim": quality.median.ssim,
+        "ssim_5th": quality.fifth.ssim,
         "psnr_per_prompt": [fidelity.psnr for fidelity in each],
-    }
-
-
-def summed_up(each: Sequence[Fidelity]) -> dict[str, float]:
-    """Median and 5th percentile over the prompts."""
-    psnr = [float("inf") if one.psnr is None else one.psnr for one in each]
-    ssim = [one.ssim for one in each]
-    return {
-        "psnr": float(np.median(psnr)),
-        "psnr_5th": float(np.percentile(psnr, 5)),
-        "ssim": float(np.median(ssim)),
-        "ssim_5th": float(np.percentile(ssim, 5)),
     }
 
 

@@ -29,7 +29,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import omni_cache
-from omni_cache.demo.command import processor
+from omni_cache.compare.report import processor
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "runtime")]

@@ -27,7 +27,7 @@ from diffusers import FluxTransformer2DModel
 from rich.progress import track
 
 import omni_cache
-from omni_cache.demo.command import processor
+from omni_cache.compare.report import processor
 
 STEPS = 28
 CONFIG = {

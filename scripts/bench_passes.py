@@ -23,7 +23,7 @@ import typer
 from omni_cache.passes import analyse, split
 from torch.fx import GraphModule
 
-from omni_cache.demo.command import processor
+from omni_cache.compare.report import processor
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "passes"))

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from omni_cache.kernels import magnitude_stats
-from omni_cache.runtime.contexts import Observed
+from omni_cache.runtime.contexts import Observed, Run
 from omni_cache.strategies.signals import RelativeL1
 
-Series = dict[tuple[int, str], list[Any]]
-"""What was measured at each step, for each generation (by a number) and guidance branch."""
+
+class Measured(NamedTuple):
+    """What was measured at one step, with the place of it."""
+
+    run: Run
+    generation: int
+    branch: str
+    step: int
+    value: Any
 
 
 @dataclass
 class MagnitudeRatios:
     """Measures the magnitude of each step's residual against that of the step before.
 
-    ``series`` holds the mean over tokens of |r_t| / |r_(t-1)|; 1.0 at a model's first step.
+    ``steps`` hold the mean over tokens of |r_t| / |r_(t-1)|; 1.0 at a model's first step.
     """
 
-    series: Series = field(default_factory=lambda: defaultdict(list))
+    steps: list[Measured] = field(default_factory=list)
     _before: dict[str, tuple[object, Tensor]] = field(default_factory=dict)
 
     def __call__(self, step: Observed) -> None:
@@ -36,17 +42,17 @@ class MagnitudeRatios:
         if run is step.run and before.shape == residual.shape:
             ratio = float(magnitude_stats(residual, before)[0])
         self._before[step.branch] = step.run, residual
-        self.series[step.generation, step.branch].append(ratio)
+        self.steps.append(_measured(step, ratio))
 
 
 @dataclass
 class SignalAndOutput:
     """Measures how much signal and output change from step to step, as TeaCache's rule does.
 
-    ``series`` holds pairs of relative-L1 distances.
+    ``steps`` hold pairs of relative-L1 distances.
     """
 
-    series: Series = field(default_factory=lambda: defaultdict(list))
+    steps: list[Measured] = field(default_factory=list)
     _before: dict[str, tuple[object, Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, step: Observed) -> None:
@@ -58,5 +64,9 @@ class SignalAndOutput:
             measure = RelativeL1()
             pairs = zip((signal, output), before, strict=True)
             changes = [measure.distance(measure.measure(*each, ()).tolist()) for each in pairs]
-            self.series[step.generation, step.branch].append(tuple(changes))
+            self.steps.append(_measured(step, tuple(changes)))
         self._before[step.branch] = step.run, signal, output
+
+
+def _measured(step: Observed, value: Any) -> Measured:
+    return Measured(step.run, step.generation, step.branch, step.at.index, value)

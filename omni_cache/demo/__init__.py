@@ -5,18 +5,27 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
-__all__ = ["demo_pipeline_path", "load_demo_pipeline"]
+__all__ = ["demo_arguments", "demo_pipeline_path", "load_demo_pipeline"]
 
 
 def demo_pipeline_path() -> Path:
     """The folder of the bundled pipeline, in diffusers format."""
     return Path(__file__).parent / "pipeline"
+
+
+def demo_arguments() -> dict[str, Any]:
+    """What the bundled pipeline's call takes, since FLUX draws larger pictures by default."""
+    folder = demo_pipeline_path()
+    size = json.loads((folder / "vae" / "config.json").read_text())["sample_size"]
+    tokenizer = json.loads((folder / "tokenizer_2" / "tokenizer_config.json").read_text())
+    return {"height": size, "width": size, "max_sequence_length": tokenizer["model_max_length"]}
 
 
 def load_demo_pipeline(path: Path | None = None) -> FluxPipeline:

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from omni_cache.compare.quality import Fidelity
+from omni_cache.compare.report import processor
 from omni_cache.demo import demo_pipeline_path, load_demo_pipeline
 from omni_cache.demo.drawings import Scene, random_scene
 from omni_cache.demo.figures import picture_grid, timeline
 from omni_cache.demo.measurement import (
-    Fidelity,
     Measurement,
     VariantResult,
     calibrated_variants,
@@ -281,16 +282,6 @@ def _variant_as_json(measurement: Measurement, result: VariantResult) -> dict[st
             for each in result.generations
         ],
     }
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it; ``platform`` knows only its architecture there."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _milliseconds(seconds: float) -> str:

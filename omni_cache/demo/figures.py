@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from omni_cache.demo.measurement import Measurement, Picture, VariantResult
+from omni_cache.demo.measurement import Measurement, VariantResult
+from omni_cache.pipelines.folder import Picture
 
 _COMPUTED, _REUSED, _CURVE = "#1f4e79", "#cfe0ef", "#c0504d"
 

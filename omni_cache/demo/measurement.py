@@ -6,25 +6,18 @@ Knows pipelines and the public functions of omni_cache; knows nothing of how res
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
 import omni_cache
-from omni_cache.demo.architecture import TEXT_LENGTH
+from omni_cache.compare.quality import Fidelity, fidelity_to, quality_of
+from omni_cache.demo import demo_arguments, demo_pipeline_path
+from omni_cache.pipelines.folder import Folder, Picture
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
-
-Picture = npt.NDArray[np.float32]
-"""RGB in [0, 1], shape (H, W, 3)."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +50,6 @@ class StepTrace:
     distance: float | None
     accumulated: float | None
     reason: str
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How near a picture is to the uncached one: PSNR in dB (None for identical), and SSIM."""
-
-    psnr: float | None
-    ssim: float
 
 
 @dataclass(frozen=True)
@@ -109,7 +94,7 @@ class VariantResult:
     @property
     def fidelity(self) -> Fidelity:
         """Median fidelity."""
-        return _median_fidelity([each.fidelity for each in self.generations])
+        return quality_of([each.fidelity for each in self.generations]).median
 
     @property
     def baseline_seconds(self) -> float:
@@ -119,7 +104,7 @@ class VariantResult:
     @property
     def baseline_fidelity(self) -> Fidelity:
         """Median fidelity of the uncached model with as many steps as were computed."""
-        return _median_fidelity([each.baseline_fidelity for each in self.generations])
+        return quality_of([each.baseline_fidelity for each in self.generations]).median
 
 
 @dataclass(frozen=True)
@@ -280,15 +265,9 @@ def draw(
     pipe: FluxPipeline, prompt: str, seed: int, num_inference_steps: int
 ) -> tuple[Picture, float]:
     """Generate one picture in floating point; also returns the seconds that it took."""
-    started = time.perf_counter()
-    pictures = pipe(
-        prompt,
-        num_inference_steps=num_inference_steps,
-        max_sequence_length=TEXT_LENGTH,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-    ).images
-    return pictures[0], time.perf_counter() - started
+    return Folder(demo_pipeline_path(), demo_arguments()).draw(
+        pipe, prompt, seed, num_inference_steps
+    )
 
 
 def _warm_up(pipe: FluxPipeline, prompt: str, num_inference_steps: int) -> float:
@@ -303,22 +282,6 @@ def _trace(pipe: FluxPipeline) -> tuple[StepTrace, ...]:
     return tuple(
         StepTrace(step.computed, step.distance, step.accumulated, step.reason)
         for step in trajectory.steps
-    )
-
-
-def fidelity_to(reference: Picture, picture: Picture) -> Fidelity:
-    """How near a picture is to another one."""
-    same = bool(np.array_equal(reference, picture))
-    return Fidelity(
-        psnr=None if same else float(peak_signal_noise_ratio(reference, picture, data_range=1.0)),
-        ssim=float(structural_similarity(reference, picture, data_range=1.0, channel_axis=-1)),
-    )
-
-
-def _median_fidelity(values: Sequence[Fidelity]) -> Fidelity:
-    psnr = median(float("inf") if each.psnr is None else each.psnr for each in values)
-    return Fidelity(
-        psnr=None if psnr == float("inf") else psnr, ssim=median(each.ssim for each in values)
     )
 
 

@@ -6,7 +6,8 @@ from omni_cache.pipelines.enable import (
     enabled_flags,
     is_enabled,
     refresh,
+    states_of,
     summary,
 )
 
-__all__ = ["disable", "enable", "enabled_flags", "is_enabled", "refresh", "summary"]
+__all__ = ["disable", "enable", "enabled_flags", "is_enabled", "refresh", "states_of", "summary"]

@@ -63,8 +63,8 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     Raises:
         TypeError: ``target`` is not a module and has no transformer.
         ValueError: a flag is unknown or has a value that is not allowed, or asks of a model with a
-            registered extractor what only a graph has. All transformers of a pipeline are then as
-            they were before.
+            registered extractor what only a graph has, or the calibration is another model's. All
+            transformers of a pipeline are then as they were before.
     """
     compile_flags: dict[str, Any] = {key: flags.pop(key) for key in COMPILE_FLAGS if key in flags}
     strategy = CompileOptions.parse({"cache": cache, **flags}, beside=COMPILE_FLAGS).strategy
@@ -74,14 +74,26 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     models = _models(target)
     weakref.ref(target)
     # All of them or none: what may fail comes before the first one is touched.
-    calls = [_call_for(module, options, compile_flags) for module in models.values()]
-    for module, call in zip(models.values(), calls, strict=True):
-        _install(call, module)
-        call.configure(strategy)
+    strategies = {name: _strategy_of(name, each, strategy, target) for name, each in models.items()}
+    calls = {name: _call_for(each, options, compile_flags) for name, each in models.items()}
+    for name, call in calls.items():
+        _install(call, models[name])
+        call.configure(strategies[name])
     if not isinstance(target, nn.Module):
-        for call in calls:
+        for call in calls.values():
             call.belongs_to(target)
     return target
+
+
+def _strategy_of(
+    name: str, module: nn.Module, strategy: Strategy | None, target: Any
+) -> Strategy | None:
+    if strategy is None:
+        return None
+    scheduler = getattr(target, "scheduler", None)
+    kind = None if scheduler is None else type(scheduler).__name__
+    classes = [type(each).__name__ for each in module.modules()]
+    return strategy.for_transformer(name, classes, kind)
 
 
 def disable(target: Any) -> Any:
@@ -125,7 +137,7 @@ def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
     """
     models = _models(target)
     Generation(num_inference_steps)  # raises if it is not a number of steps
-    states = [state for _, state in _states(target)]
+    states = [state for _, state in states_of(target)]
     if not states and num_inference_steps is not None:
         states = [expected_state(module) for module in models.values()]
     for state in states:
@@ -144,7 +156,7 @@ def summary(target: Any) -> Summary:
     Raises:
         TypeError: ``target`` is not a module and has no transformer.
     """
-    return summarise(_states(target))
+    return summarise(states_of(target))
 
 
 def _models(target: Any) -> dict[str, nn.Module]:
@@ -165,7 +177,8 @@ def _models(target: Any) -> dict[str, nn.Module]:
     return models
 
 
-def _states(target: Any) -> list[tuple[str, ModelState]]:
+def states_of(target: Any) -> list[tuple[str, ModelState]]:
+    """What the runtime knows of each transformer, by its name in the pipeline ("" for a module)."""
     states: list[tuple[str, ModelState]] = []
     for name, module in _models(target).items():
         call = _enabled.get(module)

@@ -54,6 +54,11 @@ class ModelState:
         return self._policies[key][1]
 
     @property
+    def model_class(self) -> str | None:
+        """The class that owns the block loop; None before the first call or where it is unknown."""
+        return next((name for _, name in self._policies), None)
+
+    @property
     def inferred(self) -> list[Generation]:
         """The generations of this thread that nobody has named, the oldest first."""
         return self._thread.loops

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from omni_cache.strategies.base import Gate, finite_numbers, is_count, is_number, require
+from omni_cache.strategies.base import Gate, is_count, is_number, require
+from omni_cache.strategies.calibrated import ByBranch, CalibratedStrategy, of_branch
 from omni_cache.strategies.gates import Ratios, Within
-from omni_cache.strategies.strategy import Guard, Policy, Strategy
+from omni_cache.strategies.strategy import Guard, Policy
 from omni_cache.strategies.tables import magcache_table
-
-NUMBERS = "a sequence of at least one finite number"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagCache(Strategy):
-    """MagCache. `Strategy` has the flags that every strategy takes.
+class MagCache(CalibratedStrategy):
+    """MagCache. `Strategy` and `CalibratedStrategy` have the flags that others take too.
 
     Attributes:
         threshold (float, default 0.24): accumulated error up to which steps are reused.
@@ -35,16 +34,16 @@ class MagCache(Strategy):
         mag_ratios (sequence of float, or a mapping of one per branch, optional): the calibrated
             ratios, first entry 1.0; nearest-interpolated to the number of steps. By default the
             published ones of the model's class.
-        variant (str, optional): which published ratios, where a class has several.
     """
 
     name: ClassVar[str] = "magcache"
+    flag: ClassVar[str] = "mag_ratios"
+    numbers: ClassVar[str] = "a sequence of at least one finite number"
 
     threshold: float = 0.24
     max_skip_steps: int = 5
     retention_ratio: float = 0.1
     mag_ratios: Sequence[float] | Mapping[str, Sequence[float]] | None = None
-    variant: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,22 +53,6 @@ class MagCache(Strategy):
         require(is_count(skips, 0), "max_skip_steps", skips, "an integer >= 0")
         fits = is_number(share) and 0 <= share <= 1
         require(fits, "retention_ratio", share, "a number from 0 to 1")
-        variant, tables = self.variant, self.mag_ratios
-        require(variant is None or isinstance(variant, str), "variant", variant, "a string or None")
-        if tables is None:
-            return
-        require(variant is None, "variant", variant, "None when mag_ratios are given")
-        allowed = f"{NUMBERS}, or a mapping of branch names to such"
-        if isinstance(tables, Mapping):
-            named = len(tables) > 0 and all(isinstance(name, str) for name in tables)
-            require(named, "mag_ratios", tables, allowed)
-            numbers: Any = {
-                name: finite_numbers(f"mag_ratios[{name!r}]", each, NUMBERS)
-                for name, each in tables.items()
-            }
-        else:
-            numbers = finite_numbers("mag_ratios", tables, allowed)
-        object.__setattr__(self, "mag_ratios", numbers)
 
     def guard(self) -> Guard:
         """No signal."""
@@ -79,31 +62,25 @@ class MagCache(Strategy):
         """The published ratios of a class, unless the flags bring others.
 
         Raises:
-            ValueError: there are neither; the message says how to calibrate.
+            ValueError: there are neither, and the message says how to calibrate; or the
+                calibration is another class's.
         """
-        by_branch = self._ratios(model_class)
-        by_position = list(by_branch.values())
+        by_branch = self.own_numbers(model_class) or self._published(model_class)
 
         def gate(branch: str, position: int) -> Gate:
-            # A branch's own ratios: by its name, else by its position, else the first.
-            beyond = position >= len(by_position)
-            ratios = by_branch.get(branch) or by_position[0 if beyond else position]
+            ratios = of_branch(by_branch, branch, position)
             rule = Ratios(ratios, self.threshold, self.max_skip_steps, self.retention_ratio)
             return Within(rule, self.start, self.end)
 
         return Policy(None, gate, self.forecasting(), self.num_inference_steps)
 
-    def _ratios(self, model_class: str | None) -> dict[str, tuple[float, ...]]:
-        own = self.mag_ratios
-        if own is not None:
-            pairs = own.items() if isinstance(own, Mapping) else [("cond", own)]
-            return {name: tuple(each) for name, each in pairs}
+    def _published(self, model_class: str | None) -> ByBranch:
         entry = magcache_table(model_class, self.variant)
         if entry is None:
             raise ValueError(
                 f"MagCache: no magnitude ratios are published for {model_class or 'this model'}, "
                 "and mag_ratios was not given. Measure them: "
                 "1. ratios = omni_cache.calibration.estimate_mag_ratios(model, generate); "
-                "2. pass mag_ratios=ratios."
+                "2. pass mag_ratios=ratios. Or with the command `omni-cache calibrate`."
             )
         return dict(entry.ratios)

@@ -158,6 +158,19 @@ class Strategy(ABC):
             ValueError: the strategy lacks numbers for this class.
         """
 
+    def for_transformer(self, name: str, classes: Sequence[str], scheduler: str | None) -> Strategy:
+        """The strategy of one transformer of a pipeline, checked against it.
+
+        Args:
+            name: the component's name in its pipeline, "" for a bare module.
+            classes: names of the classes that it is made of, its own first.
+            scheduler: the class of the pipeline's scheduler, where there is one.
+
+        Raises:
+            ValueError: the strategy has numbers of another model.
+        """
+        return self
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The names of the strategy's flags."""

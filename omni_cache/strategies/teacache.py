@@ -12,14 +12,16 @@ model's output and is fitted per model; ``tables`` has the published ones.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from omni_cache.strategies.base import finite_numbers, is_number, require
+from omni_cache.strategies.base import Gate, is_number, require
+from omni_cache.strategies.calibrated import CalibratedStrategy, of_branch
+from omni_cache.strategies.calibrations import Calibration
 from omni_cache.strategies.gates import Accumulate, Within
 from omni_cache.strategies.signals import RelativeL1
-from omni_cache.strategies.strategy import Guard, Policy, PublishedSource, Strategy
+from omni_cache.strategies.strategy import Guard, Policy, PublishedSource
 from omni_cache.strategies.tables import teacache_signal, teacache_table
 
 IDENTITY = (1.0, 0.0)
@@ -27,25 +29,25 @@ IDENTITY = (1.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeaCache(Strategy):
-    """TeaCache. `Strategy` has the flags that every strategy takes.
+class TeaCache(CalibratedStrategy):
+    """TeaCache. `Strategy` and `CalibratedStrategy` have the flags that others take too.
 
     Attributes:
         rel_l1_thresh (float, default 0.2): accumulated relative-L1 change at which a step is
             computed. 0 computes every step; larger is faster and less exact.
-        coefficients (sequence of float, optional): the rescaling polynomial, highest power first.
-            By default the published one of the model's class; a class without one uses the
-            identity.
-        variant (str, optional): which published polynomial, where a class has several.
+        coefficients (sequence of float, or a mapping of one per branch, optional): the rescaling
+            polynomial, highest power first. By default the published one of the model's class; a
+            class without one uses the identity.
         force_last_step (bool, default False): always compute the last step. Takes effect when the
             number of steps is known.
     """
 
     name: ClassVar[str] = "teacache"
+    flag: ClassVar[str] = "coefficients"
+    numbers: ClassVar[str] = "a sequence of at least one finite number, highest power first"
 
     rel_l1_thresh: float = 0.2
-    coefficients: Sequence[float] | None = None
-    variant: str | None = None
+    coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = None
     force_last_step: bool = False
 
     def __post_init__(self) -> None:
@@ -55,38 +57,36 @@ class TeaCache(Strategy):
         require(fits, "rel_l1_thresh", threshold, "a finite number >= 0")
         last = self.force_last_step
         require(isinstance(last, bool), "force_last_step", last, "True or False")
-        variant = self.variant
-        require(variant is None or isinstance(variant, str), "variant", variant, "a string or None")
-        if self.coefficients is not None:
-            require(variant is None, "variant", variant, "None when coefficients are given")
-            allowed = "a sequence of at least one finite number, highest power first"
-            numbers = finite_numbers("coefficients", self.coefficients, allowed)
-            object.__setattr__(self, "coefficients", numbers)
 
     def guard(self) -> Guard:
-        """The published signal of the model's class, unless coefficients are given."""
-        published = PublishedSource(self.variant, teacache_signal)
-        source = published if self.coefficients is None else "auto"
+        """The signal that the polynomial was fitted on."""
+        source: str | PublishedSource = PublishedSource(self.variant, teacache_signal)
+        if isinstance(self.calibration, Calibration):
+            source = self.calibration.signal or "auto"
+        elif self.coefficients is not None:
+            source = "auto"
         return Guard(source, self.forecasting().depth)
 
     def policy(self, model_class: str | None) -> Policy:
-        """The published polynomial of a class, unless the flags name another."""
-        coefficients = self.coefficients
-        if coefficients is None:
+        """The published polynomial of a class, unless the flags bring another.
+
+        Raises:
+            ValueError: the calibration is another class's.
+        """
+        polynomials = self.own_numbers(model_class)
+        if polynomials is None:
             entry = teacache_table(model_class, self.variant)
-            coefficients = IDENTITY if entry is None else entry.coefficients
+            polynomials = {"cond": IDENTITY if entry is None else entry.coefficients}
             if entry is None:
                 warnings.warn(
                     f"TeaCache: no coefficients are published for {model_class or 'this model'}; "
-                    "the identity polynomial is used. Fit some with "
+                    "the identity polynomial is used. Fit some with `omni-cache calibrate` or "
                     "omni_cache.calibration.estimate_coefficients and pass coefficients=[...].",
                     stacklevel=2,
                 )
-        rule = Accumulate(tuple(coefficients), self.rel_l1_thresh)
-        gate = Within(rule, self.start, self.end, self.force_last_step)
-        return Policy(
-            RelativeL1(),
-            lambda branch, position: gate,
-            self.forecasting(),
-            self.num_inference_steps,
-        )
+
+        def gate(branch: str, position: int) -> Gate:
+            rule = Accumulate(of_branch(polynomials, branch, position), self.rel_l1_thresh)
+            return Within(rule, self.start, self.end, self.force_last_step)
+
+        return Policy(RelativeL1(), gate, self.forecasting(), self.num_inference_steps)

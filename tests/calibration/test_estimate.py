@@ -97,7 +97,7 @@ def test_a_float64_model_is_measured_in_float32() -> None:
     for step in range(2):
         made = (residual * (step + 1),)
         observer(Observed(run, 0, "cond", Time(step), None, made, residual))
-    assert observer.series[0, "cond"] == [1.0, pytest.approx(2)]
+    assert [each.value for each in observer.steps] == [1.0, pytest.approx(2)]
 
 
 def test_coefficients_fit_the_changes_of_signal_and_output() -> None:

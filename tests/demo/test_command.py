@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from omni_cache.compare.quality import Fidelity
 from omni_cache.demo import demo_pipeline_path
 from omni_cache.demo.command import (
     HEADINGS,
@@ -20,7 +21,6 @@ from omni_cache.demo.command import (
     table,
 )
 from omni_cache.demo.measurement import (
-    Fidelity,
     Generation,
     Measurement,
     StepTrace,

@@ -32,11 +32,15 @@ SHARE = "a number from 0 to 1"
 STEPS = "an integer >= 1 or None"
 BOOL = "True or False"
 NAME = "a string or None"
-COEFFICIENTS = "a sequence of at least one finite number, highest power first"
+COEFFICIENTS = (
+    "a sequence of at least one finite number, highest power first, or a mapping of branch names "
+    "to such"
+)
 RATIOS = "a sequence of at least one finite number, or a mapping of branch names to such"
 MASK = "one of 'slow', 'medium', 'fast', 'ultra', a sequence of zeros and ones, or None"
 OF_TAYLOR = "an integer from 1 to 4 for forecast='taylor', or None"
 FORECAST = f"one of {', '.join(map(repr, FORECASTS))}, weights by steps, or a Forecast"
+FILE = "the path of a file that `omni-cache calibrate` wrote"
 
 Wrong = list[tuple[str, list[Any], str]]
 
@@ -48,17 +52,22 @@ OF_ALL: Wrong = [
     ("forecast_order", [-1, 1, 1.0, "1", True], "0 for forecast='hold', or None"),
     ("forecast_axis", ["time", "", None, 1], "'sigma' or 'step'"),
 ]
+OF_CALIBRATED: Wrong = [
+    ("variant", [1, ["FLUX.1-dev"]], NAME),
+    ("calibration", [1, ["file.json"]], FILE),
+]
 
 WRONG: dict[type[Strategy], Wrong] = {
     TeaCache: [
         *OF_ALL,
+        *OF_CALIBRATED,
         ("rel_l1_thresh", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
         ("coefficients", [[], "12", 3.0, [1.0, float("nan")], [None], [[1.0]]], COEFFICIENTS),
-        ("variant", [1, ["FLUX.1-dev"]], NAME),
         ("force_last_step", ["yes", 1, None], BOOL),
     ],
     MagCache: [
         *OF_ALL,
+        *OF_CALIBRATED,
         ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
         ("max_skip_steps", [-1, 1.5, "5", None, True], "an integer >= 0"),
         ("retention_ratio", [-0.1, 1.1, float("nan"), "0.1", True], SHARE),
@@ -67,7 +76,6 @@ WRONG: dict[type[Strategy], Wrong] = {
             [[], "12", 1.0, [float("inf")], [None], {}, {0: [1.0]}],
             RATIOS,
         ),
-        ("variant", [1, ["FLUX.1-dev"]], NAME),
     ],
     FirstBlockCache: [
         *OF_ALL,
@@ -265,6 +273,7 @@ def test_defaults_are_the_documented_ones() -> None:
         retention_ratio=0.1,
         mag_ratios=None,
         variant=None,
+        calibration=None,
         **of_all,
     )
 

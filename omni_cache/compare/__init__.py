@@ -1,0 +1,1 @@
+"""Comparison: strategies, live peers and fewer steps, on one pipeline's prompts, in one table."""
