@@ -47,10 +47,15 @@ GRID: dict[str, Sequence[Flags]] = {
         {"residual_diff_threshold": each, "fn_compute_blocks": 1, "max_warmup_steps": 4}
         for each in (0.1, 0.2, 0.3)
     ],
+    "taylorseer": [{"cache_interval": each} for each in (2, 3, 5)],
+    "seacache": [{"threshold": each} for each in (0.1, 0.2, 0.4)],
+    "easycache": [{"threshold": each} for each in (0.02, 0.05, 0.1)],
+    "stepcache": [{"sim_thresholds": (each, each - 0.02)} for each in (0.99, 0.97, 0.95)],
 }
 """Flags of each strategy's settings, from cautious to fast."""
 
 FORECASTS = ("hold", "newton")
+"""What every strategy is tried with, besides the forecast that it has by default."""
 
 PEER_GRID: dict[tuple[Family, str], Sequence[Flags]] = {
     ("diffusers", "FirstBlockCache"): GRID["first_block_cache"],
@@ -71,7 +76,7 @@ def strategy_kinds(calibrations: Mapping[str, Calibration]) -> list[Kind]:
         own = {"calibration": calibrations[name]} if name in calibrations else {}
         settings = [
             Setting(_label(flags), {**flags, **own, "cache": name, "forecast": forecast}, forecast)
-            for forecast in FORECASTS
+            for forecast in dict.fromkeys((*FORECASTS, str(strategy.forecast)))
             for flags in GRID.get(name, [{}])
         ]
         kinds.append(Kind("omni-cache", strategy.__name__, settings))

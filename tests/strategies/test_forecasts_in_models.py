@@ -48,6 +48,16 @@ GATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "max_continuous_cached_steps": 2,
         },
     ),
+    "taylorseer": (
+        {"cache_interval": 1},
+        {"cache_interval": 3, "disable_cache_before_step": 4},
+    ),
+    "seacache": ({"threshold": 0.0}, {"threshold": 1e9, "retention_steps": 4}),
+    "easycache": ({"threshold": 0.0}, {"threshold": 1e9, "retention_steps": 4}),
+    "stepcache": (
+        {"sim_thresholds": (2.0, 2.0)},
+        {"sim_thresholds": (-2.0, -2.0), "skip_countdowns": (1, 1), "start": 0.5},
+    ),
 }
 """For each strategy the flags with which it reuses nothing, and those that make it reuse."""
 
