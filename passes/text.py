@@ -73,10 +73,15 @@ def guarded_text(guarded: GuardedGraph) -> str:
         if pair.partner is not None and not isinstance(pair.partner, Leaf):
             partner = names.name(partners[pair.output], "partner")
             page.write(f"{partner} = {_expression(pair.partner, names)}")
+    signal = analysis.signal
+    if signal is not None and signal.minus is not None:
+        made = names.name(str(guarded.signal), "signal")
+        before = _expression(signal.minus, names)
+        page.write(f"{made} = {names.of(signal.node)} - {before}")
     page.outputs(guarded.prologue, names)
 
     page.write()
-    page.write(*_gate(analysis.signal, names))
+    page.write(*_gate(guarded, names))
     page.indent += 1
     page.part("body", guarded.body, names, work)
     page.calls(names.enter(guarded.body), layout, names)
@@ -97,7 +102,8 @@ def guarded_text(guarded: GuardedGraph) -> str:
     for entry in guarded.history[1:]:
         for older in entry:
             names.name(older, "older_residual")
-    page.part("reuse, with the epilogue", guarded.reuse, names, work)
+    heading = "reuse" if guarded.merges else "reuse, with the epilogue"
+    page.part(heading, guarded.reuse, names, work)
     for place, pair in enumerate(analysis.pairs):
         terms = [] if pair.held else [_partner(pair, partners, names)]
         terms += _forecast(guarded, place, names)
@@ -483,12 +489,13 @@ def _pair_comment(pair: ResidualPair, analysis: Analysis) -> str:
     return f"{size}; {_count(pair.additions, 'residual addition')}"
 
 
-def _gate(signal: Signal | None, names: _Names) -> tuple[str, str]:
+def _gate(guarded: GuardedGraph, names: _Names) -> tuple[str, str]:
+    signal = guarded.analysis.signal
     if signal is None:
         return 'if gate() == "compute":', "decides without a signal"
     value = describe_value(signal.node.meta.get("example_value"))
     return (
-        f'if gate({names.named(signal.node.name)}) == "compute":',
+        f'if gate({names.named(str(guarded.signal))}) == "compute":',
         f"signal: {signal.kind}, {value}",
     )
 

@@ -48,6 +48,10 @@ class Case(Protocol):
     def deep(self) -> Case:
         """The same class with eight blocks, which is what is reported."""
 
+    @property
+    def deeper(self) -> Case:
+        """The same class with sixteen blocks, which leaves some between the first and the last."""
+
     def build(self) -> nn.Module:
         """The model."""
 
@@ -74,6 +78,8 @@ class ClassReport:
         graphs: how many graphs Dynamo captures, 1 where there is no graph break.
         breaks: why it captures more than one, and where.
         reason: why it is not covered.
+        spans: for each of `SPANS`, tried where a class is covered, why it has no region or an
+            output without a partner; empty where neither is so.
     """
 
     class_name: str
@@ -88,6 +94,11 @@ class ClassReport:
     graphs: int = 0
     breaks: Sequence[str] = ()
     reason: str = ""
+    spans: Mapping[str, str] = field(default_factory=dict)
+
+
+SPANS = {"F1B0": (1, 0), "F4B4": (4, 4)}
+"""How many blocks at the beginning and at the end always run."""
 
 
 def transformer_classes() -> list[str]:
@@ -166,9 +177,23 @@ def report(case: Case) -> ClassReport:
         return ClassReport(case.class_name, "refused", reason=_relative(found.reason), **graphs)
     figures = describe(max(analyses, key=lambda each: sum(map(arithmetic, each.region.body))))
     reason = held_reason(figures["outputs"], figures["pairs"])
-    return ClassReport(
-        case.class_name, "held" if reason else "covered", reason=reason, **figures, **graphs
-    )
+    status: Status = "held" if reason else "covered"
+    spans = {} if reason else {name: _span(case, *span) for name, span in SPANS.items()}
+    return ClassReport(case.class_name, status, reason=reason, spans=spans, **figures, **graphs)
+
+
+def _span(case: Case, first: int, last: int) -> str:
+    """Why a class is not covered where its first and last blocks always run; empty if it is."""
+    blocks = {"fn_compute_blocks": first, "bn_compute_blocks": last}
+    flags = CompileOptions.parse({"cache": "dbcache", **blocks})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = examine(case.deeper.build(), (), case.inputs(), flags)
+    analyses = [each.analysis for each in found.graphs if each.analysis is not None]
+    if not analyses:
+        return _relative(found.reason)
+    figures = describe(max(analyses, key=lambda each: sum(map(arithmetic, each.region.body))))
+    return held_reason(figures["outputs"], figures["pairs"])
 
 
 def held_reason(outputs: Sequence[str], pairs: Sequence[Sequence[str]]) -> str:
@@ -280,6 +305,7 @@ def as_markdown(reports: Sequence[ClassReport], not_denoising: Mapping[str, str]
         "|---|---|---:|---|---|---:|---:|---:|",
         *map(_row, found),
     ]
+    lines += _span_lines(reports)
     headings = (
         ("held", "With a region, and an output that has no partner"),
         ("refused", "Without a region"),
@@ -304,6 +330,23 @@ def as_markdown(reports: Sequence[ClassReport], not_denoising: Mapping[str, str]
         lines += ["", "## No denoising transformers", "", "| class | what it is |", "|---|---|"]
         lines += [f"| {name} | {what} |" for name, what in sorted(not_denoising.items())]
     return "\n".join(lines) + "\n"
+
+
+def _span_lines(reports: Sequence[ClassReport]) -> Iterator[str]:
+    """What is found where the first and the last blocks always run."""
+    tried = [each for each in reports if each.spans]
+    if not tried:
+        return
+    yield from ("", "## Where the first and the last blocks always run", "")
+    counts = ", ".join(
+        f"{name}: {sum(not each.spans[name] for each in tried)} of {len(tried)}" for name in SPANS
+    )
+    yield f"Each covered class, built with sixteen blocks. {counts}."
+    failed = [(each, name) for each in tried for name in SPANS if each.spans[name]]
+    if failed:
+        yield from ("", "| class | span | reason |", "|---|---|---|")
+        for each, name in failed:
+            yield f"| {each.class_name} | {name} | {each.spans[name]} |"
 
 
 def _row(each: ClassReport) -> str:

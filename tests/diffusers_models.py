@@ -128,6 +128,13 @@ class ModelCase:
         """The same class with eight blocks."""
         return replace(self, config={**self.config, **self.eight_blocks})
 
+    @property
+    def deeper(self) -> ModelCase:
+        """The same class with sixteen blocks."""
+        eight = self.eight_blocks.items()
+        twice = {name: 2 * each if isinstance(each, int) else each for name, each in eight}
+        return replace(self, config={**self.config, **twice})
+
     def inputs(self, step: int = 0, seed: int = 0, batch: int = 1) -> dict[str, Any]:
         """Keyword arguments of `forward` as the class's pipeline passes them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,7 @@ from torch.fx import GraphModule
 
 import omni_cache
 from omni_cache import explain
+from omni_cache.strategies import STRATEGIES
 
 OWN = {"coefficients": (1.0, 0.0)}
 """Flags with which no table is looked up."""
@@ -111,6 +113,22 @@ def test_how_many_blocks_are_compiled_once_for_several_is_said() -> None:
     assert "rolled: 2 of 3 blocks are calls of 1, compiled once" in text
     text = str(explain(case.build(), **case.inputs(), cache_options={"blocks": "unrolled"}))
     assert "rolled" not in text
+
+
+@pytest.mark.parametrize("cache", STRATEGIES)
+def test_every_strategy_is_explained(cache: str) -> None:
+    case = CASES["flux"].deep
+    flags = {"teacache": {"coefficients": (1.0, 0.0)}, "magcache": {"mag_ratios": (1.0,)}}
+    spans = {"dbcache": {"fn_compute_blocks": 2, "bn_compute_blocks": 2}}
+    options = {"cache": cache, **flags.get(cache, {}), **spans.get(cache, {})}
+    found = explain(case.build(), **case.inputs(), cache_options=options)
+    assert found.cached, found.reason
+    text = str(found)
+    if cache in ("dbcache", "first_block_cache"):
+        # Compared is what the first blocks add, which no operation of the model makes.
+        assert re.search(r"signal = \w+ - \w+", text)
+        assert "if gate(signal)" in text
+    assert ("# reuse:" in text) == (cache == "dbcache")  # elsewhere the epilogue is a part of it
 
 
 def test_inputs_have_the_names_that_the_model_gives_them() -> None:
