@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,9 +23,20 @@ import omni_cache
 from omni_cache import MagCache, RegionError, TeaCache, UncachedWarning
 from omni_cache.options import FLAGS, CompileOptions
 from omni_cache.strategies import STRATEGIES
+from omni_cache.strategies.calibrations import BranchNumbers, Calibration, TransformerNumbers
 from omni_cache.strategies.forecasts import Taylor
 
 parse = CompileOptions.parse
+
+
+CALIBRATION = Calibration(
+    strategy="magcache",
+    num_inference_steps=1,
+    generations=1,
+    transformers={"transformer": TransformerNumbers("Toy", {"cond": BranchNumbers((1.0,), 0.0)})},
+    date="today",
+    versions={},
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +82,7 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("teacache", "rel_l1_thresh", 0.3),
         ("teacache", "coefficients", (1.0, 2.0)),
         ("teacache", "variant", "FLUX.1-dev"),
+        ("teacache", "calibration", replace(CALIBRATION, strategy="teacache")),
         ("teacache", "num_inference_steps", 30),
         ("teacache", "force_last_step", True),
         ("magcache", "threshold", 0.1),
@@ -78,6 +91,7 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("magcache", "num_inference_steps", 30),
         ("magcache", "mag_ratios", (1.0, 1.1)),
         ("magcache", "variant", "FLUX.1-dev"),
+        ("magcache", "calibration", CALIBRATION),
         ("first_block_cache", "num_inference_steps", 30),
         ("first_block_cache", "threshold", 0.1),
         ("dbcache", "num_inference_steps", 30),

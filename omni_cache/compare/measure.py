@@ -88,7 +88,7 @@ def in_its_own_process(task: Task, kind: Kind, log: Path) -> Iterator[Drawn]:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(task, kind, log, sender), daemon=True)
+    process = context.Process(target=_work, args=(task, kind, log, sender))
     process.start()
     sender.close()  # so that its end shows here
     try:
