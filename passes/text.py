@@ -26,7 +26,6 @@ from .cost import arithmetic
 from .names import ModulePath, input_name, module_class, op_name, parse_module_source
 from .order import computation, modes
 from .residual import ResidualPair
-from .signal import Signal
 from .split import FINITE, WEIGHTS, GuardedGraph
 from .values import describe_value, is_static_input, nbytes, same_size, tensor_of
 from .views import Cat, Leaf, Permute, Reshape, Slice, View

@@ -117,7 +117,7 @@ def test_how_many_blocks_are_compiled_once_for_several_is_said() -> None:
 
 @pytest.mark.parametrize("cache", STRATEGIES)
 def test_every_strategy_is_explained(cache: str) -> None:
-    case = CASES["flux"].deep
+    case = CASES["flux"]
     flags = {"teacache": {"coefficients": (1.0, 0.0)}, "magcache": {"mag_ratios": (1.0,)}}
     spans = {"dbcache": {"fn_compute_blocks": 2, "bn_compute_blocks": 2}}
     options = {"cache": cache, **flags.get(cache, {}), **spans.get(cache, {})}
