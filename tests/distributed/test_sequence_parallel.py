@@ -89,6 +89,29 @@ def follow_one_process(rank):
     return found
 
 
+SAMPLES = {
+    "dmd": {"rel_l1_thresh": 0.3, "forecast": "dmd"},
+    "foca": {"rel_l1_thresh": 0.3, "forecast": "foca"},
+    "first_block_cache": {"cache": "first_block_cache", "threshold": 0.1},
+    "stepcache": {"cache": "stepcache", "sim_thresholds": (0.99,), "skip_countdowns": (2,)},
+    "easycache": {"cache": "easycache", "threshold": 0.03, "retention_steps": 2},
+}
+"""Strategies whose decision or forecast takes something else than TeaCache's sums."""
+
+
+def denoise_with(flags, model, x, moves):
+    own = {} if "cache" in flags else {"coefficients": [1.0, 0.0]}
+    omni_cache.enable(model, inner="eager", strict=True, **own, **flags)
+    with torch.no_grad():
+        return denoise(model, x, moves, steps=20)
+
+
+def follow_one_process_with(flags, rank):
+    model = parallel_model()
+    made = denoise_with(flags, model, own_tokens(noise(), rank), own_tokens(uneven(), rank))
+    return schedules(model), made
+
+
 def loop_over_thresholds(rank):
     model, found, draw = parallel_model(), [], random.Random(0)
     for number in range(RANDOM):
@@ -210,6 +233,7 @@ def everything(rank):
     return {
         "extracted": extracted(rank),
         "thresholds": follow_one_process(rank),
+        "with": {name: follow_one_process_with(each, rank) for name, each in SAMPLES.items()},
         "random": loop_over_thresholds(rank),
         **{name: go_on_after(each, rank) for name, each in DISTURBANCES.items()},
         "prompt": change_the_prompt_of_one_rank(rank),
@@ -235,6 +259,18 @@ def test_ranks_with_parts_of_unequal_size_decide_as_one_process_would(found):
             assert schedule == schedules(whole)
             assert (part - own_tokens(made, rank)).abs().max() < 1e-5
     assert len(computed) > 3
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_whatever_is_measured_ranks_do_as_one_process_would(found, name):
+    whole = Model()
+    made = denoise_with(SAMPLES[name], whole, noise(), uneven())
+    (expected,) = schedules(whole)
+    assert 3 <= sum(expected) < len(expected) - 3
+    for rank, each in enumerate(found):
+        schedule, part = each["with"][name]
+        assert schedule == [expected]
+        assert (part - own_tokens(made, rank)).abs().max() < 1e-4
 
 
 def test_every_call_has_one_collective_of_the_cache(found):
