@@ -50,7 +50,7 @@ GRID: dict[str, Sequence[Flags]] = {
     "taylorseer": [{"cache_interval": each} for each in (2, 3, 5)],
     "seacache": [{"threshold": each} for each in (0.1, 0.2, 0.4)],
     "easycache": [{"threshold": each} for each in (0.02, 0.05, 0.1)],
-    "stepcache": [{"sim_thresholds": (each, each - 0.02)} for each in (0.99, 0.97, 0.95)],
+    "stepcache": [{"sim_thresholds": each} for each in ((0.99, 0.97), (0.97, 0.95), (0.95, 0.93))],
 }
 """Flags of each strategy's settings, from cautious to fast."""
 
@@ -108,4 +108,5 @@ def _forecast_of(peer: str) -> str:
 
 def _label(flags: Flags) -> str:
     # What is the same at every setting goes without saying.
-    return ", ".join(f"{flag} {value:g}" for flag, value in list(flags.items())[:1]) or "defaults"
+    flag, value = next(iter(flags.items()), ("defaults", ""))
+    return f"{flag} {value}".strip()
