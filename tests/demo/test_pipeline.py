@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from omni_cache.demo import demo_pipeline_path, load_demo_pipeline
 from omni_cache.demo.architecture import TEXT_LENGTH
 from omni_cache.demo.drawings import IMAGE_SIZE, random_scene, recognise
-from omni_cache.demo.evaluation import colour_accuracy
+from omni_cache.demo.evaluation import accuracy
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,6 @@ def test_the_folder_says_how_it_was_trained():
 
 @pytest.mark.slow
 def test_it_draws_the_right_colours_for_ninety_of_a_hundred_captions(pipe):
-    accuracy = colour_accuracy(pipe, captions=100, seed=77)
+    found = accuracy(pipe, captions=100, seed=77)
 
-    assert accuracy.both >= 90, accuracy
+    assert found.colours >= 90, found
