@@ -78,7 +78,10 @@ def draw(scene: Scene, rng: random.Random) -> npt.NDArray[np.uint8]:
     radius = IMAGE_SIZE * _RADIUS[scene.size] * rng.uniform(0.98, 1.02)
     covered = silhouette(scene.shape, x, y, radius)[..., None]
     background, colour = (np.array(PALETTE[name]) for name in (scene.background, scene.colour))
-    return np.rint(background + covered * (colour - background)).astype(np.uint8)
+    pixels: npt.NDArray[np.uint8] = np.rint(background + covered * (colour - background)).astype(
+        np.uint8
+    )
+    return pixels
 
 
 def silhouette(shape: Shape, x: float, y: float, radius: float) -> npt.NDArray[np.float64]:

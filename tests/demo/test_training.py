@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from omni_cache.demo import demo_pipeline_path, load_demo_pipeline, training
 from omni_cache.demo.architecture import build_pipeline
@@ -107,6 +108,8 @@ def test_an_interrupted_training_goes_on_to_the_same_end(tmp_path, monkeypatch):
     resumed = train(TINY, tmp_path / "resumed", tmp_path / "2", resume=True)
 
     assert resumed.scores.keys() == through.scores.keys() == {4}
+    for path in (tmp_path / "resumed").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
     assert resumed.start == through.start == read_report(demo_pipeline_path())
     assert all(
         map(
@@ -133,6 +136,26 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path, monkeypatch):
 
     assert progress.scores == {2: 5, 4: 7, 6: 6}
     assert saved == [tmp_path / "begun", tmp_path / "best", tmp_path / "best"]
+
+
+def worker(rank, workers, meeting, folder):
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
+    layer = torch.nn.Linear(3, 2)
+    layer.weight.grad = torch.full((2, 3), float(rank))
+    layer.bias.grad = torch.full((2,), 10.0 * rank)
+    training._average_gradients(list(layer.parameters()))
+    torch.save([each.grad for each in layer.parameters()], folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_every_worker_steps_by_the_mean_of_all_gradients(tmp_path):
+    meeting = f"file://{tmp_path}/meeting"
+    torch.multiprocessing.spawn(worker, (2, meeting, tmp_path), nprocs=2)
+
+    for rank in range(2):
+        weight, bias = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(weight, torch.full((2, 3), 0.5))
+        assert torch.equal(bias, torch.full((2,), 5.0))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
