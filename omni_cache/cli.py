@@ -43,7 +43,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="Prompt i starts from the noise of seed + i.")] = 0,
 ) -> None:
     """Generate with the bundled pipeline uncached, with TeaCache and with MagCache, and compare."""
-    from omni_cache.demo.command import run
+    from omni_cache.demo.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from omni_cache.demo.command import run
 
     run(output, prompts=prompts, num_inference_steps=steps, inner=inner, seed=seed)
 

@@ -38,8 +38,11 @@ def load_demo_pipeline(path: Path | None = None) -> FluxPipeline:
     Args:
         path: another folder, written by ``scripts/train_demo``.
     """
-    from diffusers import FluxPipeline
+    from omni_cache.demo.quiet import quiet_libraries
 
-    pipe = FluxPipeline.from_pretrained(path or demo_pipeline_path(), local_files_only=True)
+    with quiet_libraries():
+        from diffusers import FluxPipeline
+
+        pipe = FluxPipeline.from_pretrained(path or demo_pipeline_path(), local_files_only=True)
     pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
     return pipe

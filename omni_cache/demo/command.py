@@ -108,7 +108,12 @@ def run(
         json.dumps(as_json(measurement, inner, seed), indent=1, allow_nan=False) + "\n"
     )
     (output / "results.md").write_text(as_markdown(measurement), encoding="utf-8")
-    console.print(f"pictures.png, timeline.png, results.md and results.json are in {output}/")
+    console.print(
+        f"To see it, open {output / 'pictures.png'} and {output / 'timeline.png'};\n"
+        f"the numbers are in {output / 'results.md'} and {output / 'results.json'}.",
+        highlight=False,
+        soft_wrap=True,
+    )
     return measurement
 
 

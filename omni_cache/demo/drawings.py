@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-Shape = Literal["circle", "square", "triangle", "diamond", "cross"]
+Shape = Literal["circle", "square", "triangle", "diamond"]
 Size = Literal["small", "large"]
-Position = Literal["at the top", "at the bottom", "on the left", "on the right"]
+Position = Literal["on the left", "on the right"]
 
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -29,13 +29,12 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 IMAGE_SIZE = 32
 """Side of a drawing in pixels."""
 
-_RADIUS: dict[Size | None, float] = {"small": 0.13, None: 0.18, "large": 0.25}
+# A smaller shape has too few pixels for its corners to show, and a larger one would not fit.
+_RADIUS: dict[Size | None, float] = {"small": 0.16, None: 0.2, "large": 0.25}
 _CENTRE: dict[Position | None, tuple[float, float]] = {
     None: (0.5, 0.5),
-    "at the top": (0.5, 0.28),
-    "at the bottom": (0.5, 0.72),
-    "on the left": (0.28, 0.5),
-    "on the right": (0.72, 0.5),
+    "on the left": (0.32, 0.5),
+    "on the right": (0.68, 0.5),
 }
 _SUPERSAMPLING = 8
 
@@ -66,7 +65,7 @@ def random_scene(rng: random.Random) -> Scene:
         colour=colour,
         background=background,
         size=rng.choice([None, None, *get_args(Size)]),
-        position=rng.choice([None] * 4 + list(get_args(Position))),
+        position=rng.choice([None, None, *get_args(Position)]),
     )
 
 
@@ -75,40 +74,41 @@ def draw(scene: Scene, rng: random.Random) -> npt.NDArray[np.uint8]:
 
     Returns: RGB pixels, uint8, shape (IMAGE_SIZE, IMAGE_SIZE, 3).
     """
+    x, y = (IMAGE_SIZE * (c + rng.uniform(-0.01, 0.01)) for c in _CENTRE[scene.position])
+    radius = IMAGE_SIZE * _RADIUS[scene.size] * rng.uniform(0.98, 1.02)
+    covered = silhouette(scene.shape, x, y, radius)[..., None]
+    background, colour = (np.array(PALETTE[name]) for name in (scene.background, scene.colour))
+    pixels: npt.NDArray[np.uint8] = np.rint(background + covered * (colour - background)).astype(
+        np.uint8
+    )
+    return pixels
+
+
+def silhouette(shape: Shape, x: float, y: float, radius: float) -> npt.NDArray[np.float64]:
+    """How much of every pixel a shape covers, from 0 to 1; shape (IMAGE_SIZE, IMAGE_SIZE).
+
+    Args:
+        x, y, radius: centre and size in pixels; ``radius`` is exact for a circle, and gives the
+            other shapes about as large an area.
+    """
     side = IMAGE_SIZE * _SUPERSAMPLING
-    x, y = (side * (c + rng.uniform(-0.03, 0.03)) for c in _CENTRE[scene.position])
-    radius = side * _RADIUS[scene.size] * rng.uniform(0.95, 1.05)
-    image = Image.new("RGB", (side, side), PALETTE[scene.background])
-    _draw_shape(ImageDraw.Draw(image), scene.shape, x, y, radius, PALETTE[scene.colour])
-    return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX))
-
-
-def _draw_shape(
-    canvas: ImageDraw.ImageDraw,
-    shape: Shape,
-    x: float,
-    y: float,
-    radius: float,
-    fill: tuple[int, int, int],
-) -> None:
-    def square(half: float) -> list[float]:
-        return [x - half, y - half, x + half, y + half]
-
-    arm = 0.33 * radius
+    image = Image.new("L", (side, side))
+    canvas = ImageDraw.Draw(image)
+    x, y, radius = _SUPERSAMPLING * x, _SUPERSAMPLING * y, _SUPERSAMPLING * radius
     match shape:
         case "circle":
-            canvas.ellipse(square(radius), fill)
+            canvas.ellipse([x - radius, y - radius, x + radius, y + radius], 255)
         case "square":
-            canvas.rectangle(square(0.88 * radius), fill)
+            r = 0.88 * radius
+            canvas.rectangle([x - r, y - r, x + r, y + r], 255)
         case "diamond":
             r = 1.2 * radius
-            canvas.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill)
+            canvas.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], 255)
         case "triangle":
             r = 1.1 * radius
-            canvas.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill)
-        case "cross":
-            canvas.rectangle([x - radius, y - arm, x + radius, y + arm], fill)
-            canvas.rectangle([x - arm, y - radius, x + arm, y + radius], fill)
+            canvas.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], 255)
+    smaller = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    return np.asarray(smaller, dtype=np.float64) / 255
 
 
 @dataclass(frozen=True)

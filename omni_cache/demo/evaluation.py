@@ -10,30 +10,37 @@ import torch
 from diffusers import FluxPipeline
 
 from omni_cache.demo.architecture import TEXT_LENGTH
-from omni_cache.demo.drawings import random_scene, recognise
+from omni_cache.demo.drawings import Colours, random_scene, recognise
+from omni_cache.demo.recognition import recognise_shape
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of ``captions`` random captions were drawn in the right colours."""
+    """How many of ``captions`` random captions were drawn in the right colours and shape.
+
+    Attributes:
+        colours: pictures in which the colours of shape and background are both right.
+        shape: pictures in which the shape is right, whatever its colour.
+        both: pictures in which the shape and the two colours are right.
+    """
 
     captions: int
-    background: int
+    colours: int
     shape: int
     both: int
 
 
-def colour_accuracy(
+def accuracy(
     pipe: FluxPipeline,
     captions: int = 100,
     seed: int = 1_000_003,
     num_inference_steps: int = 28,
     batch_size: int = 20,
 ) -> Accuracy:
-    """Generate random captions, and count the pictures in which ``recognise`` finds the colours."""
+    """Generate random captions, and count the pictures in which the rules find what they say."""
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(captions)]
-    background = shape = both = 0
+    colours = shape = both = 0
     for start in range(0, captions, batch_size):
         batch = scenes[start : start + batch_size]
         pictures = pipe(
@@ -43,8 +50,10 @@ def colour_accuracy(
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
         ).images
         for scene, picture in zip(batch, pictures, strict=True):
-            found = recognise(np.asarray(picture))
-            background += found.background == scene.background
-            shape += found.shape == scene.colour
-            both += (found.background, found.shape) == (scene.background, scene.colour)
-    return Accuracy(captions=captions, background=background, shape=shape, both=both)
+            pixels = np.asarray(picture)
+            right_colours = recognise(pixels) == Colours(scene.colour, scene.background)
+            right_shape = recognise_shape(pixels) == scene.shape
+            colours += right_colours
+            shape += right_shape
+            both += right_colours and right_shape
+    return Accuracy(captions=captions, colours=colours, shape=shape, both=both)

@@ -96,6 +96,29 @@ def test_the_folder_holds_pictures_and_the_numbers_behind_them(demo):
     assert list(results["uncached"]["seconds_per_prompt"]) == demo_captions(2)
 
 
+@pytest.mark.slow
+def test_the_command_ends_with_the_files_to_open_and_is_silent_otherwise(tmp_path):
+    output = tmp_path / "a folder with a long name, which a terminal of 80 columns would break"
+    flags = ["--inner", "eager", "--prompts", "2", "--steps", "4", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-c", "from omni_cache.cli import app; app()", "demo", *flags],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stderr == ""
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == f"To see it, open {output / 'pictures.png'} and {output / 'timeline.png'};"
+    assert second == f"the numbers are in {output / 'results.md'} and {output / 'results.json'}."
+    assert {path.name for path in output.iterdir()} == {
+        "pictures.png",
+        "timeline.png",
+        "results.md",
+        "results.json",
+    }
+
+
 @pytest.mark.parametrize("flag", ["prompts", "num_inference_steps"])
 def test_nothing_to_measure_is_an_error_that_names_the_flag(flag, tmp_path):
     with pytest.raises(ValueError, match=f"{flag} must be at least 1, and is 0"):

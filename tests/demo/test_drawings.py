@@ -49,8 +49,8 @@ def test_size_and_position_move_the_drawing():
         return np.argwhere(pixels[..., 0] > 128)
 
     assert len(foreground(size="large")) > 2 * len(foreground(size="small"))
-    assert foreground(position="at the top")[:, 0].mean() < IMAGE_SIZE / 3
-    assert foreground(position="on the right")[:, 1].mean() > 2 * IMAGE_SIZE / 3
+    assert foreground(position="on the left")[:, 1].mean() < 0.4 * IMAGE_SIZE
+    assert foreground(position="on the right")[:, 1].mean() > 0.6 * IMAGE_SIZE
 
 
 def test_a_drawing_has_soft_edges():
