@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 STEPS = 8
 DIFFUSERS = ("flux", "wan")
-SLOW = pytest.mark.slow
+LONG = (pytest.mark.slow, pytest.mark.exhaustive)
 
 GATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "teacache": (
@@ -122,7 +122,7 @@ class Counting:
         return gm.forward
 
 
-@pytest.mark.parametrize("model", ["toy", *(pytest.param(name, marks=SLOW) for name in DIFFUSERS)])
+@pytest.mark.parametrize("model", ["toy", *(pytest.param(name, marks=LONG) for name in DIFFUSERS)])
 @pytest.mark.parametrize(("gate", "span"), COMPOSED, ids=str)
 def test_any_forecast_goes_with_any_gate_and_span(
     gate: str, span: dict[str, Any], model: str
