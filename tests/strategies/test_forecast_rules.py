@@ -64,8 +64,8 @@ def forecasts(
             history.push(Time(step), (series[step],), torch.tensor(True))
             continue
         now = Time(step, total=total)
-        rows = torch.tensor(history.rows(history.kept, now), dtype=torch.float64)
-        entries = torch.stack(history.operands(history.kept), -1).double()
+        rows = torch.tensor(history.rows(history.kept, now, forecast.depth), dtype=torch.float64)
+        entries = torch.stack(history.operands(history.kept, forecast.depth), -1).double()
         found[step] = (entries * rows[:, None, None, :]).sum(-1)
     return found
 
