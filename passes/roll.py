@@ -5,8 +5,8 @@
 
 What a compiler does for a part then no longer grows with its depth. A subgraph returns memory of
 its own; views of it, such as two streams that leave as one tensor, are taken outside. A block stays
-as it is if it writes into what it is given, if it draws random numbers, or if something other than
-tensors and sizes enters or leaves it.
+as it is if it writes into what it is given or draws random numbers, or if something other than
+plain tensors and sizes enters or leaves it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .block_loop import Block, find_block_lists
 from .build import Builder, Part
@@ -167,8 +168,13 @@ def _is_in_one_piece(block: Block, around: Sequence[Node], before: Dependencies)
 
 
 def _is_value(node: Node) -> bool:
-    """Whether a value may enter and leave a subgraph: a tensor or an integer."""
-    return isinstance(node.meta.get("example_value"), torch.Tensor | int | torch.SymInt)
+    """Whether a value may enter and leave a subgraph: a plain tensor or an integer.
+
+    Tensors made of tensors (quantised weights, DTensors) have no rule for subgraphs in PyTorch.
+    """
+    value = node.meta.get("example_value")
+    is_plain = isinstance(value, torch.Tensor | int | torch.SymInt)
+    return is_plain and not is_traceable_wrapper_subclass(value)
 
 
 def _operands(block: Block) -> list[Node]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
+from torch.testing._internal.two_tensor import TwoTensor
 from tracing import Trace, run, trace
 from twelve import captured
 
@@ -161,6 +162,23 @@ def test_blocks_that_a_call_cannot_stand_for_stay(block: type[Alike]) -> None:
 def test_blocks_that_write_into_their_own_or_switch_modes_roll(block: type[Alike]) -> None:
     _, rolled = check(of(block))["body"]
     assert len(calls_of(rolled)) >= 3
+
+
+class OfTwo(Alike):
+    """Its weight is a tensor made of two, as quantised weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randn(made_up.WIDTH, made_up.WIDTH)
+        self.weight = nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+
+    def f(self, x: Tensor, made: Tensor) -> Tensor:
+        return x + nn.functional.linear(made, self.weight)
+
+
+def test_blocks_with_weights_that_are_made_of_tensors_stay() -> None:
+    body = of(OfTwo).guarded.body
+    assert roll(body) is body
 
 
 def test_blocks_without_a_like_one_stay() -> None:
