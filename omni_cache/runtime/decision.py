@@ -301,9 +301,12 @@ class Step:
             self._timestep,
             [*self._contents, *self._loop],
         )
-        compares = signal is not None and view is not None and view.must is None
-        if view is not None and not view.trajectory.gate.compares(view.trajectory.state):
-            compares = False
+        compares = (
+            signal is not None
+            and view is not None
+            and view.must is None
+            and view.trajectory.gate.compares(view.trajectory.state)
+        )
         unread = [each for each in (view.kept if view else ()) if each.is_finite is None]
         # What would cost a read of its own is not asked for.
         unread = unread if compares or others or timestep is not None else []
@@ -315,7 +318,8 @@ class Step:
         elif along:
             dtype = number_dtype(along[0].device)
             measured = [Reading(torch.stack([each.to(dtype).mean() for each in along]))]
-        read([*measured, *others, *(self._unread_products() if measured or others else ())])
+        products = self._policy.forecast.reads_products and (measured or others)
+        read([*measured, *others, *(self._unread_products() if products else ())])
         numbers = measured[0].numbers or () if measured else ()
         for each in unread:
             each.is_finite = numbers[-1] == 1.0
