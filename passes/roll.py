@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from heapq import heappop, heappush
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -68,15 +69,17 @@ def roll(part: Part) -> Part:
     for name, subgraph in subgraphs.items():
         gm.add_submodule(name, subgraph.module)
     outer = Builder(gm, modes(gm.graph))
-    for node in gm.graph.find_nodes(op="placeholder"):
+    inputs = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
+    for node in inputs.values():
         outer.read(node)
     called = {block.nodes[0]: (kind, block) for kind in kinds for block in kind.blocks}
-    for node in order:
-        if node in called:
-            kind, block = called[node]
-            _call(outer, subgraphs[kind.name], kind, block)
-        else:
-            outer.copy([node])
+    # Nodes between two calls are copied together, so that scopes around them are opened once.
+    for is_call, nodes in groupby(order, called.__contains__):
+        if not is_call:
+            outer.copy(nodes)
+            continue
+        for kind, block in map(called.__getitem__, nodes):
+            _call(outer, subgraphs[kind.name], kind, block, inputs)
     rolled = outer.finish_with(gm.graph.find_nodes(op="output")[0])
     return Part(rolled.module, part.inputs, part.outputs)
 
@@ -101,17 +104,11 @@ class _Kind:
     @cached_property
     def returned(self) -> tuple[int, ...]:
         """The places of what leaves any of the blocks, in memory of its own."""
-        return tuple(
-            sorted(
-                {
-                    place
-                    for block in self.blocks
-                    for path in _leaving(block)
-                    for place, node in enumerate(block.nodes)
-                    if node is path[0]
-                }
-            )
-        )
+        places: set[int] = set()
+        for block in self.blocks:
+            stored = {path[0] for path in _leaving(block)}
+            places.update(at for at, node in enumerate(block.nodes) if node in stored)
+        return tuple(sorted(places))
 
     @property
     def name(self) -> str:
@@ -243,12 +240,13 @@ def _subgraph(gm: GraphModule, kind: _Kind) -> Part:
     return inner.finish({str(at): inner.values[block.nodes[at]] for at in kind.returned})
 
 
-def _call(outer: Builder, part: Part, kind: _Kind, block: Block) -> None:
-    """Call the subgraph for a block."""
-    sizes = {node.name: node for node in outer.source.graph.find_nodes(op="placeholder")}
+def _call(
+    outer: Builder, part: Part, kind: _Kind, block: Block, inputs: Mapping[str, Node]
+) -> None:
+    """Call the subgraph for a block; sizes that it takes besides are ``inputs`` of the graph."""
     pairs = zip(_operands(kind.blocks[0]), _operands(block), strict=True)
-    own = {**sizes, **{first.name: node for first, node in pairs}}
-    operands = [outer.read(own[name]) for name in part.inputs]
+    own = {first.name: node for first, node in pairs}
+    operands = [outer.read(own[name] if name in own else inputs[name]) for name in part.inputs]
     subgraph = outer.graph.get_attr(kind.name)
     returned = outer.graph.call_function(invoke_subgraph, (subgraph, kind.name, *operands))
     values = [block.nodes[at].meta["example_value"] for at in kind.returned]
