@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -35,18 +35,52 @@ class Branch(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """A computed step, as observers see it. ``generation`` numbers the generations."""
+    """A call of one region, as observers see it once it has ended well.
+
+    Its tensors are the call's own: what an observer keeps, it copies, since a caller may write into
+    results and a compiler into the rest.
+
+    Attributes:
+        run: the model's part in the generation.
+        generation: the number of the generation.
+        region: the region.
+        branch: the guidance branch.
+        at: the step.
+        computed: whether the block loop ran, or was recalled.
+        signal: what the strategy compares, None where it compares nothing.
+        residuals: as they are kept of a computed step; none of another, or of a call that has none.
+        finite: bool tensor, whether they all were finite; None where nothing was computed.
+        result: what the graph returns, flat.
+    """
 
     run: Run
     generation: int
+    region: Region
     branch: str
     at: Time
+    computed: bool
     signal: Tensor | None
     residuals: tuple[Tensor, ...]
-    output: Tensor
+    finite: Tensor | None
+    result: Sequence[Any]
+
+    @property
+    def output(self) -> Tensor:
+        """The first tensor of the result."""
+        return next(each for each in self.result if isinstance(each, Tensor))
 
 
-Observer = Callable[[Observed], None]
+class Observer(Protocol):
+    """Who is shown the calls of a context.
+
+    One that has a method ``recall(branch: str, at: Time) -> Computed | None`` is asked for what a
+    computed step makes, and spares the model's blocks and all behind them where it knows. What it
+    returns is kept and handed to the caller as if the model had made it: new tensors, where the
+    model would have made them.
+    """
+
+    def __call__(self, step: Observed, /) -> None:
+        """Look at a call."""
 
 _numbers = itertools.count()
 # What the contexts below have opened.
@@ -116,7 +150,7 @@ def branch(name: str, step_index: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Show every computed step of this context to an observer, after it has run."""
+    """Show every call of this context that has a place to an observer, after it has run."""
     token = current_observer.set(observer)
     try:
         yield

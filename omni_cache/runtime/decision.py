@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from omni_cache.kernels import number_dtype
+from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
 from omni_cache.runtime.calls import Call
 from omni_cache.runtime.contexts import Observed, Region, current_observer
@@ -218,22 +219,32 @@ class Step:
         now = view.place.at._replace(total=view.total)
         return history.operands(kept, depth), history.rows(kept, now, depth)
 
-    def commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
+    def recalled(self) -> Computed | None:
+        """What an observer knows this call to compute; None where it has to be computed."""
+        recall, place = getattr(current_observer.get(), "recall", None), self._place
+        if recall is None or not isinstance(place, Place):
+            return None
+        known: Computed | None = recall(place.course.name, place.at)
+        return known
+
+    def commit(
+        self, result: Any, made: tuple[Tensor, ...] = (), finite: Tensor | None = None
+    ) -> None:
         """Have the next call come after this one, once the whole call has ended well.
 
         Args:
+            result: what the model returns, flat.
             made: the residuals of a computed step, nothing for a reused one.
             finite: bool tensor, whether they are all finite.
-            output: what the model returns, flat.
         """
         if isinstance(self._place, str):
             return
         if self._call is None:
-            self._commit(made, finite, output)
+            self._commit(result, made, finite)
         else:
-            self._call.commits.append(partial(self._commit, made, finite, output))
+            self._call.commits.append(partial(self._commit, result, made, finite))
 
-    def _commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
+    def _commit(self, result: Any, made: tuple[Tensor, ...], finite: Tensor | None) -> None:
         place, trajectory, total, stale, *_ = self._view
         verdict, at, computed = self._verdict, place.at, finite is not None
         if stale:
@@ -258,12 +269,11 @@ class Step:
             trajectory.size, trajectory.dtype = tuple(first.shape[1:]), str(first.dtype)
         if computed or looks_back:  # which keeps more signals than one
             trajectory.measure_memory()
-        place.commit(output)
+        place.commit(result)
         observer, generation = current_observer.get(), place.run.generation
-        if observer is not None and made and generation is not None:
-            first = next(each for each in output if isinstance(each, Tensor))
-            seen = place.run, generation.number, place.course.name, at
-            observer(Observed(*seen, self._signal, made, first))
+        if observer is not None and generation is not None:
+            seen = place.run, generation.number, self._guarded.region, place.course.name, at
+            observer(Observed(*seen, computed, self._signal, made, finite, result))
         if total is not None and at.index >= total - 1:
             trajectory.release()
 
