@@ -197,9 +197,8 @@ class Step:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
         distance = compares.distance(sums) if compares and sums and not view.must else None
-        if self._policy.forecast.checks:
-            errors = view.trajectory.history.errors
-            distance = None if errors is None else errors.excess
+        if self._policy.forecast.checks and (errors := view.trajectory.history.errors):
+            distance = errors.excess
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state

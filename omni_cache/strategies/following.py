@@ -84,7 +84,7 @@ class BranchWeights:
     gram: Gram
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Planned(Forecast):
     """The weights of a plan.
 
@@ -99,7 +99,7 @@ class Planned(Forecast):
         branch: the one that is forecast; None where that is not said yet.
     """
 
-    depth: int
+    depth: int = 1
     actions: tuple[str, ...]
     branches: Mapping[str, BranchWeights] = field(repr=False)
     checks: bool = True  # type: ignore[misc]  # of the object, not of the class

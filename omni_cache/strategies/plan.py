@@ -23,7 +23,7 @@ _TOLERANCE = 2e-3
 """Of timesteps, sigmas and guidance, relative; float16 and bfloat16 round them."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Strategy):
     """A tuned plan. Of the fields of `Strategy` none applies.
 
@@ -188,7 +188,12 @@ class Plan(Strategy):
             for action, owner in zip(point.actions, owners, strict=True)
         )
         gate = Follow(actions, self.guardrail)
-        forecast = Planned(point.depth, actions, branches, self.guardrail is not None)
+        forecast = Planned(
+            depth=point.depth,
+            actions=actions,
+            branches=branches,
+            checks=self.guardrail is not None,
+        )
         steps = len(owners)
         return Policy(None, lambda branch, position: gate, forecast, steps, self._mismatch)
 

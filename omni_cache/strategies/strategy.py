@@ -94,6 +94,8 @@ class Guard:
     first: int = 0
     last: int = 0
     whole: bool = False
+    inputs: bool = False
+    skips: bool = False
 
     def source_of(self, model_class: str | None) -> str | None:
         """The signal for a model's class."""

@@ -30,7 +30,7 @@ CONTENTS = {
         ),
         grams={"high": content().grams[""], "low": content().grams[""]},
         frontier=tuple(
-            replace(each, weights={"high": each.weights[""], "low": {}})
+            replace(each, weights={"high": each.weights[""]})
             for each in content().frontier
         ),
     ),
@@ -196,7 +196,8 @@ def forecast(actions: str, planned: dict[int, Weights], **fields: Any) -> Planne
     own = BranchWeights(planned, gram(np.linspace(1, 0, len(actions))))
     signs = {"c": "compute", "r": "reuse", "s": "skip", "-": ""}
     named = tuple(signs[letter] for letter in actions)
-    return Planned(2, named, {"cond": own}, **fields).of_branch("cond")
+    rule = Planned(depth=2, actions=named, branches={"cond": own}, **fields)
+    return rule.of_branch("cond")
 
 
 def times(*steps: int) -> list[Time]:
