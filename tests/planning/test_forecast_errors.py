@@ -303,6 +303,12 @@ def test_the_same_sigmas_change_nothing() -> None:
         np.testing.assert_array_equal(getattr(again, name), getattr(gram, name))
 
 
+def test_the_cubic_goes_through_two_steps_on_either_side() -> None:
+    apart = Gram(*[np.eye(6)] * 4)
+    (found,) = resampled(apart, range(6), [2.5]).residuals
+    assert found == pytest.approx(2 * (9 / 16) ** 2 + 2 * (1 / 16) ** 2)
+
+
 def test_two_calibrated_steps_are_joined_by_a_line() -> None:
     start, end = smooth(np.array([1.0, 0.5]))[0]
     gram = raw_gram((np.stack([start, end]),) * 3)

@@ -126,6 +126,11 @@ def test_without_the_dominated_more_time_is_a_smaller_error(seed: int, skips: bo
         assert any(time_of(each) <= time_of(dropped) and each.cost <= dropped.cost for each in kept)
 
 
+def test_of_schedules_that_cost_the_same_the_fastest_is_left() -> None:
+    slow, fast = Schedule((COMPUTE, COMPUTE), 1.0), Schedule((COMPUTE, REUSE), 1.0)
+    assert undominated([slow, fast], lambda each: each.computed) == [fast]
+
+
 def test_a_schedule_knows_what_is_kept_at_each_step() -> None:
     schedule = Schedule((COMPUTE, COMPUTE, REUSE, COMPUTE, SKIP), 0.0)
     assert (schedule.computed, schedule.reused, schedule.skipped) == (3, 1, 1)
