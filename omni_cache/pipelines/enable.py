@@ -91,8 +91,6 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     return target
 
 
-
-
 def disable(target: Any) -> Any:
     """Switch caching off: the pipeline or module is as it was before ``enable``.
 

@@ -172,8 +172,8 @@ def running_loop(
     loop = _loop_of(pipeline)
     if not loop.listen(getattr(pipeline, "scheduler", None)):
         return None
-    guidance = getattr(pipeline, "guidance_scale", None)
-    loop.guidance = float(guidance) if is_number(guidance) else None
+    guidance: Any = getattr(pipeline, "guidance_scale", None)
+    loop.guidance = guidance if is_number(guidance) else None
     # Who calls after a pipeline's run, from elsewhere, has a loop of its own.
     return None if calling is None and loop.is_over else loop
 

@@ -82,6 +82,7 @@ class Observer(Protocol):
     def __call__(self, step: Observed, /) -> None:
         """Look at a call."""
 
+
 _numbers = itertools.count()
 # What the contexts below have opened.
 named_generation: ContextVar[Generation | None] = ContextVar("generation", default=None)

@@ -38,8 +38,8 @@ from omni_cache.runtime.place import (
 from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
-from omni_cache.strategies.strategy import Found
 from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
+from omni_cache.strategies.strategy import Found
 
 AFTER = "after the last step"
 _NAME_IT = (
@@ -264,7 +264,7 @@ class Step:
         record = StepRecord(computed, distance, accumulated, at.value, verdict.reason, at.index)
         trajectory.record(record)
         if self._policy.refuses is not None:
-            first = next(each for each in output if isinstance(each, Tensor))
+            first = next(each for each in result if isinstance(each, Tensor))
             trajectory.size, trajectory.dtype = tuple(first.shape[1:]), str(first.dtype)
         if computed or looks_back:  # which keeps more signals than one
             trajectory.measure_memory()

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from omni_cache.strategies.base import is_count, is_number, require
 
-
 T = TypeVar("T")
 
 

@@ -102,11 +102,9 @@ class Planned(Forecast):
     depth: int = 1
     actions: tuple[str, ...]
     branches: Mapping[str, BranchWeights] = field(repr=False)
-    checks: bool = True  # type: ignore[misc]  # of the object, not of the class
+    checks: bool = True
     branch: BranchWeights | None = field(default=None, repr=False)
-    _fits: dict[tuple[Row, int, bool], Fit] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _fits: dict[tuple[Row, int, bool], Fit] = field(default_factory=dict, repr=False, compare=False)
 
     def of_branch(self, name: str) -> Planned:
         """With the weights of one branch."""
@@ -147,9 +145,9 @@ class Planned(Forecast):
         assert self.branch is not None  # another branch is refused
         steps = [each.index for each in kept]
         planned = self.branch.steps.get(now.index)
-        is_planned = skips == (self.actions[now.index] == SKIP)
-        if planned is not None and is_planned and len(planned.row) <= len(steps):
-            if steps[: len(planned.row)] == self._planned(now.index)[: len(planned.row)]:
+        if planned is not None and skips == (self.actions[now.index] == SKIP):
+            length = len(planned.row)
+            if len(steps) >= length and steps[:length] == self._planned(now.index)[:length]:
                 return planned
         found = self._fit(steps, now.index, skips)
         return Weights(found.weights)

@@ -7,17 +7,17 @@ what it was made on is checked; a guardrail inserts steps where a run goes off t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from omni_cache.planning.gram import Gram
 from omni_cache.strategies.base import is_number, one_of, require
 from omni_cache.strategies.following import BranchWeights, Follow, Planned
 from omni_cache.strategies.plans import Content, Point
 from omni_cache.strategies.retiming import retimed
 from omni_cache.strategies.strategy import Found, Guard, Owner, Policy, Strategy
-
 
 _TOLERANCE = 2e-3
 """Of timesteps, sigmas and guidance, relative; float16 and bfloat16 round them."""
@@ -176,11 +176,13 @@ class Plan(Strategy):
             name = next(iter(known))
             if model_class not in (None, known[name][0]):
                 where = f"transformers.{name}.model_class"
-                self._refused(_differs(where, known[name][0], model_class))
+                refusal = self._refused(_differs(where, known[name][0], model_class))
+                return replace(self, component=name, refusal=refusal).policy(model_class)
+            return replace(self, component=name).policy(model_class)
         point = self.point
         branches = {
             branch: BranchWeights(point.weights.get(name, {}).get(branch, {}), gram)
-            for branch, gram in self.content.grams.get(name, {}).items()
+            for branch, gram in self._grams.items()
         }
         owners = self.content.signature.owners
         actions = tuple(
@@ -201,12 +203,12 @@ class Plan(Strategy):
         """What of a run differs from the plan's signature."""
         signature = self.content.signature
         refusal, schedule, size = self.refusal, found.schedule, found.size
-        steps, branches = signature.num_inference_steps, self.content.grams.get(self.component)
+        steps, branches = signature.num_inference_steps, self._grams
         if refusal is not None:
             return refusal
         if found.total != steps:
             refusal = _differs("num_inference_steps", steps, found.total)
-        elif branches is not None and found.branch not in branches:
+        elif found.branch not in branches:
             refusal = _differs("branches", ", ".join(branches), found.branch)
         elif schedule is not None:
             refusal = (
@@ -222,6 +224,10 @@ class Plan(Strategy):
         if refusal is None and found.dtype not in (None, signature.dtype):
             refusal = _differs("dtype", signature.dtype, found.dtype)
         return self._refused(refusal)
+
+    @property
+    def _grams(self) -> Mapping[str, Gram]:
+        return self.content.grams.get(self.component or "", {})
 
     def _other_scheduler(self, scheduler: str) -> str | None:
         planned = self.content.signature.scheduler
@@ -249,7 +255,8 @@ class Plan(Strategy):
         for step, (action, owner) in enumerate(zip(self.point.actions, owners, strict=True)):
             branches = self.point.weights.get(owner, {})
             rows = [
-                f"{name}: " + " ".join(f"{weight:+.4f}" for weight in weights.row)
+                f"{name}: "
+                + " ".join(f"{weight:+.4f}" for weight in weights.row)
                 + (f"  input {weights.input:+.4f}" if weights.input else "")
                 for name, found in branches.items()
                 if (weights := found.get(step)) is not None

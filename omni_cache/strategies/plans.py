@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,9 +215,7 @@ class Content:
 def _jsonable(content: Content) -> dict[str, Any]:
     grams = {
         transformer: {
-            branch: {
-                field: _numbers(value) for field, value in vars(gram).items() if value is not None
-            }
+            branch: {field: _numbers(value) for field, value in vars(gram).items()}
             for branch, gram in branches.items()
         }
         for transformer, branches in content.grams.items()
@@ -338,17 +337,20 @@ def _read_made(fields: Fields) -> Made:
 
 
 def _read_gram(fields: Fields, steps: int) -> Gram:
-    shape, found = (steps, steps), {}
-    for key in ("residuals", "cross", "inputs", "outputs"):
-        name, given = fields.name_of(key), fields.content.get(key)
+    found = []
+    for each in dataclass_fields(Gram):
+        given = fields[each.name]
         try:
-            found[key] = None if given is None else np.array(given, dtype=np.float64)
+            matrix = np.array(given, dtype=np.float64)
         except (TypeError, ValueError):
-            found[key] = np.zeros(())
-        fits = found[key] is None or found[key].shape == shape
-        require(fits, name, given, f"{steps} rows of {steps} numbers")
-    require(found["residuals"] is not None, fields.name_of("residuals"), None, "a list")
-    return Gram(**found)
+            matrix = np.zeros(())
+        name, allowed = fields.name_of(each.name), f"{steps} rows of {steps} numbers"
+        require(matrix.shape == (steps, steps), name, given, allowed)
+        found.append(matrix)
+    try:
+        return Gram(*found)
+    except ValueError as error:
+        raise ValueError(f"{fields.name}: {error}") from None
 
 
 def _read_point(fields: Fields, signature: Signature, grams: Mapping[str, Any]) -> Point:

@@ -52,7 +52,9 @@ def retimed(content: Content, sigmas: Sequence[float] | Any) -> Content:
     nearest = np.abs(new[:, None] - old).argmin(1)
     owners = tuple(signature.owners[place] for place in nearest)
     grams = {
-        name: {branch: resampled(gram, old, new) for branch, gram in branches.items()}
+        name: {
+            branch: resampled(gram, old.tolist(), new.tolist()) for branch, gram in branches.items()
+        }
         for name, branches in content.grams.items()
     }
     # An error of the model's result counts by how far the step goes.

@@ -221,8 +221,10 @@ def tuned_to_the_toy(actions: str, **flags: Any) -> Plan:
         return outputs[-1]
 
     LOOP.run(step)
-    r, h, v = (np.stack([each.double().flatten() for each in found]) for found in
-               (residuals, inputs, outputs))
+    r, h, v = (
+        np.stack([each.double().flatten() for each in found])
+        for found in (residuals, inputs, outputs)
+    )
     own = {"": {"cond": Gram(r @ r.T, h @ r.T, h @ h.T, v @ v.T)}}
     made = content(actions)
     point = made.point
@@ -237,8 +239,16 @@ def test_the_guardrail_is_silent_on_what_the_plan_was_made_from() -> None:
     assert computed(model) == [[each == "c" for each in "cccrrcrr"]]
     (trajectory,) = omni_cache.summary(model).trajectories
     errors = [each.errors for each in trajectory.steps]
-    assert [each is not None for each in errors] == [False, True, True, False, False, True, False,
-                                                    False]
+    assert [each is not None for each in errors] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert all(0.3 < each.excess < 1.5 for each in errors if each is not None)
     assert "expected" in str(omni_cache.summary(model))
 
@@ -285,9 +295,7 @@ def test_memory_is_freed_when_the_loop_is_over() -> None:
     (trajectory,) = omni_cache.summary(model).trajectories
     assert trajectory.memory_bytes > 0
     state = omni_cache.pipelines.states_of(model)[0][1]
-    assert all(
-        not each.history.kept for run in state.runs for each in run.trajectories.values()
-    )
+    assert all(not each.history.kept for run in state.runs for each in run.trajectories.values())
 
 
 def test_teacache_in_a_graph_of_a_plan_says_what_is_missing() -> None:

@@ -30,8 +30,7 @@ CONTENTS = {
         ),
         grams={"high": content().grams[""], "low": content().grams[""]},
         frontier=tuple(
-            replace(each, weights={"high": each.weights[""]})
-            for each in content().frontier
+            replace(each, weights={"high": each.weights[""]}) for each in content().frontier
         ),
     ),
     "little known": replace(
@@ -150,7 +149,10 @@ def test_a_path_is_a_strategy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"guardrail": 0.5}, "guardrail=0.5 is not allowed; guardrail must be a finite number >= 1"),
+        (
+            {"guardrail": 0.5},
+            "guardrail=0.5 is not allowed; guardrail must be a finite number >= 1",
+        ),
         ({"guardrail": float("nan")}, "guardrail=nan"),
         ({"on_mismatch": "warn"}, "on_mismatch='warn' is not allowed"),
     ],
@@ -234,8 +236,9 @@ def test_a_check_compares_the_newest_step_with_what_is_expected_of_it() -> None:
     r[0] += 10 * (r[0] - weights @ r[1:])
     other = rule.check(times(2, 1, 0), (r @ r.T).tolist())
     assert other is not None
-    assert other.observed == pytest.approx(11 * off * np.linalg.norm(curves(np.linspace(1, 0, 5))[2])
-                                           / np.linalg.norm(r[0]), rel=1e-2)
+    assert other.observed == pytest.approx(
+        11 * off * np.linalg.norm(curves(np.linspace(1, 0, 5))[2]) / np.linalg.norm(r[0]), rel=1e-2
+    )
     assert other.excess > 8
     assert rule.check(times(2), [[1.0]]) is None
 
