@@ -33,7 +33,9 @@ class MagnitudeRatios:
     _before: dict[str, tuple[object, Tensor]] = field(default_factory=dict)
 
     def __call__(self, step: Observed) -> None:
-        """Look at a computed step."""
+        """Look at a call; only one that has left residuals tells something."""
+        if not step.residuals:
+            return
         residual = max(step.residuals, key=Tensor.numel)
         # The kernel measures the dtypes that models run in; float64 is measured in float32.
         residual = residual.float() if residual.element_size() == 8 else residual
@@ -56,7 +58,9 @@ class SignalAndOutput:
     _before: dict[str, tuple[object, Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, step: Observed) -> None:
-        """Look at a computed step."""
+        """Look at a call; only one that has left residuals tells something."""
+        if not step.residuals:
+            return
         assert step.signal is not None, "TeaCache needs a signal"
         signal, output = step.signal, step.output.detach().clone()
         run, *before = self._before.get(step.branch, (None, signal, output))

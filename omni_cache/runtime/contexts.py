@@ -9,17 +9,17 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from omni_cache.runtime.inference import NEW, Conditioning
 from omni_cache.runtime.trajectory import Trajectory
-from omni_cache.strategies import Guard, Policy, Strategy, Time, make_strategy
+from omni_cache.strategies import Guard, Owner, Policy, Strategy, Time, make_strategy
 from omni_cache.strategies.base import is_count, require
 from omni_cache.strategies.uncached import Uncached
 
@@ -35,18 +35,53 @@ class Branch(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """A computed step, as observers see it. ``generation`` numbers the generations."""
+    """A call of one region, as observers see it once it has ended well.
+
+    Its tensors are the call's own: what an observer keeps, it copies, since a caller may write into
+    results and a compiler into the rest.
+
+    Attributes:
+        run: the model's part in the generation.
+        generation: the number of the generation.
+        region: the region.
+        branch: the guidance branch.
+        at: the step.
+        computed: whether the block loop ran, or was recalled.
+        signal: what the strategy compares, None where it compares nothing.
+        residuals: as they are kept of a computed step; none of another, or of a call that has none.
+        finite: bool tensor, whether they all were finite; None where nothing was computed.
+        result: what the graph returns, flat.
+    """
 
     run: Run
     generation: int
+    region: Region
     branch: str
     at: Time
+    computed: bool
     signal: Tensor | None
     residuals: tuple[Tensor, ...]
-    output: Tensor
+    finite: Tensor | None
+    result: Sequence[Any]
+
+    @property
+    def output(self) -> Tensor:
+        """The first tensor of the result."""
+        return next(each for each in self.result if isinstance(each, Tensor))
 
 
-Observer = Callable[[Observed], None]
+class Observer(Protocol):
+    """Who is shown the calls of a context.
+
+    One that has a method ``recall(branch: str, at: Time) -> Computed | None`` is asked for what a
+    computed step makes, and spares the model's blocks and all behind them where it knows. What it
+    returns is kept and handed to the caller as if the model had made it: new tensors, where the
+    model would have made them.
+    """
+
+    def __call__(self, step: Observed, /) -> None:
+        """Look at a call."""
+
 
 _numbers = itertools.count()
 # What the contexts below have opened.
@@ -116,7 +151,7 @@ def branch(name: str, step_index: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Show every computed step of this context to an observer, after it has run."""
+    """Show every call of this context that has a place to an observer, after it has run."""
     token = current_observer.set(observer)
     try:
         yield
@@ -194,11 +229,15 @@ class Generation:
         self.follows: Generation | None = None
         self.is_called = False
         self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
-        self._policies: dict[tuple[Guard | None, str | None, str | None], Policy] = {}
+        self._policies: dict[tuple[Any, ...], Policy] = {}
         self._lock = threading.Lock()
 
     def policy(
-        self, guard: Guard | None, model_class: str | None = None, signal: str | None = None
+        self,
+        guard: Guard | None,
+        model_class: str | None = None,
+        signal: str | None = None,
+        owner: Owner | None = None,
     ) -> Policy | None:
         """What calls of a graph follow; None where that is for the model to say.
 
@@ -206,14 +245,16 @@ class Generation:
             guard: what the graph was compiled for, None for no cache.
             model_class: name of the model's class.
             signal: the signal that a flag has named.
+            owner: the transformer, where it is known.
 
         Raises:
-            ValueError: the graph cannot serve the generation's strategy.
+            ValueError: the graph cannot serve the generation's strategy, or the strategy is for
+                another model.
         """
         strategy = self.strategy
         if strategy is None:
             return None
-        key = guard, model_class, signal
+        key = guard, model_class, signal, owner
         if key not in self._policies:
             wanted = strategy.guard()
             if guard is not None:
@@ -227,7 +268,8 @@ class Generation:
                     f"{lacking}. Pass cache={strategy.name!r} with these flags to "
                     "omni_cache.enable or torch.compile"
                 )
-            self._policies[key] = strategy.policy(model_class)
+            own = strategy if owner is None else strategy.for_transformer(owner)
+            self._policies[key] = own.policy(model_class)
         return self._policies[key]
 
     def run(self, model: Any) -> Run:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from omni_cache.kernels import number_dtype
+from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
 from omni_cache.runtime.calls import Call
 from omni_cache.runtime.contexts import Observed, Region, current_observer
@@ -38,6 +39,7 @@ from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
 from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
+from omni_cache.strategies.strategy import Found
 
 AFTER = "after the last step"
 _NAME_IT = (
@@ -57,6 +59,7 @@ _WARNINGS = {
     "omni_cache.generation(num_inference_steps=...)",
     "products": "ranks that measure nothing together do not know their inner products, and so the "
     "forecast goes without them (a DMD is TaylorSeer); choose a strategy that measures",
+    "refusal": "all steps are computed, because the plan is for another run: {why}",
     "steps": f"nobody said how many steps there are, so {DEFAULT_STEPS} were assumed. Pass "
     "num_inference_steps=..., or name it in omni_cache.generation(...)",
 }
@@ -97,6 +100,7 @@ class _View(NamedTuple):
         stale: why what is held does not fit the call, None where it does.
         kept: what may be reused.
         must: why the call computes whatever is measured, None where the gate decides.
+        refusal: what the strategy says of a call that it is not for.
     """
 
     place: Place
@@ -105,6 +109,7 @@ class _View(NamedTuple):
     stale: str | None
     kept: Sequence[Kept]
     must: str | None
+    refusal: str | None = None
 
     @property
     def goes_by(self) -> object:
@@ -192,6 +197,8 @@ class Step:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
         distance = compares.distance(sums) if compares and sums and not view.must else None
+        if self._policy.forecast.checks and (errors := view.trajectory.history.errors):
+            distance = errors.excess
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
@@ -211,22 +218,32 @@ class Step:
         now = view.place.at._replace(total=view.total)
         return history.operands(kept, depth), history.rows(kept, now, depth)
 
-    def commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
+    def recalled(self) -> Computed | None:
+        """What an observer knows this call to compute; None where it has to be computed."""
+        recall, place = getattr(current_observer.get(), "recall", None), self._place
+        if recall is None or not isinstance(place, Place):
+            return None
+        known: Computed | None = recall(place.course.name, place.at)
+        return known
+
+    def commit(
+        self, result: Any, made: tuple[Tensor, ...] = (), finite: Tensor | None = None
+    ) -> None:
         """Have the next call come after this one, once the whole call has ended well.
 
         Args:
+            result: what the model returns, flat.
             made: the residuals of a computed step, nothing for a reused one.
             finite: bool tensor, whether they are all finite.
-            output: what the model returns, flat.
         """
         if isinstance(self._place, str):
             return
         if self._call is None:
-            self._commit(made, finite, output)
+            self._commit(result, made, finite)
         else:
-            self._call.commits.append(partial(self._commit, made, finite, output))
+            self._call.commits.append(partial(self._commit, result, made, finite))
 
-    def _commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
+    def _commit(self, result: Any, made: tuple[Tensor, ...], finite: Tensor | None) -> None:
         place, trajectory, total, stale, *_ = self._view
         verdict, at, computed = self._verdict, place.at, finite is not None
         if stale:
@@ -245,25 +262,28 @@ class Step:
         trajectory.layout, trajectory.last = self._layout, at
         distance, accumulated = verdict.distance, verdict.accumulated
         record = StepRecord(computed, distance, accumulated, at.value, verdict.reason, at.index)
-        trajectory.steps.append(record)
+        trajectory.record(record)
+        if self._policy.refuses is not None:
+            first = next(each for each in result if isinstance(each, Tensor))
+            trajectory.size, trajectory.dtype = tuple(first.shape[1:]), str(first.dtype)
         if computed or looks_back:  # which keeps more signals than one
             trajectory.measure_memory()
-        place.commit(output)
+        place.commit(result)
         observer, generation = current_observer.get(), place.run.generation
-        if observer is not None and made and generation is not None:
-            first = next(each for each in output if isinstance(each, Tensor))
-            seen = place.run, generation.number, place.course.name, at
-            observer(Observed(*seen, self._signal, made, first))
+        if observer is not None and generation is not None:
+            seen = place.run, generation.number, self._guarded.region, place.course.name, at
+            observer(Observed(*seen, computed, self._signal, made, finite, result))
         if total is not None and at.index >= total - 1:
             trajectory.release()
 
     def _look(self, place: Place) -> _View:
         """What the call finds at a place."""
         generation, course, at = place.run.generation, place.course, place.at
-        guarded, forecast = self._guarded, self._policy.forecast
+        guarded = self._guarded
         trajectory = place.run.trajectories.get((course.name, guarded.region))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
+            forecast = self._policy.forecast.of_branch(course.name)
             settings = guarded.device, guarded.per_sample, not self._is_symmetric
             history = History(self._policy.depth, forecast, *settings)
             trajectory = Trajectory(course.name, gate, history)
@@ -276,8 +296,11 @@ class Step:
         if stale is None and gate.begins_anew(at):
             stale = "refresh"
         kept = [] if stale else history.kept if self._is_symmetric else history.usable
+        refusal = self._refusal(place, trajectory, total)
         if total is not None and at.index >= total:
             must: str | None = AFTER
+        elif refusal is not None:
+            must = refusal
         elif stale is not None:
             must = stale
         elif trajectory.last is None:
@@ -292,7 +315,16 @@ class Step:
             must = UNCLEAR
         else:
             must = None
-        return _View(place, trajectory, total, stale, kept, must)
+        return _View(place, trajectory, total, stale, kept, must, refusal)
+
+    def _refusal(self, place: Place, trajectory: Trajectory, total: int | None) -> str | None:
+        """What the strategy says of a call that it is not for."""
+        if self._policy.refuses is None:
+            return None
+        loop, name = place.called.loop, place.course.name
+        schedule = None if loop is None else loop.schedule
+        result = trajectory.size, trajectory.dtype
+        return self._policy.refuses(Found(place.at, total, name, schedule, *result))
 
     def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:
         """What the call finds now, the sums of the comparison if there is one, and the timestep."""
@@ -417,6 +449,8 @@ class Step:
             self._tell(view.must, total=view.total)
         if view.stale == REPLACED and view.place.course.replaced > 1:
             self._tell(REPLACED, inputs=sorted(view.place.changed or ()))
+        if view.refusal is not None:
+            self._tell("refusal", why=view.refusal)
         if view.must == "non-finite residual":
             self._tell(view.must)
         if self._is_symmetric and self._policy.forecast.reads_products:

@@ -35,8 +35,8 @@ class Executor:
         layout = Layout.of(program.shaped(values), computation)
         if step.decide(program.signal(values), layout):
             result = program.reuse(values, *step.operands())
-            step.commit((), None, result)
+            step.commit(result)
         else:
-            result, made, finite = program.compute(values)
-            step.commit(made, finite, result)
+            result, made, finite = step.recalled() or program.compute(values)
+            step.commit(result, made, finite)
         return result
