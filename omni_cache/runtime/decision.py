@@ -323,7 +323,9 @@ class Step:
             return None
         loop, name = place.called.loop, place.course.name
         schedule = None if loop is None else loop.schedule
-        result = trajectory.size, trajectory.dtype
+        # A rank's part of the result may be of any size.
+        size = None if self._guarded.groups else trajectory.size
+        result = size, trajectory.dtype
         return self._policy.refuses(Found(place.at, total, name, schedule, *result))
 
     def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:
