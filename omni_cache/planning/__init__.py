@@ -1,0 +1,1 @@
+"""The arithmetic of plans: what a forecast costs, which schedules are best, how weights improve."""
