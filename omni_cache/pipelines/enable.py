@@ -33,12 +33,13 @@ from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS, CompileOptions
 from omni_cache.passes import RegionError
 from omni_cache.pipelines.blocks import WatchedBlock, unwatch_blocks, watch_blocks
+from omni_cache.pipelines.identity import owner_of
 from omni_cache.pipelines.loop import TRANSFORMERS, PipelineLoop, running_loop
 from omni_cache.runtime.calls import Call, bind, bound_call
 from omni_cache.runtime.contexts import Generation, branch
 from omni_cache.runtime.model_state import ModelState, expected_state, states_of_module
 from omni_cache.runtime.records import Summary, summarise
-from omni_cache.strategies import NO_CACHE, Strategy
+from omni_cache.strategies import NO_CACHE, Owner, Strategy
 
 COMPILE_FLAGS = ("dynamic", "fullgraph")
 """Flags of ``enable`` that go to ``torch.compile``."""
@@ -74,26 +75,20 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     models = _models(target)
     weakref.ref(target)
     # All of them or none: what may fail comes before the first one is touched.
-    strategies = {name: _strategy_of(name, each, strategy, target) for name, each in models.items()}
+    scheduler = getattr(target, "scheduler", None)
+    owners = {name: owner_of(name, each, scheduler) for name, each in models.items()}
+    strategies = {
+        name: None if strategy is None else strategy.for_transformer(owner)
+        for name, owner in owners.items()
+    }
     calls = {name: _call_for(each, options, compile_flags) for name, each in models.items()}
     for name, call in calls.items():
         _install(call, models[name])
-        call.configure(strategies[name])
+        call.configure(strategies[name], owners[name])
     if not isinstance(target, nn.Module):
         for call in calls.values():
             call.belongs_to(target)
     return target
-
-
-def _strategy_of(
-    name: str, module: nn.Module, strategy: Strategy | None, target: Any
-) -> Strategy | None:
-    if strategy is None:
-        return None
-    scheduler = getattr(target, "scheduler", None)
-    kind = None if scheduler is None else type(scheduler).__name__
-    classes = [type(each).__name__ for each in module.modules()]
-    return strategy.for_transformer(name, classes, kind)
 
 
 def disable(target: Any) -> Any:
@@ -252,8 +247,9 @@ class _CachedCall:
         others = (each for each in self.pipelines if each() not in (None, pipeline))
         self.pipelines = [*others, weakref.ref(pipeline)]
 
-    def configure(self, strategy: Strategy | None) -> None:
+    def configure(self, strategy: Strategy | None, owner: Owner) -> None:
         """Let calls follow another strategy, from the next generation on."""
+        self.state.owner = owner
         if self.state.strategy != strategy:
             self.state.forget()
             self.state.strategy = strategy

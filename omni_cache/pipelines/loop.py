@@ -15,11 +15,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from omni_cache.kernels import number_dtype
 from omni_cache.runtime.contexts import Generation
 from omni_cache.runtime.reading import Reading, read
+from omni_cache.strategies import Schedule
+from omni_cache.strategies.base import is_number
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Names under which pipelines keep their denoising transformers."""
@@ -31,10 +33,12 @@ class PipelineLoop:
     Attributes:
         generation: the loop that is running.
         timesteps: all of its timesteps.
+        guidance: the pipeline's guidance scale, where it has one.
     """
 
     def __init__(self) -> None:
         self.generation = Generation()
+        self.guidance: float | None = None
         self._timesteps: Any = None
         self._reached, self._is_called = 0, False
 
@@ -49,9 +53,11 @@ class PipelineLoop:
         as_many = len(timesteps) == self.generation.num_inference_steps
         if timesteps is not self._timesteps and not (goes_on and as_many):
             self._timesteps = timesteps
-            numbers = torch.as_tensor(timesteps).flatten()
-            self.timesteps = Reading(numbers.to(number_dtype(numbers.device)))
+            self.timesteps = Reading(_numbers(timesteps))
             config = getattr(scheduler, "config", None)
+            sigmas = getattr(scheduler, "sigmas", None)
+            listed = timesteps if sigmas is None else sigmas
+            self._scheduler, self._sigmas = type(scheduler).__name__, Reading(_numbers(listed))
             self._training = float(getattr(config, "num_train_timesteps", None) or 1000)
             self._scale: float | None = None
             self._begin()
@@ -59,6 +65,12 @@ class PipelineLoop:
         self._begins = getattr(scheduler, "begin_index", None) or 0 if index is None else None
         self._counted = None if index is None or index < 0 else int(index)
         return True
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the pipeline says of the loop; schedulers have their sigmas on the host."""
+        read([self._sigmas])
+        return Schedule(self._scheduler, self._sigmas.numbers or (), self.guidance)
 
     @property
     def is_over(self) -> bool:
@@ -117,6 +129,11 @@ class PipelineLoop:
         return later[0] if later else places[again]
 
 
+def _numbers(given: Any) -> Tensor:
+    numbers = torch.as_tensor(given).flatten()
+    return numbers.to(number_dtype(numbers.device))
+
+
 def _places(timesteps: Sequence[float], value: float, tolerance: float = 1e-3) -> list[int]:
     """Where a timestep comes, up to rounding: float16's, or bfloat16's with a tolerance of 8e-3."""
     return [
@@ -155,6 +172,8 @@ def running_loop(
     loop = _loop_of(pipeline)
     if not loop.listen(getattr(pipeline, "scheduler", None)):
         return None
+    guidance: Any = getattr(pipeline, "guidance_scale", None)
+    loop.guidance = guidance if is_number(guidance) else None
     # Who calls after a pipeline's run, from elsewhere, has a loop of its own.
     return None if calling is None and loop.is_over else loop
 

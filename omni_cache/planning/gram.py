@@ -301,7 +301,13 @@ class FittedCosts:
     solve: Callable[[Gram, Steps, int], Fits] = fits
 
     def many(self, kepts: Steps, step: int) -> Array:
-        """(K,): what ``step`` costs from each of the kept sets (K, m)."""
+        """(K,): what ``step`` costs from each of the kept sets (K, m).
+
+        Raises:
+            ValueError: no Gram has the step, or one that has it lacks a kept step.
+        """
+        if not any(gram.present[step] for gram in self.grams):
+            raise ValueError(f"step {step} is in no Gram")
         shape = (len(self.grams), len(self.grams[0]))
         importance = np.broadcast_to(np.asarray(self.importance, dtype=np.float64), shape)
         costs = np.zeros(len(kepts))

@@ -52,9 +52,9 @@ class Normal:
         products = np.zeros((len(flat), len(flat)))
         for start in range(0, len(flat[0]), _SLICE):
             rows = np.stack([each[start : start + _SLICE].astype(np.float64) for each in flat])
+            if not np.isfinite(rows).all():
+                raise ValueError("error and columns have to be finite")
             products += rows @ rows.T
-        if not np.isfinite(products).all():
-            raise ValueError("error and columns have to be finite")
         if products[0, 0] == 0:
             raise ValueError("error is zero, so there is nothing to improve in this sample")
         products /= products[0, 0]

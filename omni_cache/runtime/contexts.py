@@ -19,7 +19,7 @@ from torch import Tensor
 
 from omni_cache.runtime.inference import NEW, Conditioning
 from omni_cache.runtime.trajectory import Trajectory
-from omni_cache.strategies import Guard, Policy, Strategy, Time, make_strategy
+from omni_cache.strategies import Guard, Owner, Policy, Strategy, Time, make_strategy
 from omni_cache.strategies.base import is_count, require
 from omni_cache.strategies.uncached import Uncached
 
@@ -81,6 +81,7 @@ class Observer(Protocol):
 
     def __call__(self, step: Observed, /) -> None:
         """Look at a call."""
+
 
 _numbers = itertools.count()
 # What the contexts below have opened.
@@ -228,11 +229,15 @@ class Generation:
         self.follows: Generation | None = None
         self.is_called = False
         self.runs: weakref.WeakKeyDictionary[Any, Run] = weakref.WeakKeyDictionary()
-        self._policies: dict[tuple[Guard | None, str | None, str | None], Policy] = {}
+        self._policies: dict[tuple[Any, ...], Policy] = {}
         self._lock = threading.Lock()
 
     def policy(
-        self, guard: Guard | None, model_class: str | None = None, signal: str | None = None
+        self,
+        guard: Guard | None,
+        model_class: str | None = None,
+        signal: str | None = None,
+        owner: Owner | None = None,
     ) -> Policy | None:
         """What calls of a graph follow; None where that is for the model to say.
 
@@ -240,14 +245,16 @@ class Generation:
             guard: what the graph was compiled for, None for no cache.
             model_class: name of the model's class.
             signal: the signal that a flag has named.
+            owner: the transformer, where it is known.
 
         Raises:
-            ValueError: the graph cannot serve the generation's strategy.
+            ValueError: the graph cannot serve the generation's strategy, or the strategy is for
+                another model.
         """
         strategy = self.strategy
         if strategy is None:
             return None
-        key = guard, model_class, signal
+        key = guard, model_class, signal, owner
         if key not in self._policies:
             wanted = strategy.guard()
             if guard is not None:
@@ -261,7 +268,8 @@ class Generation:
                     f"{lacking}. Pass cache={strategy.name!r} with these flags to "
                     "omni_cache.enable or torch.compile"
                 )
-            self._policies[key] = strategy.policy(model_class)
+            own = strategy if owner is None else strategy.for_transformer(owner)
+            self._policies[key] = own.policy(model_class)
         return self._policies[key]
 
     def run(self, model: Any) -> Run:

@@ -39,6 +39,7 @@ from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
 from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
+from omni_cache.strategies.strategy import Found
 
 AFTER = "after the last step"
 _NAME_IT = (
@@ -58,6 +59,7 @@ _WARNINGS = {
     "omni_cache.generation(num_inference_steps=...)",
     "products": "ranks that measure nothing together do not know their inner products, and so the "
     "forecast goes without them (a DMD is TaylorSeer); choose a strategy that measures",
+    "refusal": "all steps are computed, because the plan is for another run: {why}",
     "steps": f"nobody said how many steps there are, so {DEFAULT_STEPS} were assumed. Pass "
     "num_inference_steps=..., or name it in omni_cache.generation(...)",
 }
@@ -98,6 +100,7 @@ class _View(NamedTuple):
         stale: why what is held does not fit the call, None where it does.
         kept: what may be reused.
         must: why the call computes whatever is measured, None where the gate decides.
+        refusal: what the strategy says of a call that it is not for.
     """
 
     place: Place
@@ -106,6 +109,7 @@ class _View(NamedTuple):
     stale: str | None
     kept: Sequence[Kept]
     must: str | None
+    refusal: str | None = None
 
     @property
     def goes_by(self) -> object:
@@ -193,6 +197,8 @@ class Step:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
         distance = compares.distance(sums) if compares and sums and not view.must else None
+        if self._policy.forecast.checks and (errors := view.trajectory.history.errors):
+            distance = errors.excess
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
@@ -256,7 +262,10 @@ class Step:
         trajectory.layout, trajectory.last = self._layout, at
         distance, accumulated = verdict.distance, verdict.accumulated
         record = StepRecord(computed, distance, accumulated, at.value, verdict.reason, at.index)
-        trajectory.steps.append(record)
+        trajectory.record(record)
+        if self._policy.refuses is not None:
+            first = next(each for each in result if isinstance(each, Tensor))
+            trajectory.size, trajectory.dtype = tuple(first.shape[1:]), str(first.dtype)
         if computed or looks_back:  # which keeps more signals than one
             trajectory.measure_memory()
         place.commit(result)
@@ -270,10 +279,11 @@ class Step:
     def _look(self, place: Place) -> _View:
         """What the call finds at a place."""
         generation, course, at = place.run.generation, place.course, place.at
-        guarded, forecast = self._guarded, self._policy.forecast
+        guarded = self._guarded
         trajectory = place.run.trajectories.get((course.name, guarded.region))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
+            forecast = self._policy.forecast.of_branch(course.name)
             settings = guarded.device, guarded.per_sample, not self._is_symmetric
             history = History(self._policy.depth, forecast, *settings)
             trajectory = Trajectory(course.name, gate, history)
@@ -286,8 +296,11 @@ class Step:
         if stale is None and gate.begins_anew(at):
             stale = "refresh"
         kept = [] if stale else history.kept if self._is_symmetric else history.usable
+        refusal = self._refusal(place, trajectory, total)
         if total is not None and at.index >= total:
             must: str | None = AFTER
+        elif refusal is not None:
+            must = refusal
         elif stale is not None:
             must = stale
         elif trajectory.last is None:
@@ -302,7 +315,16 @@ class Step:
             must = UNCLEAR
         else:
             must = None
-        return _View(place, trajectory, total, stale, kept, must)
+        return _View(place, trajectory, total, stale, kept, must, refusal)
+
+    def _refusal(self, place: Place, trajectory: Trajectory, total: int | None) -> str | None:
+        """What the strategy says of a call that it is not for."""
+        if self._policy.refuses is None:
+            return None
+        loop, name = place.called.loop, place.course.name
+        schedule = None if loop is None else loop.schedule
+        result = trajectory.size, trajectory.dtype
+        return self._policy.refuses(Found(place.at, total, name, schedule, *result))
 
     def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:
         """What the call finds now, the sums of the comparison if there is one, and the timestep."""
@@ -427,6 +449,8 @@ class Step:
             self._tell(view.must, total=view.total)
         if view.stale == REPLACED and view.place.course.replaced > 1:
             self._tell(REPLACED, inputs=sorted(view.place.changed or ()))
+        if view.refusal is not None:
+            self._tell("refusal", why=view.refusal)
         if view.must == "non-finite residual":
             self._tell(view.must)
         if self._is_symmetric and self._policy.forecast.reads_products:

@@ -37,6 +37,6 @@ class Executor:
             result = program.reuse(values, *step.operands())
             step.commit(result)
         else:
-            result, *made = step.recalled() or program.compute(values)
-            step.commit(result, *made)
+            result, made, finite = step.recalled() or program.compute(values)
+            step.commit(result, made, finite)
         return result

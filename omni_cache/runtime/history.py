@@ -13,7 +13,7 @@ from omni_cache.kernels import inner_products
 from omni_cache.runtime.agreement import local
 from omni_cache.runtime.reading import Reading, on_host, read
 from omni_cache.strategies import Forecast, Time
-from omni_cache.strategies.base import Matrix, Row
+from omni_cache.strategies.base import Errors, Matrix, Row
 
 
 @dataclass
@@ -67,7 +67,7 @@ class History:
         self.device = self.home = device
         self.kept: list[Kept] = []
         self._per_sample = per_sample
-        self._measures = measures and forecast.reads_products
+        self._measures = measures and (forecast.reads_products or forecast.checks)
 
     def push(
         self, at: Time, residuals: Sequence[Tensor], finite: Tensor, signal: Tensor | None = None
@@ -84,6 +84,8 @@ class History:
         if self.forecast.feeds_back and older:
             older = [older[0], self._forecast(at._replace(index=at.index - 1, value=None))]
         products = self._products(residuals, older) if self._measures else None
+        if products is not None and not self.forecast.reads_products:
+            products.fetch()
         moved = tuple(_moved(each, self.device or self.home) for each in residuals)
         made = Kept(at, moved, finite, products, signal=signal)
         self.kept = [made, *older][: self.depth]
@@ -112,12 +114,28 @@ class History:
         """The weights of ``count`` sets of residuals: a row for each sample, or one for all."""
         times = [each.at for each in kept]
         readings = [each.products for each in kept if each.products is not None]
-        if len(readings) == len(kept):
+        if self.forecast.reads_products and len(readings) == len(kept):
             read(readings)
             rows = self.forecast.rows(times, now, _matrices(readings, self.depth))
         else:
             rows = [self.forecast.weights(times, now)]
         return [(*row, *[0.0] * (count - len(kept))) for row in rows]
+
+    @property
+    def errors(self) -> Errors | None:
+        """How far off the newest entry was from its forecast, of the sample that is worst.
+
+        None where nothing tells, or where the host does not know it yet.
+        """
+        readings = [each.products for each in self.kept if each.products is not None]
+        comes = self.forecast.checks and len(readings) == len(self.kept)
+        if not comes or not all(each.has_come for each in readings):
+            return None
+        times = [each.at for each in self.kept]
+        matrices = _matrices(readings, self.depth) if readings else []
+        checked = (self.forecast.check(times, each) for each in matrices)
+        known = [each for each in checked if each is not None]
+        return max(known, key=lambda each: each.excess, default=None)
 
     @property
     def tensors(self) -> list[Tensor]:

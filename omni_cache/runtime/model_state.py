@@ -13,7 +13,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from omni_cache.runtime.contexts import Generation, Run
-from omni_cache.strategies import Policy, Strategy
+from omni_cache.strategies import Owner, Policy, Strategy
 
 
 class _ThreadLoops(threading.local):
@@ -28,6 +28,7 @@ class ModelState:
 
     Attributes:
         strategy: what its calls follow, where that is not for the compiled graph to say.
+        owner: which transformer it is, where somebody has said.
         latest: the run that began last.
         runs: all runs that somebody still holds.
         expected_steps: the number of steps of coming generations, where it was announced.
@@ -36,6 +37,7 @@ class ModelState:
 
     def __init__(self) -> None:
         self.strategy: Strategy | None = None
+        self.owner: Owner | None = None
         self.latest: Run | None = None
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self.expected_steps: int | None = None

@@ -19,7 +19,7 @@ from omni_cache.runtime.contexts import Branch, Course, Generation, Run
 from omni_cache.runtime.inference import Change, Inputs
 from omni_cache.runtime.model_state import ModelState
 from omni_cache.runtime.reading import Reading
-from omni_cache.strategies import Time
+from omni_cache.strategies import Schedule, Time
 
 MAX_BRANCHES = 16
 """Calls at one step that are taken for its branches; any more have no place."""
@@ -36,10 +36,15 @@ class Loop(Protocol):
     Attributes:
         generation: the one that is running.
         timesteps: all of its timesteps.
+        schedule: what else is known of it.
     """
 
     generation: Generation
     timesteps: Reading
+
+    @property
+    def schedule(self) -> Schedule:
+        """Read when it is asked for."""
 
     def count(self, branch: str | None) -> int | None:
         """The step, where it is known without the timestep."""

@@ -60,7 +60,7 @@ class Placement:
             state = state_of_parameter(args[self.identity])
         generation, policy = named_generation.get(), None
         if generation is not None:
-            policy = generation.policy(self.guard, self.model_class, self.signal)
+            policy = generation.policy(self.guard, self.model_class, self.signal, state.owner)
         if policy is None:
             policy = state.policy(self.strategy, self.model_class)
         timestep: Any = self.constant if self.timestep is None else args[self.timestep]

@@ -19,6 +19,25 @@ class Reading:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.numbers: tuple[float, ...] | None = tuple(tensor.tolist()) if on_host(tensor) else None
+        self._copy: tuple[Tensor, torch.Event] | None = None
+
+    def fetch(self) -> None:
+        """Have the numbers come to the host by themselves, for `has_come`."""
+        if self.numbers is None:
+            copied = torch.empty_like(self.tensor, device="cpu", pin_memory=self.tensor.is_cuda)
+            copied.copy_(self.tensor, non_blocking=True)
+            done = torch.Event(self.tensor.device)
+            done.record()
+            self._copy = copied, done
+
+    @property
+    def has_come(self) -> bool:
+        """Whether the numbers are on the host by now. It waits for nothing."""
+        if self.numbers is None and self._copy is not None:
+            copied, done = self._copy
+            if done.query():
+                self.numbers, self._copy = tuple(copied.tolist()), None
+        return self.numbers is not None
 
 
 def read(readings: Iterable[Reading]) -> None:

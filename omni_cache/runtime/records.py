@@ -63,7 +63,9 @@ class Summary:
     def __rich__(self) -> Table:
         total = self.computed_steps + self.reused_steps
         table = Table(title=f"{self.computed_steps} of {total} steps computed")
-        for heading in ("branch", "step", "timestep", "", "distance", "accumulated", "reason"):
+        checked = any(step.errors for each in self.trajectories for step in each.steps)
+        measured = ("forecast off by", "expected") if checked else ("distance", "accumulated")
+        for heading in ("branch", "step", "timestep", "", *measured, "reason"):
             table.add_column(
                 heading, justify="left" if heading in ("branch", "reason") else "right"
             )
@@ -76,8 +78,7 @@ class Summary:
                     str(step.index),
                     _number(step.timestep),
                     "computed" if step.computed else "reused",
-                    _number(step.distance),
-                    _number(step.accumulated),
+                    *map(_number, step.errors or (step.distance, step.accumulated)),
                     step.reason,
                 )
             table.add_section()

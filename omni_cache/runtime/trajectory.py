@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omni_cache.runtime.history import History
 from omni_cache.strategies import Gate, Time
+from omni_cache.strategies.base import Errors
 
 
 class StepRecord(NamedTuple):
@@ -27,6 +28,8 @@ class StepRecord(NamedTuple):
             device and placing the call did not need it.
         reason: why, in a few words ("first step", "below threshold", "max_skip_steps", ...).
         index: the step, counted over the whole schedule.
+        errors: of a computed step, how far off a forecast of it would have been, for a strategy
+            that checks its forecasts; None where the host has not heard of it.
     """
 
     computed: bool
@@ -35,6 +38,7 @@ class StepRecord(NamedTuple):
     timestep: float | None
     reason: str
     index: int  # type: ignore[assignment]  # hides a method that nobody needs here
+    errors: Errors | None = None
 
 
 class Layout(NamedTuple):
@@ -87,6 +91,8 @@ class Trajectory:
         last: the time of the last call.
         steps: one record for each call.
         memory_bytes: the most that it held at a time.
+        size: shape of the model's first result, without the batch, and ``dtype`` its dtype, for a
+            strategy that refuses others; None before the first call has ended.
     """
 
     def __init__(self, branch: str, gate: Gate, history: History) -> None:
@@ -99,12 +105,22 @@ class Trajectory:
         self.last: Time | None = None
         self.steps: list[StepRecord] = []
         self.memory_bytes = 0
+        self.size: tuple[int, ...] | None = None
+        self.dtype: str | None = None
 
     def release(self) -> None:
         """Free all tensors and begin anew; the records and the time stay."""
         self.signal = self.layout = None
         self.history.kept = []
         self.state = self.gate.begin()
+
+    def record(self, step: StepRecord) -> None:
+        """Note a call, and what is known by now of the forecast of the last computed one."""
+        self.steps.append(step)
+        errors = self.history.errors
+        if errors is not None:
+            last = max(place for place, each in enumerate(self.steps) if each.computed)
+            self.steps[last] = self.steps[last]._replace(errors=errors)
 
     def measure_memory(self) -> None:
         """Raise ``memory_bytes`` to what the trajectory holds now."""

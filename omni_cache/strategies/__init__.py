@@ -6,9 +6,10 @@ from omni_cache.strategies.easycache import EasyCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
 from omni_cache.strategies.named import NO_CACHE, STRATEGIES, make_strategy, register_strategy
+from omni_cache.strategies.plan import Plan
 from omni_cache.strategies.seacache import SeaCache
 from omni_cache.strategies.stepcache import StepCache
-from omni_cache.strategies.strategy import Guard, Policy, Strategy
+from omni_cache.strategies.strategy import Guard, Owner, Policy, Schedule, Strategy
 from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
 
@@ -22,7 +23,10 @@ __all__ = [
     "Gate",
     "Guard",
     "MagCache",
+    "Owner",
+    "Plan",
     "Policy",
+    "Schedule",
     "SeaCache",
     "Signal",
     "StepCache",

@@ -56,6 +56,18 @@ class Verdict(NamedTuple):
     accumulated: float | None = None
 
 
+class Errors(NamedTuple):
+    """How far a forecast was from what it stands for, relative, and how far that was expected."""
+
+    observed: float
+    expected: float
+
+    @property
+    def excess(self) -> float:
+        """How many times as far as expected."""
+        return self.observed / self.expected if self.expected > 0 else float(self.observed > 0)
+
+
 class Made(NamedTuple):
     """What a computed step has left: its signal, and its residuals in the order of the results."""
 
@@ -169,10 +181,17 @@ class Forecast(ABC):
     reads_products: ClassVar[bool] = False
     """Whether it weighs by what the residuals are, for which it has `rows`."""
 
+    checks: bool = False
+    """Whether it says, by `check`, how far off it would have been at a computed step."""
+
     @property
     def reads_values(self) -> bool:
         """Whether it weighs by `Time.value`, and not by the step alone."""
         return False
+
+    def of_branch(self, name: str) -> Forecast:
+        """What is forecast of one guidance branch."""
+        return self
 
     @property
     @abstractmethod
@@ -200,6 +219,18 @@ class Forecast(ABC):
             products: for each sample the inner products of the kept residuals, newest first.
         """
         return [self.weights(kept, now)]
+
+    def check(self, kept: Sequence[Time], products: Matrix) -> Errors | None:
+        """How far off the newest of what is kept was from its forecast by the others.
+
+        Args:
+            kept: times of the computed steps whose residuals are kept, newest first.
+            products: their inner products, over the whole batch.
+
+        Returns:
+            None where there is nothing to compare.
+        """
+        return None
 
 
 def require(condition: bool, flag: str, given: Any, allowed: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from omni_cache.strategies.base import finite_numbers, require
 from omni_cache.strategies.calibrations import Calibration
-from omni_cache.strategies.strategy import Strategy
+from omni_cache.strategies.strategy import Owner, Strategy
 
 ByBranch = Mapping[str, tuple[float, ...]]
 """Numbers by the name of the guidance branch."""
@@ -70,12 +70,12 @@ class CalibratedStrategy(Strategy):
         (transformer,) = file.of("", classes).transformers.values()
         return {name: each.numbers for name, each in transformer.branches.items()}
 
-    def for_transformer(self, name: str, classes: Sequence[str], scheduler: str | None) -> Strategy:
+    def for_transformer(self, owner: Owner) -> Strategy:
         """With the numbers of one transformer, for pipelines that have several."""
         if self.calibration is None:
             return self
         assert isinstance(self.calibration, Calibration)
-        schedule = self.calibration.schedule
+        schedule, scheduler = self.calibration.schedule, owner.scheduler
         if schedule is not None and scheduler not in (None, schedule.scheduler):
             warnings.warn(
                 f"calibration: schedule.scheduler is {schedule.scheduler!r}, and the pipeline has "
@@ -83,7 +83,7 @@ class CalibratedStrategy(Strategy):
                 "with this scheduler",
                 stacklevel=3,
             )
-        return replace(self, calibration=self.calibration.of(name, classes))
+        return replace(self, calibration=self.calibration.of(owner.name, owner.classes))
 
 
 def _calibration(given: Any, strategy: str) -> Calibration:

@@ -142,15 +142,15 @@ def _read(fields: Fields) -> Calibration:
                 each.text("model_class"),
                 {
                     branch: _branch(numbers, steps if strategy == "magcache" else None)
-                    for branch, numbers in each.objects("branches").items()
+                    for branch, numbers in each.object("branches").each()
                 },
             )
-            for name, each in fields.objects("transformers").items()
+            for name, each in fields.object("transformers").each()
         },
         fields.text("date"),
         {name: versions.text(name) for name in versions.content},
-        None if fields["schedule"] is None else _schedule(fields.object("schedule")),
-        None if fields["signal"] is None else fields.text("signal"),
+        fields.optional("schedule", lambda key: _schedule(fields.object(key))),
+        fields.optional("signal", fields.text),
     )
 
 
@@ -166,5 +166,5 @@ def _branch(fields: Fields, length: int | None) -> BranchNumbers:
 
 
 def _schedule(fields: Fields) -> Schedule:
-    sigmas = None if fields["sigmas"] is None else fields.numbers("sigmas")
+    sigmas = fields.optional("sigmas", fields.numbers)
     return Schedule(fields.text("scheduler"), fields.numbers("timesteps"), sigmas)

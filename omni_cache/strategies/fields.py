@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from omni_cache.strategies.base import is_count, is_number, require
+
+T = TypeVar("T")
 
 
 class Fields:
@@ -38,11 +40,17 @@ class Fields:
         """A field that is an object."""
         return Fields(self[key], self.name_of(key))
 
-    def objects(self, key: str) -> dict[str, Fields]:
-        """A field that is an object of at least one object."""
-        outer = self.object(key)
-        require(len(outer.content) > 0, outer.name, outer.content, "an object with entries")
-        return {each: outer.object(each) for each in outer.content}
+    def each(self) -> list[tuple[str, Fields]]:
+        """Its own fields, all of them objects; at least one."""
+        require(len(self.content) > 0, self.name, self.content, "an object with entries")
+        return [(key, self.object(key)) for key in self.content]
+
+    def objects(self, key: str) -> list[Fields]:
+        """A field that is a list of at least one object."""
+        given, name = self[key], self.name_of(key)
+        fits = isinstance(given, list) and len(given) > 0
+        require(fits, name, given, "a list of at least one object")
+        return [Fields(each, f"{name}[{place}]") for place, each in enumerate(given)]
 
     def text(self, key: str) -> str:
         """A field that is a string with something in it."""
@@ -51,11 +59,25 @@ class Fields:
         require(fits, self.name_of(key), given, "a non-empty string")
         return str(given)
 
-    def count(self, key: str) -> int:
-        """A field that is an integer of at least 1."""
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A field that is a list of at least one string."""
         given = self[key]
-        require(is_count(given, 1), self.name_of(key), given, "an integer >= 1")
+        fits = isinstance(given, list) and len(given) > 0
+        fits = fits and all(isinstance(each, str) for each in given)
+        require(fits, self.name_of(key), given, "a list of at least one string")
+        return tuple(given)
+
+    def count(self, key: str, least: int = 1) -> int:
+        """A field that is an integer of at least 1, or of another least."""
+        given = self[key]
+        require(is_count(given, least), self.name_of(key), given, f"an integer >= {least}")
         return int(given)
+
+    def number(self, key: str) -> float:
+        """A field that is a finite number."""
+        given = self[key]
+        require(is_number(given), self.name_of(key), given, "a finite number")
+        return float(given)
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A field that is a list of at least one finite number."""
@@ -63,3 +85,7 @@ class Fields:
         fits = isinstance(given, list) and len(given) > 0 and all(map(is_number, given))
         require(fits, self.name_of(key), given, "a list of at least one finite number")
         return tuple(map(float, given))
+
+    def optional(self, key: str, read: Callable[[str], T]) -> T | None:
+        """A field that may be null, and is otherwise read by one of the methods."""
+        return None if self[key] is None else read(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from omni_cache.strategies.base import one_of, require
@@ -15,6 +16,7 @@ from omni_cache.strategies.dbcache import DBCache
 from omni_cache.strategies.easycache import EasyCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
+from omni_cache.strategies.plan import Plan
 from omni_cache.strategies.seacache import SeaCache
 from omni_cache.strategies.stepcache import StepCache
 from omni_cache.strategies.strategy import Strategy
@@ -22,6 +24,7 @@ from omni_cache.strategies.taylorseer import TaylorSeer
 from omni_cache.strategies.teacache import TeaCache
 
 NO_CACHE = "none"
+PLAN_SUFFIX = ".json"
 
 STRATEGIES: dict[str, type[Strategy]] = {
     each.name: each
@@ -78,7 +81,7 @@ def make_strategy(
     """The strategy that a name or an object and flags mean; None for ``"none"``.
 
     Args:
-        cache: a name, or a strategy whose fields the flags override.
+        cache: a name, a strategy whose fields the flags override, or the path of a plan.
         flags: its fields, and whatever stands in ``before`` and ``after``.
         before: flags that are somebody else's; an error lists them before the strategy's.
         after: the same, listed after them.
@@ -86,9 +89,12 @@ def make_strategy(
     Raises:
         ValueError: a name, a flag or its value is not allowed.
     """
+    if isinstance(cache, Path) or (isinstance(cache, str) and cache.endswith(PLAN_SUFFIX)):
+        cache = _plan(cache)
     kind: type[Strategy] | None = type(cache)
     if not isinstance(cache, Strategy):
-        one_of("cache", cache, (*STRATEGIES, NO_CACHE), "or a strategy object")
+        also = "or a strategy object, or the path of a plan (.json)"
+        one_of("cache", cache, (*STRATEGIES, NO_CACHE), also)
         kind = STRATEGIES.get(cache)
     fields = () if kind is None else kind.field_names()
     allowed = (*before, *fields, *after)
@@ -99,6 +105,16 @@ def make_strategy(
         return None
     values = {field: flags[field] for field in fields if field in flags}
     return replace(cache, **values) if isinstance(cache, Strategy) else kind(**values)
+
+
+def _plan(path: str | Path) -> Plan:
+    try:
+        return Plan.load(path)
+    except OSError as error:
+        raise ValueError(
+            f"cache={str(path)!r} is not allowed; cache must be the path of a plan that "
+            f"omni_cache.tune has made: {error}"
+        ) from None
 
 
 def _unknown(flag: str, kind: type[Strategy] | None, allowed: Sequence[str]) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-from omni_cache.strategies.base import Forecast, Gate, Signal, is_count, is_number, require
+from omni_cache.strategies.base import Forecast, Gate, Signal, Time, is_count, is_number, require
 from omni_cache.strategies.forecasts import make_forecast
 
 
@@ -25,6 +25,56 @@ class PublishedSource:
     def __repr__(self) -> str:
         # What is compiled for equal guards is shared by their text.
         return f"PublishedSource({self.variant!r})"
+
+
+class Owner(NamedTuple):
+    """A transformer that a strategy is for.
+
+    Attributes:
+        name: of the component in its pipeline, "" for a bare module.
+        classes: names of the classes that it is made of, its own first.
+        digest: equal for transformers of one configuration.
+        scheduler: the class of the pipeline's scheduler; None where there is none.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    digest: str
+    scheduler: str | None
+
+
+class Schedule(NamedTuple):
+    """What a pipeline says of a generation that begins.
+
+    Attributes:
+        scheduler: its class.
+        sigmas: of the scheduler, or its timesteps where it has none.
+        guidance: the guidance scale, None where the pipeline has none.
+    """
+
+    scheduler: str
+    sigmas: tuple[float, ...]
+    guidance: float | None
+
+
+class Found(NamedTuple):
+    """What a call turns out to be a part of.
+
+    Attributes:
+        at: where it lies.
+        total: how many steps there are; None where nobody has said.
+        branch: the guidance branch.
+        schedule: None where no pipeline is known.
+        size: shape of the model's first result, without the batch; None before the first call.
+        dtype: of it.
+    """
+
+    at: Time
+    total: int | None
+    branch: str
+    schedule: Schedule | None
+    size: tuple[int, ...] | None
+    dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +94,8 @@ class Guard:
     first: int = 0
     last: int = 0
     whole: bool = False
+    inputs: bool = False
+    skips: bool = False
 
     def source_of(self, model_class: str | None) -> str | None:
         """The signal for a model's class."""
@@ -87,12 +139,15 @@ class Policy:
         gate: makes the gate of a branch, from its name and its position in the generation.
         forecast: what stands in for the residual.
         num_inference_steps: steps of a generation, where neither a context nor a pipeline says.
+        refuses: why a call has to be computed whatever the gate says, because it is none that the
+            strategy was made for; None for a strategy that is for all. It may raise instead.
     """
 
     signal: Signal | None
     gate: Callable[[str, int], Gate]
     forecast: Forecast
     num_inference_steps: int | None
+    refuses: Callable[[Found], str | None] | None = None
 
     @property
     def depth(self) -> int:
@@ -158,13 +213,8 @@ class Strategy(ABC):
             ValueError: the strategy lacks numbers for this class.
         """
 
-    def for_transformer(self, name: str, classes: Sequence[str], scheduler: str | None) -> Strategy:
+    def for_transformer(self, owner: Owner) -> Strategy:
         """The strategy of one transformer of a pipeline, checked against it.
-
-        Args:
-            name: the component's name in its pipeline, "" for a bare module.
-            classes: names of the classes that it is made of, its own first.
-            scheduler: the class of the pipeline's scheduler, where there is one.
 
         Raises:
             ValueError: the strategy has numbers of another model.

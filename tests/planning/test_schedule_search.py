@@ -4,14 +4,14 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_cache.planning.gram import FittedCosts, Gram
+from omni_cache.planning.gram import FittedCosts, Gram, fits_outputs
 from omni_cache.planning.search import COMPUTE, REUSE, SKIP, Schedule, frontier, undominated
 
 Cost = Callable[[tuple[int, ...], int], float]
@@ -126,6 +126,11 @@ def test_without_the_dominated_more_time_is_a_smaller_error(seed: int, skips: bo
         assert any(time_of(each) <= time_of(dropped) and each.cost <= dropped.cost for each in kept)
 
 
+def test_of_schedules_that_cost_the_same_the_fastest_is_left() -> None:
+    slow, fast = Schedule((COMPUTE, COMPUTE), 1.0), Schedule((COMPUTE, REUSE), 1.0)
+    assert undominated([slow, fast], lambda each: each.computed) == [fast]
+
+
 def test_a_schedule_knows_what_is_kept_at_each_step() -> None:
     schedule = Schedule((COMPUTE, COMPUTE, REUSE, COMPUTE, SKIP), 0.0)
     assert (schedule.computed, schedule.reused, schedule.skipped) == (3, 1, 1)
@@ -168,12 +173,34 @@ def test_arguments_out_of_range_are_refused(arguments: dict, message: str) -> No
         frontier(**{"steps": 4, "depth": 2, "reuse_cost": lambda kept, step: 1.0, **arguments})
 
 
-def smooth_gram(steps: int) -> Gram:
+def smooth_gram(steps: int, own: Collection[int] | None = None) -> Gram:
+    """The Gram of a smooth trajectory, of which the transformer runs the steps ``own``."""
     generator = np.random.default_rng(0)
     times = np.linspace(0, 1, steps)[:, None]
     waves = np.cos(times * generator.uniform(0, 9, 64) + generator.uniform(0, 6, 64))
     inner = waves @ waves.T / 64
+    for step in set(range(steps)) - set(range(steps) if own is None else own):
+        inner[step], inner[:, step] = np.nan, np.nan
     return Gram(inner, inner, inner, inner)
+
+
+def test_kept_sets_priced_together_give_the_same_schedules() -> None:
+    """Two experts with steps of their own, whose forecasts and skips are fitted."""
+    grams = [smooth_gram(12, range(5)), smooth_gram(12, range(5, 12))]
+    reuse = FittedCosts(grams, np.linspace(1, 2, 12))
+    skip = FittedCosts(grams, np.full(12, 1.2), fits_outputs)
+    owner = [step >= 5 for step in range(12)]
+    together = frontier(12, 2, reuse, skip, owner=owner)
+    one_by_one = frontier(
+        12,
+        2,
+        lambda kept, step: reuse(kept, step),
+        lambda kept, step: skip(kept, step),
+        owner=owner,
+    )
+    assert [each.actions for each in together] == [each.actions for each in one_by_one]
+    assert all(each.actions[0] == each.actions[5] == COMPUTE for each in together)
+    assert min(each.computed for each in together) == 2
 
 
 @pytest.mark.parametrize(

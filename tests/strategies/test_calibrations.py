@@ -11,7 +11,7 @@ import pytest
 
 from omni_cache import MagCache, TeaCache
 from omni_cache.calibration import Calibration
-from omni_cache.strategies import Time
+from omni_cache.strategies import Owner, Time
 from omni_cache.strategies.calibrations import (
     FORMAT,
     BranchNumbers,
@@ -161,8 +161,8 @@ def test_the_file_of_another_class_is_refused() -> None:
     with pytest.raises(ValueError, match=f"{message} 'FluxTransformer2DModel'"):
         MagCache(calibration=MAGCACHE).policy("FluxTransformer2DModel")
     with pytest.raises(ValueError, match=f"{message} 'Wrapper'"):
-        TeaCache(calibration=TEACACHE).for_transformer("", ["Wrapper", "Linear"], None)
-    TeaCache(calibration=TEACACHE).for_transformer("", ["Wrapper", "Toy"], None)
+        TeaCache(calibration=TEACACHE).for_transformer(Owner("", ("Wrapper", "Linear"), "", None))
+    TeaCache(calibration=TEACACHE).for_transformer(Owner("", ("Wrapper", "Toy"), "", None))
 
 
 @pytest.mark.parametrize("own", [{"mag_ratios": [1.0]}, {"variant": "FLUX.1-dev"}])
@@ -182,11 +182,11 @@ def test_each_branch_gets_its_numbers_and_an_unknown_one_those_of_its_position()
 def test_each_expert_gets_its_numbers_and_a_bare_module_is_told_to_say_which() -> None:
     strategy = MagCache(calibration=EXPERTS)
     for name, expected in (("transformer", COND), ("transformer_2", UNCOND)):
-        own = strategy.for_transformer(name, ["Toy"], None)
+        own = strategy.for_transformer(Owner(name, ("Toy",), "", None))
         gate: Any = own.policy("Toy").gate("cond", 0)
         assert gate.gate.ratios == expected.numbers
     for ask in (
-        lambda: strategy.for_transformer("", ["Toy"], None),
+        lambda: strategy.for_transformer(Owner("", ("Toy",), "", None)),
         lambda: strategy.policy("Toy"),
     ):
         with pytest.raises(ValueError, match="transformer, transformer_2 in the calibration"):
@@ -201,7 +201,7 @@ def test_coefficients_come_with_the_signal_that_they_were_fitted_on() -> None:
 def test_another_scheduler_is_told_of_by_name() -> None:
     strategy = MagCache(calibration=MAGCACHE)
     with pytest.warns(UserWarning, match=r"schedule.scheduler is 'Euler.*has 'DDIMScheduler'"):
-        strategy.for_transformer("transformer", ["Toy"], "DDIMScheduler")
+        strategy.for_transformer(Owner("transformer", ("Toy",), "", "DDIMScheduler"))
 
 
 def test_ratios_are_interpolated_to_another_number_of_steps() -> None:
