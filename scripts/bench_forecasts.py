@@ -25,7 +25,7 @@ from diffusers import FluxPipeline
 from rich.progress import track
 
 import omni_cache
-from omni_cache.compare.quality import fidelity_to, quality_of
+from omni_cache.quality import fidelity_to, quality_of
 from omni_cache.compare.report import processor
 from omni_cache.demo import load_demo_pipeline
 from omni_cache.demo.command import demo_captions

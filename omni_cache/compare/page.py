@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from omni_cache.compare.quality import Fidelity
+from omni_cache.quality import Fidelity
 from omni_cache.compare.report import (
     HEADINGS,
     Comparison,

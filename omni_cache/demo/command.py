@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from omni_cache.compare.quality import Fidelity
+from omni_cache.quality import Fidelity
 from omni_cache.compare.report import processor
 from omni_cache.demo import demo_pipeline_path, load_demo_pipeline
 from omni_cache.demo.drawings import Scene, random_scene

@@ -105,6 +105,26 @@ def disable(target: Any) -> Any:
     return target
 
 
+@contextmanager
+def as_it_was(target: Any) -> Iterator[None]:
+    """Leave a pipeline or module at the end as it is now, enabled or not.
+
+    What was compiled for it is still there then.
+    """
+    models = list(_models(target).values())
+    before = [(module, _enabled.get(module)) for module in models]
+    strategies = [None if call is None else call.state.strategy for _, call in before]
+    try:
+        yield
+    finally:
+        for (module, call), strategy in zip(before, strategies, strict=True):
+            if call is None:
+                _disable_module(module)
+            else:
+                _install(call, module)
+                call.configure(strategy)
+
+
 def is_enabled(target: Any) -> bool:
     """Whether ``enable`` has been called on a pipeline or module, and not yet ``disable``."""
     return any(module in _enabled for module in _models(target).values())

@@ -30,7 +30,7 @@ from omni_cache.compare.kinds import (
 )
 from omni_cache.compare.measure import Drawn, KindFailed, Task, draw_all, in_its_own_process
 from omni_cache.compare.page import as_png, write_page
-from omni_cache.compare.quality import fidelity_to
+from omni_cache.quality import fidelity_to
 from omni_cache.compare.report import (
     HEADINGS,
     Comparison,

@@ -7,7 +7,7 @@ from math import log10
 import numpy as np
 import pytest
 
-from omni_cache.compare.quality import Fidelity, fidelity_to, quality_of
+from omni_cache.quality import Fidelity, fidelity_to, quality_of
 
 BLACK, WHITE = (np.full((8, 8, 3), value, dtype=np.uint8) for value in (0, 255))
 

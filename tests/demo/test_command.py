@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from omni_cache.compare.quality import Fidelity
+from omni_cache.quality import Fidelity
 from omni_cache.demo import demo_pipeline_path
 from omni_cache.demo.command import (
     HEADINGS,

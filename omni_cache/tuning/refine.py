@@ -1,0 +1,211 @@
+"""Improves a plan by what it does to the final result: moved steps, and damped Gauss-Newton.
+
+Between two computed steps the model is not asked, so that all steps of such a gap move the latents
+in the same few directions: those of the kept residuals, and that of the input. Differences are
+taken along these, one for each gap and not for each weight, and run from the gap on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from omni_cache.planning import gram as forecasts
+from omni_cache.planning.gram import Gram
+from omni_cache.planning.newton import Normal, directions, output_directions
+from omni_cache.planning.search import COMPUTE, SKIP
+from omni_cache.strategies.plans import Point
+from omni_cache.tuning.gather import Course
+from omni_cache.tuning.rehearse import Rehearsal
+from omni_cache.tuning.results import Result
+
+Grams = Mapping[Course, Gram]
+
+_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+_SMALLEST = 1e-3
+"""The smallest change worth a difference, in units of a mean residual: above rounding."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A way to change a plan: the rows of some steps of one branch, all alike.
+
+    Attributes:
+        branch: whose rows.
+        steps: which, in order.
+        row: what is added to each of them for one unit of the Gram.
+        input_weight: what is added to their input weights.
+        size: how far a difference reaches: as far as the forecasts are off.
+    """
+
+    branch: str
+    steps: tuple[int, ...]
+    row: tuple[float, ...]
+    input_weight: float
+    size: float
+
+
+def directions_of(
+    point: Point, grams: Grams, depth: int, with_input: bool, per_step: bool = False
+) -> list[Direction]:
+    """All directions in which the weights of a plan may change, in the order of their steps.
+
+    Args:
+        point: the plan.
+        grams: of all courses.
+        depth: how many computed steps are kept.
+        with_input: whether input weights may change.
+        per_step: whether the steps of a gap change each for itself.
+    """
+    return [
+        direction
+        for steps in _gaps(point.actions, per_step)
+        for course, gram in grams.items()
+        if gram.present[steps[-1]]
+        for direction in _directions(point, course.branch, gram, steps, depth, with_input)
+    ]
+
+
+def moved(point: Point, by: Sequence[tuple[Direction, float]]) -> Point:
+    """The plan with its rows changed along some directions."""
+    rows = {branch: dict(each) for branch, each in point.rows.items()}
+    skipped = {branch: dict(each) for branch, each in point.skip_rows.items()}
+    inputs = {branch: dict(each) for branch, each in point.input_weights.items()}
+    for direction, amount in by:
+        for step in direction.steps:
+            table = (skipped if point.actions[step] == SKIP else rows)[direction.branch]
+            pairs = zip(table[step], direction.row, strict=True)
+            table[step] = tuple(weight + amount * change for weight, change in pairs)
+            if direction.input_weight:
+                own = inputs.setdefault(direction.branch, {})
+                own[step] = own.get(step, 0.0) + amount * direction.input_weight
+    return replace(point, rows=rows, skip_rows=skipped, input_weights=inputs)
+
+
+def jacobian_calls(directions: Sequence[Direction], actions: Sequence[str]) -> int:
+    """How many computed steps the differences along some directions take, for one sample."""
+    return sum(actions[each.steps[0] :].count(COMPUTE) for each in directions)
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """Improves plans on the calibration samples.
+
+    Attributes:
+        rehearsal: plays plans.
+        references: of each sample, what it returns uncached.
+        grams: of all courses.
+        depth: how many computed steps are kept.
+    """
+
+    rehearsal: Rehearsal
+    references: Sequence[Result]
+    grams: Grams
+    depth: int
+
+    def errors(self, point: Point, samples: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The mean squared error of each sample's result under a plan."""
+        return np.array([self._error(self.rehearsal.play(point, each).result, each) for each in samples])
+
+    def loss(self, point: Point, samples: Sequence[int]) -> float:
+        """The mean error in dB: less is better, and all samples count alike."""
+        return float(np.mean(decibels(self.errors(point, samples))))
+
+    def gauss_newton(
+        self,
+        point: Point,
+        learning: Sequence[int],
+        checking: Sequence[int],
+        *,
+        with_input: bool,
+        per_step: bool = False,
+    ) -> Point:
+        """One step on all weights, as far as it helps samples that it was not taken from.
+
+        Args:
+            point: the plan.
+            learning: samples whose differences are taken.
+            checking: samples that choose the damping, and whether to step at all.
+            with_input: whether input weights may change.
+            per_step: whether each step has weights of its own.
+        """
+        ways = directions_of(point, self.grams, self.depth, with_input, per_step)
+        normal = Normal(len(ways))
+        for sample in learning:
+            error, columns = self._differences(point, ways, sample)
+            if error.any():
+                normal.add(error, columns)
+        if not normal.samples:
+            return point
+        best, least = point, self.loss(point, checking)
+        for damping in _DAMPINGS:
+            step = normal.step(damping).tolist()
+            tried = moved(point, list(zip(ways, step, strict=True)))
+            found = self.loss(tried, checking)
+            if found < least:
+                best, least = tried, found
+        return best
+
+    def _differences(
+        self, point: Point, ways: Sequence[Direction], sample: int
+    ) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
+        """How far the result of a sample is off, and its derivative along each direction."""
+        base = self.rehearsal.play(point, sample, records=True)
+        columns = []
+        for way in ways:
+            tried = moved(point, [(way, way.size)])
+            played = self.rehearsal.play(tried, sample, known=base.tape.before(way.steps[0]))
+            change = played.result.difference(base.result) / way.size
+            columns.append(change.astype(np.float32))
+        return base.result.difference(self.references[sample]), columns
+
+    def _error(self, result: Result, sample: int) -> float:
+        return float(np.mean(result.difference(self.references[sample]) ** 2))
+
+
+def decibels(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Squared errors on the scale on which they are judged."""
+    return 10 * np.log10(np.maximum(errors, 1e-20))
+
+
+def _gaps(actions: Sequence[str], per_step: bool) -> Iterator[tuple[int, ...]]:
+    """Runs of steps with one action, computed ones left out."""
+    for action, numbered in groupby(enumerate(actions), key=lambda each: each[1]):
+        steps = tuple(step for step, _ in numbered)
+        if action != COMPUTE:
+            yield from ((step,) for step in steps) if per_step else (steps,)
+
+
+def _directions(
+    point: Point, branch: str, gram: Gram, steps: tuple[int, ...], depth: int, with_input: bool
+) -> list[Direction]:
+    last = steps[-1]
+    computed = [
+        step
+        for step in reversed(range(last))
+        if point.actions[step] == COMPUTE and gram.present[step]
+    ]
+    kept = tuple(computed[:depth])
+    if point.actions[last] == SKIP:
+        error = forecasts.output_error_of(gram, kept, last, point.skip_rows[branch][last])
+        columns, with_input = output_directions(gram, kept), False
+    else:
+        weight = point.input_weights.get(branch, {}).get(last, 0.0)
+        error = forecasts.error_of(gram, kept, last, point.rows[branch][last], weight)
+        columns = directions(gram, kept, last if with_input else None)
+    size = max(math.sqrt(error), _SMALLEST)
+    return [
+        Direction(
+            branch,
+            steps,
+            tuple(column[: len(kept)]),
+            column[len(kept)] if with_input else 0.0,
+            size,
+        )
+        for column in columns.T.tolist()
+    ]
