@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from omni_cache.strategies import STRATEGIES, Strategy
+from omni_cache.strategies import STRATEGIES, Plan, Strategy
 from omni_cache.strategies.calibrated import CalibratedStrategy
 from omni_cache.strategies.calibrations import Calibration
 
@@ -90,6 +90,15 @@ def peer_kinds() -> list[Kind]:
         for (family, name), grid in PEER_GRID.items()
         if find_spec(_PACKAGES[family]) is not None
     ]
+
+
+def plan_kind(plan: Plan) -> Kind:
+    """A tuned plan, at all its points."""
+    settings = [
+        Setting(f"{point.computed_steps} computed", {"cache": plan.at_point(place)})
+        for place, point in enumerate(plan.frontier)
+    ]
+    return Kind("omni-cache", "Plan", settings)
 
 
 def fewer_steps(counts: Sequence[int]) -> Kind:
