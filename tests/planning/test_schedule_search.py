@@ -212,7 +212,7 @@ def test_long_loops_are_searched_in_seconds(
     skip = FittedCosts(reuse.grams, np.full(steps, 1.1), fits_outputs) if skips else None
     start = time.process_time()
     found = frontier(steps, 3, reuse, skip, max_gap=max_gap)
-    assert time.process_time() - start < seconds
+    assert time.process_time() - start < (3 * seconds if skips else seconds)
     assert found[0].computed == steps
     errors = [each.cost for each in found if not each.skipped]
     assert errors == sorted(errors)
