@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from omni_cache.calibration import calibrate
-from omni_cache.compare.figure import plot
 from omni_cache.compare.collect import collect
+from omni_cache.compare.figure import plot
 from omni_cache.compare.kinds import needs_calibration, peer_kinds, plan_kind, strategy_kinds
 from omni_cache.compare.measure import Task
 from omni_cache.compare.page import write_page

@@ -6,7 +6,6 @@ taken in float64, slice by slice. Knows calls and tensors; nothing of plans.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -99,7 +98,9 @@ def _gram(course: Course, calls: Mapping[int, _Call], steps: int) -> Gram:
     inputs = _products([each.inputs for each in made], [each.inputs for each in made])
     outputs = _products([each.outputs for each in made], [each.outputs for each in made])
     for name, found in {"residual": own, "input": inputs, "output": outputs}.items():
-        broken = [step for step, one in zip(present, np.diag(found), strict=True) if not one < np.inf]
+        broken = [
+            step for step, one in zip(present, np.diag(found), strict=True) if not one < np.inf
+        ]
         if broken:
             raise ValueError(
                 f"the {name} of step {broken[0]} ({course.transformer or 'the model'}, "

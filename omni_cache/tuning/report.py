@@ -33,9 +33,7 @@ class Shown:
     planned: Picture
 
 
-def write_report(
-    plan: Plan, shown: list[Shown], comparison: Comparison | None, path: Path
-) -> None:
+def write_report(plan: Plan, shown: list[Shown], comparison: Comparison | None, path: Path) -> None:
     """Write the page, which loads nothing.
 
     Args:

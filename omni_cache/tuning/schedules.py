@@ -6,13 +6,13 @@ Knows inner products and sensitivities; nothing of samples and targets.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from omni_cache.planning.gram import FittedCosts, Gram, fit, fit_outputs, fits, fits_outputs
-from omni_cache.planning.search import COMPUTE, REUSE, SKIP, Schedule, frontier
+from omni_cache.planning.search import COMPUTE, SKIP, Schedule, frontier
 from omni_cache.strategies.plans import Point
 from omni_cache.tuning.gather import Course
 from omni_cache.tuning.sensitivity import Sensitivity

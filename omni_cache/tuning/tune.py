@@ -5,27 +5,14 @@ calibrate -> sensitivity -> schedules -> refine, closed loop -> judge -> choose
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from omni_cache.errors import UncachedWarning
-from omni_cache.pipelines.folder import Folder
 from omni_cache.strategies.base import DEFAULT_STEPS, is_count, one_of, require
-from omni_cache.strategies.plans import Plan, Point
+from omni_cache.strategies.plans import Plan
 from omni_cache.tuning.budget import EFFORTS, Budget, Effort, Progress
-from omni_cache.tuning.gather import Course, Vectors, mean
-from omni_cache.tuning.judge import Candidate, Target, choose, played, undominated
-from omni_cache.tuning.refine import Refiner, jacobian_steps
-from omni_cache.tuning.rehearse import Generate, Rehearsal, rehearsing
-from omni_cache.tuning.results import Result
-from omni_cache.tuning.schedules import Model
-from omni_cache.tuning.sensitivity import measure
+from omni_cache.tuning.judge import Target
+from omni_cache.tuning.rehearse import Generate, rehearsing
 
 DEPTH = 3
 """How many computed steps a plan keeps."""
