@@ -68,7 +68,7 @@ def run(
         kinds += [] if plan is None else [plan_kind(plan)]
         comparison = collect(task, kinds, output / "logs", progress)
     console.print(table(comparison))
-    for name, why in measured.failures.items():
+    for name, why in comparison.failures.items():
         console.print(f"not measured: {name}: {why}", style="red", highlight=False)
     plot(comparison, output / "frontier.png")
     (output / "results.json").write_text(

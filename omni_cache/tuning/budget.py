@@ -73,3 +73,15 @@ class Budget:
         else:
             self._ran += calls
         self.progress(self.stage, self.loops + self.judging, self.limit)
+
+    def begin(self, stage: str, judges: bool = False) -> None:
+        """Say what is done from now on."""
+        self.stage, self.is_judging = stage, judges
+        self.progress(stage, self.loops + self.judging, self.limit)
+
+    @property
+    def announcement(self) -> str:
+        """What it will cost, for people."""
+        if math.isinf(self.limit):
+            return "as many loops as help"
+        return f"at most {self.limit:.0f} loops of one sample, and those that judge"

@@ -6,29 +6,27 @@ taken in float64, slice by slice. Knows calls and tensors; nothing of plans.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from omni_cache.planning import Gram
+from omni_cache.planning.gram import Gram
 from omni_cache.runtime.contexts import Observed, Run
 
 Array = npt.NDArray[np.float64]
 
+_FIELDS = ("residuals", "cross", "inputs", "outputs")
 _SLICE = 1 << 20
 """Elements of a vector that are taken to float64 at once."""
 
 
-class Course(NamedTuple):
-    """One guidance branch of one transformer, by their names."""
-
-    transformer: str
-    branch: str
+Grams = dict[str, dict[str, Gram]]
+"""By transformer and branch."""
 
 
 @dataclass
@@ -36,9 +34,18 @@ class Vectors:
     """An observer that keeps the vectors of one loop, step by step, on the host.
 
     A call that is seen in several regions adds to its vectors.
+
+    Attributes:
+        runs: for each model's part in the loop, by branch and step.
+        times: the timestep of each step, None where the host does not know it.
+        size: the shape of the model's first result, without the batch.
+        dtype: of it.
     """
 
     runs: dict[Run, dict[str, dict[int, _Call]]] = field(default_factory=dict)
+    times: dict[int, float | None] = field(default_factory=dict)
+    size: tuple[int, ...] = ()
+    dtype: str = ""
 
     def __call__(self, step: Observed) -> None:
         """Keep what a computed step has made."""
@@ -46,15 +53,15 @@ class Vectors:
             return
         calls = self.runs.setdefault(step.run, {}).setdefault(step.branch, {})
         call = calls.setdefault(step.at.index, _Call())
-        weighed = [place for place, each in enumerate(step.residuals) if _is_weighed(each)]
-        call.residuals += [_on_host(step.residuals[place]) for place in weighed]
-        call.inputs += [
-            _on_host(_partner(step.partners[place], step.residuals[place])) for place in weighed
-        ]
+        self.times[step.at.index] = step.at.value
+        self.size, self.dtype = tuple(step.output.shape[1:]), str(step.output.dtype)
+        residuals = [each for each in step.residuals if _is_weighed(each)]
+        call.residuals += map(_on_host, residuals)
+        call.inputs += map(_on_host, _partners(residuals, getattr(step, "entered", ())))
         call.outputs = [_on_host(each) for each in step.result if _is_weighed(each)]
 
-    def products(self, names: Mapping[Run, str], steps: int) -> dict[Course, Gram]:
-        """The inner products of this loop, in units of the course's own mean square.
+    def products(self, names: Mapping[Run, str], steps: int) -> Grams:
+        """The inner products of this loop, in units of each branch's own mean square.
 
         Args:
             names: the transformer of each run.
@@ -63,12 +70,13 @@ class Vectors:
         Raises:
             ValueError: a residual, an input or an output is not finite; the message names the step.
         """
-        found = {}
-        for run, branches in self.runs.items():
-            for branch, calls in branches.items():
-                course = Course(names[run], branch)
-                found[course] = _gram(course, calls, steps)
-        return found
+        return {
+            names[run]: {
+                branch: _gram(names[run], branch, calls, steps)
+                for branch, calls in branches.items()
+            }
+            for run, branches in self.runs.items()
+        }
 
 
 @dataclass
@@ -80,38 +88,42 @@ class _Call:
     outputs: list[Tensor] = field(default_factory=list)
 
 
-def mean(grams: Sequence[Gram]) -> Gram:
+def mean(samples: Sequence[Grams]) -> Grams:
     """The mean over samples, which count alike."""
-    return Gram(
-        *(
-            np.mean([getattr(each, name) for each in grams], axis=0)
-            for name in ("residuals", "cross", "inputs", "outputs")
-        )
-    )
+    return {
+        name: {
+            branch: Gram(
+                *(
+                    np.mean([getattr(each[name][branch], field) for each in samples], axis=0)
+                    for field in _FIELDS
+                )
+            )
+            for branch in branches
+        }
+        for name, branches in samples[0].items()
+    }
 
 
-def _gram(course: Course, calls: Mapping[int, _Call], steps: int) -> Gram:
+def _gram(name: str, branch: str, calls: Mapping[int, _Call], steps: int) -> Gram:
     present = sorted(calls)
     made = [calls[step] for step in present]
-    own = _products([each.residuals for each in made], [each.residuals for each in made])
-    cross = _products([each.inputs for each in made], [each.residuals for each in made])
-    inputs = _products([each.inputs for each in made], [each.inputs for each in made])
-    outputs = _products([each.outputs for each in made], [each.outputs for each in made])
-    for name, found in {"residual": own, "input": inputs, "output": outputs}.items():
-        broken = [
-            step for step, one in zip(present, np.diag(found), strict=True) if not one < np.inf
-        ]
-        if broken:
-            raise ValueError(
-                f"the {name} of step {broken[0]} ({course.transformer or 'the model'}, "
-                f"{course.branch}) holds numbers that are not finite, so nothing can be fitted to it"
-            )
-    unit, output_unit = (float(np.mean(np.diag(each))) or 1.0 for each in (own, outputs))
+    residuals, inputs, outputs = (
+        [getattr(each, kind) for each in made] for kind in ("residuals", "inputs", "outputs")
+    )
+    own, within, after = (_products(each, each) for each in (residuals, inputs, outputs))
+    for kind, found in {"residual": own, "input": within, "output": after}.items():
+        for step, square in zip(present, np.diag(found), strict=True):
+            if not square < np.inf:
+                raise ValueError(
+                    f"the {kind} of step {step} in {name or 'the model'}, {branch}, is not finite, "
+                    "and so nothing can be fitted to it"
+                )
+    unit, output_unit = (float(np.mean(np.diag(each))) or 1.0 for each in (own, after))
     return Gram(
-        *(
-            _spread(found / scale, present, steps)
-            for found, scale in ((own, unit), (cross, unit), (inputs, unit), (outputs, output_unit))
-        )
+        residuals=_spread(own / unit, present, steps),
+        cross=_spread(_products(inputs, residuals) / unit, present, steps),
+        inputs=_spread(within / unit, present, steps),
+        outputs=_spread(after / output_unit, present, steps),
     )
 
 
@@ -136,9 +148,16 @@ def _spread(matrix: Array, present: Sequence[int], steps: int) -> Array:
     return whole
 
 
-def _partner(partner: Tensor | None, residual: Tensor) -> Tensor:
-    """The input that a residual is an update of; a value without one is an update of nothing."""
-    return torch.zeros_like(residual) if partner is None else partner.expand_as(residual)
+def _partners(residuals: Sequence[Tensor], entered: Sequence[Tensor]) -> list[Tensor]:
+    """The input that each residual is an update of; a value without one is an update of nothing.
+
+    Partners come in the order of the residuals, and have their shapes.
+    """
+    waiting, found = list(entered), []
+    for residual in residuals:
+        has_one = bool(waiting) and waiting[0].shape == residual.shape
+        found.append(waiting.pop(0) if has_one else torch.zeros_like(residual))
+    return found
 
 
 def _on_host(tensor: Tensor) -> Tensor:

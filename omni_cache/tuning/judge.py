@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from omni_cache.planning.search import COMPUTE, SKIP
-from omni_cache.quality import Fidelity, Quality, percentile_of, quality_of
+from omni_cache.quality import Fidelity, percentile_of, quality_of
 from omni_cache.strategies.base import is_count, is_number, require
-from omni_cache.strategies.plans import Point
+from omni_cache.strategies.plans import Point, Quality
 from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 
@@ -65,6 +65,12 @@ class Target:
                 raise ValueError("confidence is given without psnr or ssim, which it refers to")
 
     @property
+    def named(self) -> dict[str, float]:
+        """What was asked for, by the name of the argument."""
+        asked = {**self.given, "confidence": self.confidence}
+        return {name: float(value) for name, value in asked.items() if value is not None}
+
+    @property
     def given(self) -> dict[str, float | int | None]:
         """The targets by name."""
         return {
@@ -104,7 +110,9 @@ class Played:
     @property
     def quality(self) -> Quality:
         """Median and 5th percentile."""
-        return quality_of(self.fidelities)
+        median_, fifth = quality_of(self.fidelities).median, quality_of(self.fidelities).fifth
+        psnr, low = (math.inf if each.psnr is None else each.psnr for each in (median_, fifth))
+        return Quality(psnr, low, median_.ssim, fifth.ssim)
 
 
 def played(
@@ -149,10 +157,9 @@ class Candidate:
 
 
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """By falling number of computed steps; each is worse than the one before, and cheaper.
+    """From the one that computes least to the one that computes most: each is better than before.
 
-    Seconds are noisy, so that the number of computed steps, and of skipped ones, says what is
-    cheaper.
+    Seconds are noisy, so that the numbers of computed and of reused steps say what is cheaper.
     """
     kept: list[Candidate] = []
     cheapest_first = sorted(
@@ -161,7 +168,7 @@ def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     for each in cheapest_first:
         if not kept or _decibels(each) > _decibels(kept[-1]):
             kept.append(each)
-    return kept[::-1]
+    return kept
 
 
 def choose(
@@ -170,42 +177,43 @@ def choose(
     """The cheapest plan that meets a target, by prediction with a margin and as judged.
 
     Args:
-        candidates: by falling cost, one at least.
-        target: what is asked.
+        candidates: from the cheapest on, one at least.
+        target: what is asked. Without a target the last one is chosen.
         uncached_seconds: of a whole ``generate``.
 
     Returns:
         Its position, and what to warn of, None where the target is met.
     """
-    positions = range(len(candidates))
+    last = len(candidates) - 1
     if target.computed_steps is not None:
-        fits = [each for each in positions if candidates[each].computed <= target.computed_steps]
-        return (fits[0], None) if fits else (len(candidates) - 1, "")
-    if target.speedup is not None:
-        most = uncached_seconds / target.speedup
-        fits = [each for each in positions if candidates[each].judged.seconds <= most]
+        computed = [each.computed for each in candidates]
+        fits = [place for place, each in enumerate(computed) if each <= target.computed_steps]
         if fits:
-            return fits[0], None
-        reached = uncached_seconds / candidates[-1].judged.seconds
-        return positions[-1], (
-            f"no plan is {target.speedup:g} times as fast; the fastest that was found is chosen, "
-            f"{reached:.2f} times"
+            return fits[-1], None
+        return 0, f"no plan computes only {target.computed_steps} steps; {computed[0]} is the least"
+    if target.speedup is not None:
+        speedups = [uncached_seconds / each.judged.seconds for each in candidates]
+        fits = [place for place, each in enumerate(speedups) if each >= target.speedup]
+        if fits:
+            return fits[-1], None
+        fastest = max(speedups)
+        return speedups.index(fastest), (
+            f"no plan is {target.speedup:g} times as fast as uncached; the fastest, {fastest:.2f} "
+            "times, is chosen"
         )
     if target.psnr is None and target.ssim is None:
-        return positions[0], None
-    for position in reversed(positions):
-        each = candidates[position]
+        return last, None
+    for place, each in enumerate(candidates):
         predicted = target.is_met(each.predicted.fidelities, margin=True)
         if predicted and target.is_met(each.judged.fidelities):
-            return position, None
+            return place, None
     wanted = f"psnr={target.psnr:g}" if target.psnr is not None else f"ssim={target.ssim:g}"
-    reached = target.reached(candidates[0].judged.fidelities)
-    return positions[0], (
-        f"no plan reaches {wanted}; the one that computes most, {candidates[0].computed} steps, is "
-        f"chosen, and reaches {reached:.4g} on the judged samples"
+    reached = target.reached(candidates[last].judged.fidelities)
+    return last, (
+        f"no plan reaches {wanted}; the one that computes most, {candidates[last].computed} steps, "
+        f"is chosen, and reaches {reached:.4g} on the judged samples"
     )
 
 
 def _decibels(candidate: Candidate) -> float:
-    psnr = candidate.predicted.quality.median.psnr
-    return math.inf if psnr is None else psnr
+    return candidate.predicted.quality.psnr

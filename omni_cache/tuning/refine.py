@@ -8,7 +8,7 @@ taken along these, one for each gap and not for each weight, and run from the ga
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -19,30 +19,30 @@ from omni_cache.planning import gram as forecasts
 from omni_cache.planning.gram import Gram
 from omni_cache.planning.newton import Normal, directions, output_directions
 from omni_cache.planning.search import COMPUTE, SKIP
-from omni_cache.strategies.plans import Point
-from omni_cache.tuning.gather import Course
+from omni_cache.strategies.plans import Point, Weights
+from omni_cache.tuning.gather import Grams
 from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 
-Grams = Mapping[Course, Gram]
-
-_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-2, 1e-1, 3e-1)
 _SMALLEST = 1e-3
 """The smallest change worth a difference, in units of a mean residual: above rounding."""
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A way to change a plan: the rows of some steps of one branch, all alike.
+    """A way to change a plan: the weights of some steps of one branch, all alike.
 
     Attributes:
-        branch: whose rows.
+        transformer: whose weights.
+        branch: likewise.
         steps: which, in order.
         row: what is added to each of them for one unit of the Gram.
         input_weight: what is added to their input weights.
         size: how far a difference reaches: as far as the forecasts are off.
     """
 
+    transformer: str
     branch: str
     steps: tuple[int, ...]
     row: tuple[float, ...]
@@ -51,43 +51,45 @@ class Direction:
 
 
 def directions_of(
-    point: Point, grams: Grams, depth: int, with_input: bool, per_step: bool = False
+    point: Point, grams: Grams, with_input: bool, per_step: bool = False
 ) -> list[Direction]:
     """All directions in which the weights of a plan may change, in the order of their steps.
 
     Args:
         point: the plan.
-        grams: of all courses.
-        depth: how many computed steps are kept.
+        grams: of all transformers and branches.
         with_input: whether input weights may change.
         per_step: whether the steps of a gap change each for itself.
     """
     return [
         direction
         for steps in _gaps(point.actions, per_step)
-        for course, gram in grams.items()
+        for transformer, branches in grams.items()
+        for branch, gram in branches.items()
         if gram.present[steps[-1]]
-        for direction in _directions(point, course.branch, gram, steps, depth, with_input)
+        for direction in _directions(point, transformer, branch, gram, steps, with_input)
     ]
 
 
 def moved(point: Point, by: Sequence[tuple[Direction, float]]) -> Point:
-    """The plan with its rows changed along some directions."""
-    rows = {branch: dict(each) for branch, each in point.rows.items()}
-    skipped = {branch: dict(each) for branch, each in point.skip_rows.items()}
-    inputs = {branch: dict(each) for branch, each in point.input_weights.items()}
+    """The plan with its weights changed along some directions."""
+    weights = {
+        transformer: {branch: dict(steps) for branch, steps in branches.items()}
+        for transformer, branches in point.weights.items()
+    }
     for direction, amount in by:
+        own = weights[direction.transformer][direction.branch]
         for step in direction.steps:
-            table = (skipped if point.actions[step] == SKIP else rows)[direction.branch]
-            pairs = zip(table[step], direction.row, strict=True)
-            table[step] = tuple(weight + amount * change for weight, change in pairs)
-            if direction.input_weight:
-                own = inputs.setdefault(direction.branch, {})
-                own[step] = own.get(step, 0.0) + amount * direction.input_weight
-    return replace(point, rows=rows, skip_rows=skipped, input_weights=inputs)
+            row, entered = own[step]
+            pairs = zip(row, direction.row, strict=True)
+            own[step] = Weights(
+                tuple(weight + amount * change for weight, change in pairs),
+                entered + amount * direction.input_weight,
+            )
+    return replace(point, weights=weights)
 
 
-def jacobian_calls(directions: Sequence[Direction], actions: Sequence[str]) -> int:
+def jacobian_steps(directions: Sequence[Direction], actions: Sequence[str]) -> int:
     """How many computed steps the differences along some directions take, for one sample."""
     return sum(actions[each.steps[0] :].count(COMPUTE) for each in directions)
 
@@ -99,20 +101,21 @@ class Refiner:
     Attributes:
         rehearsal: plays plans.
         references: of each sample, what it returns uncached.
-        grams: of all courses.
-        depth: how many computed steps are kept.
+        grams: of all transformers and branches.
     """
 
     rehearsal: Rehearsal
     references: Sequence[Result]
     grams: Grams
-    depth: int
+
+    @property
+    def samples(self) -> range:
+        """All calibration samples."""
+        return range(len(self.references))
 
     def errors(self, point: Point, samples: Sequence[int]) -> npt.NDArray[np.float64]:
         """The mean squared error of each sample's result under a plan."""
-        return np.array(
-            [self._error(self.rehearsal.play(point, each).result, each) for each in samples]
-        )
+        return np.array([self._error(self.rehearsal.play(point, each).result, each) for each in samples])
 
     def loss(self, point: Point, samples: Sequence[int]) -> float:
         """The mean error in dB: less is better, and all samples count alike."""
@@ -136,7 +139,7 @@ class Refiner:
             with_input: whether input weights may change.
             per_step: whether each step has weights of its own.
         """
-        ways = directions_of(point, self.grams, self.depth, with_input, per_step)
+        ways = directions_of(point, self.grams, with_input, per_step)
         normal = Normal(len(ways))
         for sample in learning:
             error, columns = self._differences(point, ways, sample)
@@ -145,7 +148,7 @@ class Refiner:
         if not normal.samples:
             return point
         best, least = point, self.loss(point, checking)
-        for damping in _DAMPINGS:
+        for damping in DAMPINGS:
             step = normal.step(damping).tolist()
             tried = moved(point, list(zip(ways, step, strict=True)))
             found = self.loss(tried, checking)
@@ -184,25 +187,31 @@ def _gaps(actions: Sequence[str], per_step: bool) -> Iterator[tuple[int, ...]]:
 
 
 def _directions(
-    point: Point, branch: str, gram: Gram, steps: tuple[int, ...], depth: int, with_input: bool
+    point: Point,
+    transformer: str,
+    branch: str,
+    gram: Gram,
+    steps: tuple[int, ...],
+    with_input: bool,
 ) -> list[Direction]:
     last = steps[-1]
+    row, entered = point.weights[transformer][branch][last]
     computed = [
         step
         for step in reversed(range(last))
         if point.actions[step] == COMPUTE and gram.present[step]
     ]
-    kept = tuple(computed[:depth])
+    kept = tuple(computed[: len(row)])
     if point.actions[last] == SKIP:
-        error = forecasts.output_error_of(gram, kept, last, point.skip_rows[branch][last])
+        error = forecasts.output_error_of(gram, kept, last, row)
         columns, with_input = output_directions(gram, kept), False
     else:
-        weight = point.input_weights.get(branch, {}).get(last, 0.0)
-        error = forecasts.error_of(gram, kept, last, point.rows[branch][last], weight)
+        error = forecasts.error_of(gram, kept, last, row, entered)
         columns = directions(gram, kept, last if with_input else None)
     size = max(math.sqrt(error), _SMALLEST)
     return [
         Direction(
+            transformer,
             branch,
             steps,
             tuple(column[: len(kept)]),

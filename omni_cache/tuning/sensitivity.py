@@ -5,7 +5,7 @@ Knows plans and results; nothing of how schedules are chosen by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from omni_cache.planning.gram import Gram, error_of
+from omni_cache.planning.gram import error_of
 from omni_cache.planning.search import COMPUTE, REUSE
 from omni_cache.runtime.contexts import Observed
-from omni_cache.strategies.plans import Point
-from omni_cache.tuning.gather import Course
+from omni_cache.strategies.plans import Point, Weights
+from omni_cache.tuning.gather import Grams
 from omni_cache.tuning.rehearse import Rehearsal, Tape
 
 Array = npt.NDArray[np.float64]
@@ -36,10 +36,7 @@ class Sensitivity(NamedTuple):
 
 
 def measure(
-    rehearsal: Rehearsal,
-    grams: Sequence[Mapping[Course, Gram]],
-    steps: Sequence[Sequence[int]],
-    on_progress: Callable[[], None] = lambda: None,
+    rehearsal: Rehearsal, grams: Sequence[Grams], steps: Sequence[Sequence[int]]
 ) -> Sensitivity:
     """Hold each step alone, and look at the end.
 
@@ -48,47 +45,42 @@ def measure(
         grams: for each sample, the products of its own uncached loop.
         steps: for each of the first samples, the steps to hold. What no sample holds is
             interpolated.
-        on_progress: called after each run.
     """
-    count = len(next(iter(grams[0].values())))
+    count = len(next(iter(next(iter(grams[0].values())).values())))
     residuals: list[list[float]] = [[] for _ in range(count)]
     outputs: list[list[float]] = [[] for _ in range(count)]
     for sample, wanted in enumerate(steps):
-        uncached = rehearsal.play(uncached_point(count), sample, records=True)
+        uncached = rehearsal.play(None, sample, records=True)
         units = _output_units(uncached.tape)
         for step in wanted:
-            present = {each: gram for each, gram in grams[sample].items() if gram.present[step]}
-            before = [
-                other for other in range(step) if all(g.present[other] for g in present.values())
-            ]
-            if not before:  # the first step of a transformer has nothing to hold
+            name, branches = next(
+                (name, branches)
+                for name, branches in grams[sample].items()
+                if next(iter(branches.values())).present[step]
+            )
+            before = np.flatnonzero(next(iter(branches.values())).present[:step])
+            if not before.size:  # the first step of a transformer has nothing to hold
                 continue
-            rows = {each.branch: {step: (1.0,)} for each in present}
             actions = [REUSE if each == step else COMPUTE for each in range(count)]
+            weights = {name: {branch: {step: Weights((1.0,))} for branch in branches}}
             seen = _Results(step)
             played = rehearsal.play(
-                Point(tuple(actions), rows=rows),
+                Point(tuple(actions), 1, weights),
                 sample,
                 known=uncached.tape.before(step),
                 observer=seen,
             )
-            on_progress()
             final = float(np.mean(played.result.difference(uncached.result) ** 2))
-            own = sum(error_of(gram, before[-1:], step, (1.0,)) for gram in present.values())
+            last = int(before[-1])
+            own = sum(error_of(gram, (last,), step, (1.0,)) for gram in branches.values())
             off = sum(
-                _squared(seen.results[branch], uncached.tape.calls[branch, step].result) / unit
-                for branch, unit in units.items()
-                if branch in seen.results
+                _squared(results, uncached.tape.calls[branch, step].result) / units[branch]
+                for branch, results in seen.results.items()
             )
             if own > 0 and off > 0 and final > 0:
                 residuals[step].append(final / own)
                 outputs[step].append(final / off)
     return Sensitivity(_completed(residuals), _completed(outputs))
-
-
-def uncached_point(steps: int) -> Point:
-    """The plan that computes every step."""
-    return Point((COMPUTE,) * steps)
 
 
 class _Results:

@@ -5,14 +5,28 @@ calibrate -> sensitivity -> schedules -> refine, closed loop -> judge -> choose
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
 from typing import Any
 
+from omni_cache.pipelines.folder import Folder
+from omni_cache.strategies import Guard, Plan
 from omni_cache.strategies.base import DEFAULT_STEPS, is_count, one_of, require
-from omni_cache.strategies.plans import Plan
+from omni_cache.strategies.plans import Content, Made
 from omni_cache.tuning.budget import EFFORTS, Budget, Effort, Progress
-from omni_cache.tuning.judge import Target
-from omni_cache.tuning.rehearse import Generate, rehearsing
+from omni_cache.tuning.calibrate import calibrate
+from omni_cache.tuning.drafts import Drafts
+from omni_cache.tuning.gather import mean
+from omni_cache.tuning.improve import improved
+from omni_cache.tuning.judge import Candidate, Target, choose, played, undominated
+from omni_cache.tuning.refine import Refiner
+from omni_cache.tuning.rehearse import Generate, Rehearsal, rehearsing
+from omni_cache.tuning.sensitivity import measure
 
 DEPTH = 3
 """How many computed steps a plan keeps."""
@@ -85,5 +99,102 @@ def tune(
     if generate is None:
         generate = _drawing(target, prompts or (), num_inference_steps, arguments or {}, seed)
     budget = Budget(effort, samples, progress or _Lines())
-    with rehearsing(target, generate, flags, budget) as rehearsal:
+    compiled_for = Guard(None, DEPTH)
+    with rehearsing(target, generate, flags, compiled_for, budget) as rehearsal:
         return _Tuning(rehearsal, wanted, samples, judged).plan()
+
+
+class _Tuning:
+    """One tuning, stage by stage."""
+
+    def __init__(self, rehearsal: Rehearsal, target: Target, samples: int, judged: int) -> None:
+        self._rehearsal, self._budget, self._target = rehearsal, rehearsal.budget, target
+        self._samples = range(samples)
+        self._others = range(samples, samples + judged)
+
+    def plan(self) -> Plan:
+        """All stages."""
+        budget = self._budget
+        budget.begin(f"calibrates: {budget.announcement}")
+        calibrated = calibrate(self._rehearsal, self._samples)
+        grams = mean(calibrated.grams)
+        made = Made(
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            effort=budget.effort,
+            samples=len(self._samples),
+            judged=len(self._others),
+            loops=budget.loops,
+            seconds=calibrated.seconds,
+            targets=self._target.named,
+        )
+        content = Content(calibrated.signature, made, grams, (), (), (), 0)
+        self._rehearsal.content = content
+        budget.begin("measures how sensitive the result is")
+        held = _held(budget, len(calibrated.signature.owners))
+        found = measure(self._rehearsal, calibrated.grams, held)
+        content = replace(
+            content,
+            sensitivity=tuple(found.residuals.tolist()),
+            output_sensitivity=tuple(found.outputs.tolist()),
+        )
+        refiner = Refiner(self._rehearsal, calibrated.references, grams)
+        drafts = Drafts(content, DEPTH)
+        points = improved(refiner, drafts, self._target, budget)
+        budget.begin("plays every plan on the samples that made it")
+        predicted = [
+            played(self._rehearsal, each, self._samples, calibrated.references) for each in points
+        ]
+        budget.begin("judges every plan on other samples", judges=True)
+        uncached = [self._rehearsal.play(None, each) for each in self._others]
+        references = [each.result for each in uncached]
+        seconds = median(each.seconds for each in uncached)
+        candidates = undominated(
+            [
+                Candidate(
+                    point, prediction, played(self._rehearsal, point, self._others, references)
+                )
+                for point, prediction in zip(points, predicted, strict=True)
+            ]
+        )
+        chosen, unmet = choose(candidates, self._target, seconds)
+        if unmet is not None:
+            warnings.warn(f"omni-cache: {unmet}.", stacklevel=3)
+        made = replace(made, loops=budget.loops + budget.judging, seconds=seconds)
+        frontier = tuple(each.finished for each in candidates)
+        return Plan(content=replace(content, made=made, frontier=frontier, chosen=chosen))
+
+
+def _drawing(
+    pipeline: Any,
+    prompts: Sequence[str],
+    num_inference_steps: int,
+    arguments: Mapping[str, Any],
+    seed: int,
+) -> Generate:
+    """What draws sample i with its prompt and noise."""
+    require(len(prompts) > 0, "prompts", prompts, "a list of at least one string")
+    folder = Folder(Path(), arguments)
+
+    def generate(sample: int) -> Any:
+        prompt = prompts[sample % len(prompts)]
+        return folder.draw(pipeline, prompt, seed + sample, num_inference_steps)[0]
+
+    return generate
+
+
+def _held(budget: Budget, steps: int) -> list[range]:
+    """The steps that each sample holds alone: half of them, in turn."""
+    count = {"low": 2, "default": 4, "high": 8}[budget.effort]
+    return [range(1 + number % 2, steps, 2) for number in range(min(count, budget.samples))]
+
+
+class _Lines:
+    """Says on stderr what is being done, a line for each stage."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, loops: float, planned: float) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            print(f"omni-cache tune: {stage} ({loops:.0f} loops so far)", file=sys.stderr)
