@@ -1,6 +1,8 @@
 """The `omni-cache` command. Knows arguments only; what a command needs is imported when it runs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,7 +86,7 @@ def calibrate(
     from omni_cache.calibration.command import run
     from omni_cache.pipelines.folder import read_prompts
 
-    try:
+    with _told_by_typer():
         run(
             _folder(pipeline, arguments, dtype, device),
             strategy,
@@ -95,8 +97,6 @@ def calibrate(
             inner=inner,
             seed=seed,
         )
-    except (ValueError, RuntimeError) as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
@@ -124,7 +124,7 @@ def compare(
     from omni_cache.pipelines.folder import read_prompts
     from omni_cache.strategies import Plan
 
-    try:
+    with _told_by_typer():
         run(
             _folder(pipeline, arguments, dtype, device),
             read_prompts(prompts),
@@ -135,6 +135,13 @@ def compare(
             inner=inner,
             seed=seed,
         )
+
+
+@contextmanager
+def _told_by_typer() -> Iterator[None]:
+    """Have what is wrong with a pipeline or an argument told in one line, without a traceback."""
+    try:
+        yield
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None
 

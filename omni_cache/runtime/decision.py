@@ -420,16 +420,17 @@ class Step:
     def _compared(self, view: _View, along: Sequence[Tensor]) -> Tensor:
         signal, now, before = self._policy.signal, self._signal, view.trajectory.signal
         assert signal is not None
-        history = view.trajectory.history
-        computed = [
-            Made(each.signal, tuple(map(local, history.at_home(each))))
-            for each in view.kept[: signal.looks_back]
-        ]
+        history, kept = view.trajectory.history, view.kept[: signal.looks_back]
+        past = kept[0].past if kept else None
+        if kept and past is None:
+            made = [Made(each.signal, tuple(map(local, history.at_home(each)))) for each in kept]
+            past = kept[0].past = signal.look_back(made)
         if signal.against == "results":
-            now, before = (each.residuals[0] for each in computed)
+            now = before = past
         assert now is not None
         assert before is not None
-        around = Around(self._times(view, now.device), computed)
+        signals = [each.signal for each in kept if each.signal is not None]
+        around = Around(self._times(view, now.device), past, signals)
         return signal.measure(now, before, along, around)
 
     def _times(self, view: _View, device: torch.device) -> Tensor | None:

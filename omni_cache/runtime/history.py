@@ -28,6 +28,7 @@ class Kept:
             it came, newest first; None where nobody wants them.
         is_finite: ``finite`` on the host; None until somebody has read it.
         signal: of that step, for what looks back at it.
+        past: what a signal has found in it and in those before it; None until it has looked back.
     """
 
     at: Time
@@ -36,6 +37,7 @@ class Kept:
     products: Reading | None = None
     is_finite: bool | None = None
     signal: Tensor | None = None
+    past: Tensor | None = None
 
     def __post_init__(self) -> None:
         if on_host(self.finite):

@@ -82,11 +82,14 @@ class Around(NamedTuple):
         times: (2,) of ``kernels.number_dtype``, on the signal's device: the timesteps of this call
             and of the one that it is compared with, NaN where unknown. None for a signal that does
             not read them.
-        computed: the last computed steps, newest first, as many as the signal looks back at.
+        past: what the signal has found in the last computed steps; None for one that does not look
+            back.
+        signals: those of these steps, newest first.
     """
 
     times: Tensor | None = None
-    computed: Sequence[Made] = ()
+    past: Tensor | None = None
+    signals: Sequence[Tensor] = ()
 
 
 NOTHING = Around()
@@ -99,7 +102,8 @@ class Signal(Protocol):
     def against(self) -> Literal["last call", "last computed call", "results"]:
         """The call whose signal this one's is compared with.
 
-        A signal of "results" compares those of the last two computed calls, and nothing of this.
+        A signal of "results" measures nothing but what it finds when it looks back, and is given
+        that in place of two signals.
         """
 
     @property
@@ -113,6 +117,16 @@ class Signal(Protocol):
     @property
     def looks_back(self) -> int:
         """At how many computed steps it looks; with fewer, the step is computed."""
+
+    def look_back(self, computed: Sequence[Made]) -> Tensor:
+        """Compare the last computed steps with each other, once for each new one.
+
+        Args:
+            computed: as many as it looks back at, newest first.
+
+        Returns:
+            ``(n,)``: sums that may be added up over ranks, for `Around.past`.
+        """
 
     def measure(
         self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
