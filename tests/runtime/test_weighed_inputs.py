@@ -13,6 +13,7 @@ from diffusers_models import CASES, sample
 from eager_reference import block_loop_values, forced_reuse
 from following import Followed, actions
 from test_explain import Tiny
+from test_extraction import NumpyToy, extract_toy
 from torch import Tensor
 from toy_transformer import CHANNELS, TOKENS, WIDTH, Loop, ToyTransformer, compiled, gaussian, same
 
@@ -261,6 +262,34 @@ def test_an_input_lives_as_long_as_its_step_is_the_newest() -> None:
             alive.append(len({id(each()) for each in seen if each() is not None}))
     assert alive == [1] * len(PLAN)
     assert all(each() is None for each in seen)
+
+
+@pytest.mark.parametrize("history", [None, "bfloat16"])
+def test_an_extractor_s_model_weighs_as_its_graph_would(history: str | None) -> None:
+    """Also where the blocks write into the stream that they are given."""
+
+    def extract_writing(module: Any, *args: Any, **kwargs: Any) -> Any:
+        context = extract_toy(module, *args, **kwargs)
+        run_blocks, states = context.run_transformer_blocks, context.hidden_states
+
+        def writing() -> tuple[Tensor]:
+            (left,) = run_blocks()
+            states.copy_(left)
+            return (states,)
+
+        context.run_transformer_blocks = writing
+        return context
+
+    flags = {**FLAGS, "history_dtype": history}
+    expected = run(compiled(ToyTransformer(), **flags), calls(2))
+    omni_cache.register_extractor(NumpyToy, extract_writing)
+    try:
+        model = omni_cache.enable(NumpyToy(), inner="eager", **flags)
+        found = run(model, calls(2))
+    finally:
+        omni_cache.register_extractor(NumpyToy, None)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_inductor_compiles_it_with_rolled_blocks() -> None:
