@@ -222,8 +222,9 @@ def examine(
                 flags.strategy.policy(owner)  # refuses a class that it has no numbers for
             if breaks and reports:  # behind a break anything may be called a timestep
                 analysis = replace(analysis, timestep=None)
-            guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
-            text = guarded_text(guarded)
+            guard = flags.guard
+            guarded = split(gm, analysis, guard.depth, flags.history_dtype, inputs=guard.inputs)
+            text = guarded_text(guarded, guard.skips)
             if flags.blocks == "rolled":
                 text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
             reports.append(GraphReport(text, analysis, None))

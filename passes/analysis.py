@@ -74,6 +74,11 @@ class Analysis:
         """
         return depth * sum(_bytes(pair.output, history_dtype) for pair in self.pairs)
 
+    def result_bytes(self, depth: int = 1) -> int:
+        """Bytes of the results of ``depth`` computed steps, for calls that skip the forward."""
+        (end,) = self.graph.find_nodes(op="output")
+        return depth * sum(map(_bytes, nodes_in(end.args)))
+
     def signal_bytes(self, depth: int = 1) -> int:
         """Bytes of the signal that is kept from the step before, and of what a whole graph took in.
 

@@ -170,6 +170,14 @@ class Gate(ABC):
         """Whether a step is computed as the first one, and all that was kept before is dropped."""
         return False
 
+    def skips(self, at: Time, total: int | None) -> bool:
+        """Whether a step skips the whole forward, as far as results are kept that stand in for it.
+
+        It is asked before anything of the model runs, where the guard ``skips``. Where nothing fits
+        the step or its place is not known by then, it goes on to `decide`. A state stays as it is.
+        """
+        return False
+
     def compares(self, state: Any) -> bool:
         """Whether the decision in a state depends on the measurement, which costs a read."""
         return self.measures
@@ -221,6 +229,21 @@ class Forecast(ABC):
                 and at most ``depth``.
             now: the time to forecast for; it alone has `Time.total`.
         """
+
+    def input_weight(self, kept: Sequence[Time], now: Time) -> float:
+        """The weight u of what enters now less what entered at the newest computed step.
+
+        What stands in is then ``sum_i weights[i] * kept[i] + u * (input - newest input)``. It is
+        asked where the guard weighs ``inputs``; the arguments are as for `weights`.
+        """
+        return 0.0
+
+    def skip_weights(self, kept: Sequence[Time], now: Time) -> Row:
+        """One weight for the results of each kept step, where the gate skips the forward.
+
+        The arguments are as for `weights`, whose weights are taken where nothing else is said.
+        """
+        return self.weights(kept, now)
 
     def rows(self, kept: Sequence[Time], now: Time, products: Sequence[Matrix]) -> Sequence[Row]:
         """One row of weights for each sample, or one for all of them.
