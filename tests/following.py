@@ -28,7 +28,7 @@ class Follow(Gate):
     def decide(
         self, state: tuple[()], at: Time, total: int | None, distance: float | None
     ) -> Verdict:
-        return Verdict(self.actions[at.index] == REUSE, "as told", (), ())
+        return Verdict(self.actions[at.index] != COMPUTE, "as told", (), ())
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from omni_cache.runtime.place import (
 from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Action, Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
-from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row, Verdict
+from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
 from omni_cache.strategies.strategy import Found
 
 AFTER = "after the last step"
@@ -189,13 +189,15 @@ class Step:
         view = self._look(place, self._arrived)
         trajectory, newest = view.trajectory, view.kept[: self._policy.forecast.depth]
         kept = list(takewhile(lambda each: each.results is not None, newest))
-        if view.must or not kept or not trajectory.gate.skips(place.at, view.total):
+        gate, total = trajectory.gate, view.total
+        if view.must or not kept or not gate.skips(place.at, total):
+            return None
+        verdict = gate.decide(trajectory.state, place.at, total, self._excess(view))
+        if not verdict.reuse:
             return None
         if self._call is not None:
             self._call.place = place
-        state = trajectory.state
-        self._view, self._action = view, "skipped"
-        self._verdict = Verdict(True, "forward skipped", state, state)
+        self._view, self._verdict, self._action = view, verdict, "skipped"
         return trajectory.history.results(kept, place.at._replace(total=view.total))
 
     def decide(self, signal: Tensor | None, layout: Layout) -> bool:
@@ -229,9 +231,9 @@ class Step:
         if self._call is not None:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
-        distance = compares.distance(sums) if compares and sums and not view.must else None
-        if self._policy.forecast.checks and (errors := view.trajectory.history.errors):
-            distance = errors.excess
+        distance = self._excess(view)
+        if compares and sums and not view.must:
+            distance = compares.distance(sums)
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
@@ -240,6 +242,13 @@ class Step:
             verdict = verdict._replace(reuse=False, reason=view.must)
         self._view, self._verdict = view, verdict
         return verdict.reuse
+
+    def _excess(self, view: _View) -> float | None:
+        """How far off forecasts are, for a strategy that checks them, by what the host has heard."""
+        if not self._policy.forecast.checks:
+            return None
+        errors = view.trajectory.history.errors
+        return None if errors is None else errors.excess
 
     def operands(self) -> tuple[list[Tensor], list[Row]]:
         """The residuals for a reused step, ``depth`` sets of them, and rows of a weight for each.
@@ -252,7 +261,7 @@ class Step:
         now = view.place.at._replace(total=view.total)
         rows = history.rows(kept, now, depth)
         if self._guarded.inputs:
-            weight = self._policy.forecast.input_weight([each.at for each in kept], now)
+            weight = history.forecast.input_weight([each.at for each in kept], now)
             rows = [(*row, weight, -weight) for row in rows]
         return history.operands(kept, depth), rows
 

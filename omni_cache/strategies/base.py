@@ -171,10 +171,11 @@ class Gate(ABC):
         return False
 
     def skips(self, at: Time, total: int | None) -> bool:
-        """Whether a step skips the whole forward, as far as results are kept that stand in for it.
+        """Whether a step, if it is reused, skips the whole forward.
 
-        It is asked before anything of the model runs, where the guard ``skips``. Where nothing fits
-        the step or its place is not known by then, it goes on to `decide`. A state stays as it is.
+        It is asked before anything of the model runs, where the guard ``skips``. If nothing fits the
+        step or its place is not known by then, the model runs around the blocks, as at any reused
+        step.
         """
         return False
 

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from omni_cache.compare.report import Comparison, Row, psnr_of
 from omni_cache.strategies import Plan
-from omni_cache.strategies.plans import Point
 
 COLOURS = {"compute": "#c0504d", "reuse": "#9fbfdf", "skip": "#e8e8e8"}
 """Of the actions."""
@@ -24,20 +23,17 @@ def plot_frontier(plan: Plan, comparison: Comparison | None, path: Path) -> None
     """PSNR over computed steps: the plan's points, and whatever it was compared with."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    judged = [each for each in plan.frontier if _psnr(each) is not None]
-    across = [each.computed_steps for each in judged]
-    axes.plot(across, [_psnr(each) for each in judged], "o-", color="C3", lw=2, label="plan")
-    low = [each.quality.psnr_low for each in judged if each.quality is not None]
+    reached = [
+        (each.computed_steps, each.quality.psnr, each.quality.psnr_low)
+        for each in plan.frontier
+        if each.quality is not None and isfinite(each.quality.psnr)
+    ]
+    across, medians, low = ([each[place] for each in reached] for place in range(3))
+    axes.plot(across, medians, "o-", color="C3", lw=2, label="plan")
     axes.plot(across, low, ":", color="C3", lw=1, label="plan, 5th percentile")
     if comparison is not None:
         _plot_others(axes, comparison)
-    axes.plot(
-        *([plan.point.computed_steps], [_psnr(plan.point)]),
-        *("*",),
-        color="C3",
-        ms=16,
-        label="chosen",
-    )
+    axes.axvline(plan.point.computed_steps, color="C3", alpha=0.3, lw=6, label="chosen")
     steps = plan.content.signature.num_inference_steps
     axes.set(xlabel=f"steps computed of {steps}", ylabel="PSNR in dB, median")
     axes.grid(alpha=0.3)
@@ -105,8 +101,3 @@ def plot_predictions(plan: Plan, path: Path) -> None:
     axes.set(xlabel="predicted PSNR in dB, median", ylabel="judged PSNR in dB, median")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def _psnr(point: Point) -> float | None:
-    quality = point.quality
-    return quality.psnr if quality is not None and isfinite(quality.psnr) else None

@@ -114,7 +114,7 @@ def test_a_skipped_call_is_the_weighted_sum_and_runs_nothing(enabled: bool, batc
         assert torch.equal(made[step], plain[step]) == (action == "c")
     for step, expected in expected_of(made).items():
         torch.testing.assert_close(made[step], expected, rtol=1e-6, atol=1e-6)
-    assert reasons(model)[0][3:5] == ["forward skipped"] * 2
+    assert reasons(model)[0][3:5] == ["as told"] * 2
     summary = omni_cache.summary(model)
     assert (summary.computed_steps, summary.reused_steps, summary.skipped_steps) == (4, 1, 3)
     assert "4 of 8 steps computed" in str(summary)
@@ -288,7 +288,7 @@ def test_results_of_another_graph_stand_in_for_nothing() -> None:
             x = gaussian(step, 1, TOKENS, CHANNELS)
             lengths.append(len(cached(x, torch.tensor([900.0 - step]), prompt, more=step > 2)))
     assert lengths == [1, 1, 1, 2, 2, 2]
-    assert taken(model) == ["ccscss"]
+    assert taken(model) == ["ccsrrr"]
 
 
 def test_nothing_is_read_to_skip_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_nothing_is_read_to_skip_a_call(monkeypatch: pytest.MonkeyPatch) -> None
     model, loop = ToyTransformer(), Loop(("cond", "uncond"), explicit=True)
     with pretended_device(monkeypatch) as reads:
         made = loop.run(compiled(model, cache=followed("cscsscsc")))
-    assert taken(model) == ["cccsscsc"] * 2
+    assert taken(model) == ["crcsscsc"] * 2
     assert reads[6:] == [0] * 10
     assert len(made) == 16
 
