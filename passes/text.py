@@ -507,7 +507,7 @@ def _findings(guarded: GuardedGraph, work: int) -> list[str]:
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
     residual = analysis.residual_bytes(len(guarded.history), guarded.history_dtype)
-    signal = analysis.signal_bytes(len(guarded.history))
+    signal = analysis.signal_bytes()
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",

@@ -191,7 +191,9 @@ class Step:
         if self._call is not None:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
-        distance = compares.distance(sums) if compares and sums and not view.must else None
+        measured = compares if sums and not view.must else None
+        distance = None if measured is None else measured.distance(sums)
+        self._progress = None if measured is None else measured.progress(sums)
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
@@ -208,7 +210,7 @@ class Step:
         """
         view, depth = self._view, self._guarded.depth
         kept, history = view.kept[: self._policy.forecast.depth], view.trajectory.history
-        now = view.place.at._replace(total=view.total)
+        now = view.place.at._replace(total=view.total, progress=self._progress)
         return history.operands(kept, depth), history.rows(kept, now, depth)
 
     def commit(self, made: tuple[Tensor, ...], finite: Tensor | None, output: Any) -> None:
