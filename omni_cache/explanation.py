@@ -219,7 +219,9 @@ def examine(
             piece = TracedFrame(name, module, frame.values, is_piece=bool(breaks))
             owner, analysis = analyse_for_guard(gm, flags, piece)
             if flags.strategy is not None:
-                flags.strategy.policy(owner)  # refuses a class that it has no numbers for
+                policy = flags.strategy.policy(owner)  # refuses a class that it has no numbers for
+                if policy.signal is not None and policy.signal.looks_back:
+                    analysis = replace(analysis, signals=1 + policy.depth)
             if breaks and reports:  # behind a break anything may be called a timestep
                 analysis = replace(analysis, timestep=None)
             guard = flags.guard

@@ -521,7 +521,7 @@ def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str
     depth = len(guarded.history)
     held = {
         "residual": analysis.residual_bytes(depth, guarded.history_dtype),
-        "signal": analysis.signal_bytes(depth),
+        "signal": analysis.signal_bytes(),
     }
     if guarded.entered:
         held["input"] = guarded.entered_bytes

@@ -127,13 +127,19 @@ def main(
                 "plan": summary_of(decibels(references, made)),
                 "predicted": None if plan.point.predicted is None else plan.point.predicted.psnr,
                 "fewer": summary_of(decibels(references, fewer)),
-                "ssim": float(np.median([
-                    fidelity_to(one, other).ssim or 0.0
-                    for one, other in zip(map(rgb, references), map(rgb, made), strict=True)
-                ])),
-                "share": float(np.mean(
-                    [each >= target.get("psnr", 0.0) for each in decibels(references, made)]
-                )),
+                "ssim": float(
+                    np.median(
+                        [
+                            fidelity_to(one, other).ssim or 0.0
+                            for one, other in zip(map(rgb, references), map(rgb, made), strict=True)
+                        ]
+                    )
+                ),
+                "share": float(
+                    np.mean(
+                        [each >= target.get("psnr", 0.0) for each in decibels(references, made)]
+                    )
+                ),
                 "loops": plan.content.made.loops,
                 "seconds": seconds,
                 "frontier": [
@@ -146,7 +152,9 @@ def main(
                 ],
             }
         )
-        print(rows[-1]["asked"], rows[-1]["plan"], rows[-1]["fewer"], f"{seconds:.0f} s", flush=True)
+        print(
+            rows[-1]["asked"], rows[-1]["plan"], rows[-1]["fewer"], f"{seconds:.0f} s", flush=True
+        )
     report = {
         "date": date.today().isoformat(),
         "machine": f"{processor()}, {torch.get_num_threads()} threads",
@@ -172,12 +180,12 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Tuned plans of the pipeline {report['pipeline']!r}, effort {report['effort']!r}",
         "",
-        f"{STEPS} steps, tuned on {SAMPLES} samples, judged on {JUDGED} others: PSNR in dB against the "
-        "uncached pipeline, median and in brackets 5th percentile, beside the uncached pipeline with "
-        "only as many steps.",
+        f"{STEPS} steps, tuned on {SAMPLES} samples, judged on {JUDGED} others: PSNR in dB against "
+        "the uncached pipeline, median and in brackets 5th percentile, beside the uncached pipeline "
+        "with only as many steps.",
         "",
-        "| asked for | computed | plan | predicted | SSIM | fewer steps | plan over fewer | reached by | "
-        "loops | tuned in |",
+        "| asked for | computed | plan | predicted | SSIM | fewer steps | plan over fewer | "
+        "reached by | loops | tuned in |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:

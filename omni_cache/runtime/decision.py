@@ -231,9 +231,9 @@ class Step:
         if self._call is not None:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
-        distance = self._excess(view)
-        if compares and sums and not view.must:
-            distance = compares.distance(sums)
+        measured = compares if sums and not view.must else None
+        distance = self._excess(view) if measured is None else measured.distance(sums)
+        self._progress = None if measured is None else measured.progress(sums)
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
@@ -244,7 +244,7 @@ class Step:
         return verdict.reuse
 
     def _excess(self, view: _View) -> float | None:
-        """How far off forecasts are, for a strategy that checks them, by what the host has heard."""
+        """How far off forecasts are, for a strategy that checks them, as the host has heard."""
         if not self._policy.forecast.checks:
             return None
         errors = view.trajectory.history.errors
@@ -258,7 +258,7 @@ class Step:
         """
         view, depth = self._view, self._guarded.depth
         kept, history = view.kept[: self._policy.forecast.depth], view.trajectory.history
-        now = view.place.at._replace(total=view.total)
+        now = view.place.at._replace(total=view.total, progress=self._progress)
         rows = history.rows(kept, now, depth)
         if self._guarded.inputs:
             weight = history.forecast.input_weight([each.at for each in kept], now)

@@ -34,11 +34,14 @@ class Time(NamedTuple):
 
     Steps count over the whole schedule, so that image-to-image begins in the middle of them.
     ``total`` is their number, where a forecast is asked for one and somebody has said it.
+    ``progress`` is how far the signal has gone by then, where its way between the last two computed
+    steps is 1 and begins at 0, if a forecast is asked for and the signal measures it.
     """
 
     index: int  # type: ignore[assignment]  # hides a method that nobody needs here
     value: float | None = None
     total: int | None = None
+    progress: float | None = None
 
 
 class Verdict(NamedTuple):
@@ -146,6 +149,9 @@ class Signal(Protocol):
     def distance(self, sums: Sequence[float]) -> float:
         """The distance of the two signals, from the sums."""
 
+    def progress(self, sums: Sequence[float]) -> float | None:
+        """`Time.progress`, from the sums; None for a signal that does not measure it."""
+
 
 class Gate(ABC):
     """When to compute. Pure, and written with ``+ * abs < &`` and `where`.
@@ -173,8 +179,8 @@ class Gate(ABC):
     def skips(self, at: Time, total: int | None) -> bool:
         """Whether a step, if it is reused, skips the whole forward.
 
-        It is asked before anything of the model runs, where the guard ``skips``. If nothing fits the
-        step or its place is not known by then, the model runs around the blocks, as at any reused
+        It is asked before anything of the model runs, where the guard ``skips``. If nothing fits
+        the step or its place is not known by then, what is around the blocks runs, as at any reused
         step.
         """
         return False
@@ -228,7 +234,7 @@ class Forecast(ABC):
         Args:
             kept: times of the computed steps whose residuals are kept, newest first; at least one
                 and at most ``depth``.
-            now: the time to forecast for; it alone has `Time.total`.
+            now: the time to forecast for; it alone has `Time.total` and `Time.progress`.
         """
 
     def input_weight(self, kept: Sequence[Time], now: Time) -> float:

@@ -15,13 +15,17 @@ from omni_cache.strategies.base import NOTHING, Around, Made, require
 
 
 class OfTwoCalls:
-    """What signals have in common that compare two calls, and look back at no others."""
+    """What signals have in common, unless they say otherwise: they compare two calls."""
 
     looks_back: ClassVar[int] = 0
 
     def look_back(self, computed: Sequence[Made]) -> Tensor:
         """Finds nothing."""
         return torch.empty(0)
+
+    def progress(self, sums: Sequence[float]) -> float | None:
+        """Not measured."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class RelativeL1(OfTwoCalls):
         return (moved / count) / (size / count + 1e-8) if count else float("nan")
 
 
-class BySample:
+class BySample(OfTwoCalls):
     """The sums and the distance of signals that are compared sample by sample."""
 
     sums: ClassVar[int] = 2
@@ -56,7 +60,7 @@ class BySample:
 
 
 @dataclass(frozen=True)
-class FilteredL1(BySample, OfTwoCalls):
+class FilteredL1(BySample):
     """The distance of SeaCache: relative L1, by sample, of what a filter leaves of the latents.
 
     The filter knows how much noise there is at a frequency and a sigma (flow matching: latents are
@@ -123,7 +127,7 @@ class ResultSimilarity(BySample):
 
 
 @dataclass(frozen=True)
-class PredictedChange:
+class PredictedChange(OfTwoCalls):
     """How much the result will change: as much for what the latents move as it did before.
 
     ``(|v_0 - v_1| / |x_0 - x_1|) |x - x'| / |v_0|`` with latents ``x``, those of the last call

@@ -115,7 +115,9 @@ class Refiner:
 
     def errors(self, point: Point, samples: Sequence[int]) -> npt.NDArray[np.float64]:
         """The mean squared error of each sample's result under a plan."""
-        return np.array([self._error(self.rehearsal.play(point, each).result, each) for each in samples])
+        return np.array(
+            [self._error(self.rehearsal.play(point, each).result, each) for each in samples]
+        )
 
     def loss(self, point: Point, samples: Sequence[int]) -> float:
         """The mean error in dB: less is better, and all samples count alike."""

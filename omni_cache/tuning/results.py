@@ -106,7 +106,9 @@ def _leaves(value: Any) -> list[Any]:
 def _floating(leaf: Any) -> Array:
     if isinstance(leaf, Tensor):
         leaf = leaf.detach().cpu()
-        leaf = (leaf.float() if leaf.is_floating_point() and leaf.element_size() < 4 else leaf).numpy()
+        leaf = (
+            leaf.float() if leaf.is_floating_point() and leaf.element_size() < 4 else leaf
+        ).numpy()
     # PIL pictures may be grey, or have an alpha channel or a palette.
     array = np.asarray(leaf.convert("RGB") if hasattr(leaf, "convert") else leaf)
     if array.dtype == np.uint8:  # differences of two uint8 wrap around

@@ -97,6 +97,7 @@ SAMPLES = {
     "first_block_cache": {"cache": "first_block_cache", "threshold": 0.1},
     "stepcache": {"cache": "stepcache", "sim_thresholds": (0.99,), "skip_countdowns": (2,)},
     "easycache": {"cache": "easycache", "threshold": 0.03, "retention_steps": 2},
+    "dicache": {"cache": "dicache", "threshold": 0.3},
 }
 """Strategies whose decision or forecast takes something else than TeaCache's sums."""
 

@@ -274,7 +274,7 @@ def test_explain_foresees_what_is_held(capsys: pytest.CaptureFixture[str]) -> No
         model = ToyTransformer()
         (graph,) = omni_cache.explain(model, *given, cache_options=flags).graphs
         assert graph.analysis is not None
-        foreseen = graph.analysis.residual_bytes(2) + graph.analysis.signal_bytes(2)
+        foreseen = graph.analysis.residual_bytes(2) + graph.analysis.signal_bytes()
         Loop(steps=12).run(compiled(model, **flags))
         assert omni_cache.summary(model).memory_bytes == foreseen
     assert "kept as a value: no input" not in capsys.readouterr().out
