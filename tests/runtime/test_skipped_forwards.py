@@ -181,25 +181,22 @@ def test_a_caller_may_write_into_what_it_gets() -> None:
 def test_integers_and_numbers_are_those_of_the_newest() -> None:
     model = Talkative()
     cached = compiled(model, dynamic=True, strict=True, cache=followed("ccss"))
+    made = []
     with omni_cache.generation(5), omni_cache.branch("cond"):
-        made = [
-            cached(
-                hidden_states=gaussian(step, 1, TOKENS, CHANNELS),
-                timestep=torch.tensor([900.0 - step]),
-                prompt=gaussian("prompt", 1, 5, CHANNELS),
+        for step in range(4):
+            given = gaussian(step, 1, TOKENS, CHANNELS), torch.tensor([900.0 - step])
+            found = cached(*given, gaussian("prompt", 1, 5, CHANNELS))
+            made.append(
+                [found["tokens"], found["order"].clone(), *map(torch.clone, found["noise"])]
             )
-            for step in range(4)
-        ]
+            for each in (found["order"], *found["noise"]):
+                each.zero_()  # it is the caller's
     assert taken(model) == ["ccss"]
-    for each in made[2:]:
-        assert each["tokens"] == TOKENS
-        assert torch.equal(each["order"], made[1]["order"])
-        noise, mask = each["noise"]
-        assert torch.equal(mask, made[1]["noise"][1])
-        total = SKIPPED[0] * made[1]["noise"][0] + SKIPPED[1] * made[0]["noise"][0]
-        torch.testing.assert_close(noise, total)
-        each["order"].zero_()
-        mask.zero_()
+    for tokens, order, noise, mask in made[2:]:
+        assert tokens == TOKENS
+        assert torch.equal(order, made[1][1])
+        assert torch.equal(mask, made[1][3])
+        torch.testing.assert_close(noise, SKIPPED[0] * made[1][2] + SKIPPED[1] * made[0][2])
 
 
 def test_two_branches_skip_alike_and_by_their_own_results() -> None:
