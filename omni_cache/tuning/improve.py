@@ -35,6 +35,9 @@ def improved(refiner: Refiner, drafts: Drafts, target: Target, budget: Budget) -
         budget: what may be spent.
     """
     counts = spread(drafts.steps, drafts.least)
+    playing = len(refiner.samples) / drafts.steps
+    while len(counts) > 2 and sum(counts) * playing > budget.left:
+        counts = counts[::2]
     if target.computed_steps is not None:
         asked = min(max(target.computed_steps, drafts.least), drafts.steps)
         counts = sorted({*counts, asked})
@@ -44,7 +47,7 @@ def improved(refiner: Refiner, drafts: Drafts, target: Target, budget: Budget) -
     points = {count: _best_draft(refiner, drafts.of(count)) for count in counts}
     budget.begin("refines plans by their results")
     near = counts if target.computed_steps is None else [asked]
-    reserve = sum(counts) / drafts.steps * len(refiner.samples)
+    reserve = sum(counts) * playing
     for position, count in enumerate(near):
         share = (budget.left - reserve) / (len(near) - position)
         points[count] = _refined(refiner, points[count], drafts, share)

@@ -183,9 +183,18 @@ def _drawing(
 
 
 def _held(budget: Budget, steps: int) -> list[range]:
-    """The steps that each sample holds alone: half of them, in turn."""
-    count = {"low": 2, "default": 4, "high": 8}[budget.effort]
-    return [range(1 + number % 2, steps, 2) for number in range(min(count, budget.samples))]
+    """The steps that each sample holds alone, within a quarter of what is left.
+
+    Two samples share them, or more where that may be spent. Each costs a loop and half a loop for
+    every step.
+    """
+    samples, stride = {"low": 2, "default": 4, "high": 8}[budget.effort], 2
+    while samples > 1 and samples * (1 + steps / stride / 2) > budget.left / 4:
+        samples -= 1
+    while stride < steps and samples * (1 + steps / stride / 2) > budget.left / 4:
+        stride += 1
+    samples = min(samples, budget.samples)
+    return [range(1 + number % stride, steps, stride) for number in range(samples)]
 
 
 class _Lines:
