@@ -24,9 +24,9 @@ from omni_cache.compare.kinds import (
 )
 from omni_cache.compare.measure import KindFailed, Task, in_its_own_process
 from omni_cache.compare.page import as_png, write_page
-from omni_cache.quality import fidelity_to
 from omni_cache.compare.report import HEADINGS, Comparison, Row, as_json, as_markdown, cells, title
 from omni_cache.pipelines.folder import Folder, Picture
+from omni_cache.quality import fidelity_to
 from omni_cache.strategies import STRATEGIES
 from omni_cache.strategies.calibrations import Calibration
 

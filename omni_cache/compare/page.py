@@ -11,7 +11,6 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from omni_cache.quality import Fidelity
 from omni_cache.compare.report import (
     HEADINGS,
     Comparison,
@@ -23,6 +22,7 @@ from omni_cache.compare.report import (
     title,
 )
 from omni_cache.pipelines.folder import Picture
+from omni_cache.quality import Fidelity
 
 _SIDE = 256
 """Pixels of the longer side of a picture on the page, at most."""

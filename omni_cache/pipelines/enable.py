@@ -113,7 +113,9 @@ def as_it_was(target: Any) -> Iterator[None]:
     """
     models = list(models_of(target).values())
     before = [(module, _enabled.get(module)) for module in models]
-    states = [None if call is None else (call.state.strategy, call.state.owner) for _, call in before]
+    states = [
+        None if call is None else (call.state.strategy, call.state.owner) for _, call in before
+    ]
     try:
         yield
     finally:

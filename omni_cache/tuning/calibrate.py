@@ -102,7 +102,9 @@ def _signature(target: Any, vectors: Vectors, names: Mapping[Any, str]) -> Signa
     steps = range(max(owners) + 1)
     missing = [step for step in steps if step not in owners]
     if missing:
-        raise ValueError(f"generate skips step {missing[0]} of {len(steps)}; a plan is for whole loops")
+        raise ValueError(
+            f"generate skips step {missing[0]} of {len(steps)}; a plan is for whole loops"
+        )
     scheduler = getattr(target, "scheduler", None)
     identities = {
         name: owner_of(name, module, scheduler) for name, module in models_of(target).items()

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from omni_cache.strategies.plans import Point
 from omni_cache.tuning.budget import Budget
 from omni_cache.tuning.drafts import Drafts
 from omni_cache.tuning.judge import Target
-from omni_cache.tuning.refine import DAMPINGS, Refiner, directions_of, jacobian_steps
+from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps
 
 
 def spread(steps: int, least: int) -> list[int]:
@@ -43,10 +41,12 @@ def improved(refiner: Refiner, drafts: Drafts, target: Target, budget: Budget) -
         counts = sorted({*counts, asked})
     if budget.effort == "low":
         return [drafts.of(count)[0] for count in counts]
-    budget.begin("tries schedules")
-    points = {count: _best_draft(refiner, drafts.of(count)) for count in counts}
-    budget.begin("refines plans by their results")
     near = counts if target.computed_steps is None else [asked]
+    points = {count: drafts.of(count)[0] for count in counts}
+    budget.begin("tries schedules")
+    for count in near:
+        points[count] = _best_draft(refiner, drafts.of(count))
+    budget.begin("refines plans by their results")
     reserve = sum(counts) * playing
     for position, count in enumerate(near):
         share = (budget.left - reserve) / (len(near) - position)
@@ -62,22 +62,18 @@ def _best_draft(refiner: Refiner, drafts: Sequence[Point]) -> Point:
 
 def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
     """Gauss-Newton steps until the loops are spent or a step hardly helps."""
-    steps, samples = drafts.steps, refiner.samples
-    play = point.computed_steps / steps
+    steps, play = drafts.steps, point.computed_steps / drafts.steps
     for _ in range(4):
         ways = directions_of(point, refiner.grams, drafts.with_input)
         differences = play + jacobian_steps(ways, point.actions) / steps
-        search = (len(DAMPINGS) + 1) * play * len(samples)
-        learning = int(min((loops - search) / differences, len(samples)))
-        if learning < min(4, len(samples)):
+        checking = 2 * play * len(refiner.samples)
+        learning = int(min((loops - checking) / differences, len(refiner.samples)))
+        if learning < 2:
             return point
-        before = refiner.loss(point, samples)
-        better = refiner.gauss_newton(
-            point, samples[:learning], samples, with_input=drafts.with_input
-        )
-        loops -= learning * differences + search + play * len(samples)
-        gained = before - refiner.loss(better, samples)
+        samples = refiner.samples[:learning]
+        better = refiner.gauss_newton(point, samples, with_input=drafts.with_input)
+        loops -= learning * differences + checking
+        if better is point:
+            return point
         point = better
-        if gained < 0.1:
-            break
     return point

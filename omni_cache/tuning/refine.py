@@ -24,7 +24,7 @@ from omni_cache.tuning.gather import Grams
 from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 
-DAMPINGS = (1e-2, 1e-1, 3e-1)
+DAMPINGS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _SMALLEST = 1e-3
 """The smallest change worth a difference, in units of a mean residual: above rounding."""
 
@@ -115,46 +115,44 @@ class Refiner:
 
     def errors(self, point: Point, samples: Sequence[int]) -> npt.NDArray[np.float64]:
         """The mean squared error of each sample's result under a plan."""
-        return np.array([self._error(self.rehearsal.play(point, each).result, each) for each in samples])
+        return np.array(
+            [self._error(self.rehearsal.play(point, each).result, each) for each in samples]
+        )
 
     def loss(self, point: Point, samples: Sequence[int]) -> float:
         """The mean error in dB: less is better, and all samples count alike."""
         return float(np.mean(decibels(self.errors(point, samples))))
 
     def gauss_newton(
-        self,
-        point: Point,
-        learning: Sequence[int],
-        checking: Sequence[int],
-        *,
-        with_input: bool,
-        per_step: bool = False,
+        self, point: Point, samples: Sequence[int], *, with_input: bool, per_step: bool = False
     ) -> Point:
-        """One step on all weights, as far as it helps samples that it was not taken from.
+        """One step on all weights, or the plan itself where none helps.
+
+        The damping is the one that helps a sample most whose differences were left out, by the
+        linear model, so that no run is spent on it and few samples are not followed too far.
 
         Args:
             point: the plan.
-            learning: samples whose differences are taken.
-            checking: samples that choose the damping, and whether to step at all.
+            samples: whose differences are taken.
             with_input: whether input weights may change.
             per_step: whether each step has weights of its own.
         """
         ways = directions_of(point, self.grams, with_input, per_step)
-        normal = Normal(len(ways))
-        for sample in learning:
+        found: list[Normal] = []
+        for sample in samples if ways else ():
             error, columns = self._differences(point, ways, sample)
             if error.any():
-                normal.add(error, columns)
-        if not normal.samples:
+                found.append(Normal(len(ways)))
+                found[-1].add(error, columns)
+        if len(found) < 2:
             return point
-        best, least = point, self.loss(point, checking)
-        for damping in DAMPINGS:
-            step = normal.step(damping).tolist()
-            tried = moved(point, list(zip(ways, step, strict=True)))
-            found = self.loss(tried, checking)
-            if found < least:
-                best, least = tried, found
-        return best
+        damping = min(DAMPINGS, key=lambda each: _left_out(found, each))
+        if _left_out(found, damping) >= 0:
+            return point
+        step = _sum(found).step(damping).tolist()
+        tried = moved(point, list(zip(ways, step, strict=True)))
+        is_better = self.loss(tried, self.samples) < self.loss(point, self.samples)
+        return tried if is_better else point
 
     def _differences(
         self, point: Point, ways: Sequence[Direction], sample: int
@@ -171,6 +169,29 @@ class Refiner:
 
     def _error(self, result: Result, sample: int) -> float:
         return float(np.mean(result.difference(self.references[sample]) ** 2))
+
+
+def _sum(normals: Sequence[Normal]) -> Normal:
+    """The normal equations of several samples."""
+    total = Normal(len(normals[0].vector))
+    for each in normals:
+        total.matrix += each.matrix
+        total.vector += each.vector
+        total.samples += each.samples
+    return total
+
+
+def _left_out(normals: Sequence[Normal], damping: float) -> float:
+    """The change of a sample's error in dB, by a step that was taken from the others: the mean."""
+    total, changes = _sum(normals), []
+    for each in normals:
+        others = Normal(len(total.vector))
+        others.matrix = total.matrix - each.matrix
+        others.vector = total.vector - each.vector
+        others.samples = total.samples - each.samples
+        left = max(1.0 - each.decrease(others.step(damping)), 1e-3)
+        changes.append(10 * math.log10(left))
+    return float(np.mean(changes))
 
 
 def decibels(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -19,6 +19,9 @@ Array = npt.NDArray[Any]
 
 _FIELDS = ("images", "frames", "videos", "audios", "image_embeds", "sample")
 """Where the outputs of diffusers' pipelines have what they made."""
+_ALLOWED = (
+    "it has to return what quality is judged on: a tensor, an array, a PIL image, or a list of them"
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Result:
         arrays = [_floating(each) for each in _leaves(returned)]
         if not arrays or not all(each.size for each in arrays):
             raise TypeError(
-                f"generate returned {type(returned).__name__!r} without numbers; it has to return what "
-                "quality is judged on: a tensor, an array, a PIL image, or a list of them"
+                f"generate returned a {type(returned).__name__!r} without numbers; {_ALLOWED}"
             )
         pictures = [_picture(each) for each in arrays]
         if all(each is not None for each in pictures):
@@ -69,7 +71,8 @@ class Result:
         shapes = [[each.shape for each in one.arrays] for one in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"generate is not repeatable: its results have the shapes {shapes[0]} and {shapes[1]}"
+                "generate is not repeatable: its results have the shapes "
+                f"{shapes[0]} and {shapes[1]}"
             )
         pairs = zip(self.arrays, other.arrays, strict=True)
         return np.concatenate([np.subtract(*pair, dtype=np.float64).ravel() for pair in pairs])
@@ -106,7 +109,9 @@ def _leaves(value: Any) -> list[Any]:
 def _floating(leaf: Any) -> Array:
     if isinstance(leaf, Tensor):
         leaf = leaf.detach().cpu()
-        leaf = (leaf.float() if leaf.is_floating_point() and leaf.element_size() < 4 else leaf).numpy()
+        leaf = (
+            leaf.float() if leaf.is_floating_point() and leaf.element_size() < 4 else leaf
+        ).numpy()
     # PIL pictures may be grey, or have an alpha channel or a palette.
     array = np.asarray(leaf.convert("RGB") if hasattr(leaf, "convert") else leaf)
     if array.dtype == np.uint8:  # differences of two uint8 wrap around
@@ -115,8 +120,7 @@ def _floating(leaf: Any) -> Array:
         return np.stack([array.real, array.imag], axis=-1)
     if array.dtype.kind not in "fiub":
         raise TypeError(
-            f"generate returned a {type(leaf).__name__!r}, which has no numbers; it has to return what "
-            "quality is judged on: a tensor, an array, a PIL image, or a list of them"
+            f"generate returned a {type(leaf).__name__!r}, which has no numbers; {_ALLOWED}"
         )
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
