@@ -5,12 +5,11 @@ Knows budgets and targets; the refining itself is in refine.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from omni_cache.strategies.plans import Point
-from omni_cache.tuning.budget import Budget
 from omni_cache.tuning.drafts import Drafts
-from omni_cache.tuning.judge import Target
+from omni_cache.tuning.judge import Target, played
 from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps
 
 
@@ -23,35 +22,61 @@ def spread(steps: int, least: int) -> list[int]:
     return counts
 
 
-def improved(refiner: Refiner, drafts: Drafts, target: Target, budget: Budget) -> list[Point]:
+def improved(
+    refiner: Refiner, drafts: Drafts, target: Target, uncached_seconds: float
+) -> list[Point]:
     """The frontier: a plan for each of several numbers of computed steps.
 
     Args:
         refiner: improves plans.
         drafts: plans to start from.
         target: near it refinement is spent.
-        budget: what may be spent.
+        uncached_seconds: of a whole ``generate``.
     """
-    counts = spread(drafts.steps, drafts.least)
-    playing = len(refiner.samples) / drafts.steps
+    budget = refiner.rehearsal.budget
+    counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
     while len(counts) > 2 and sum(counts) * playing > budget.left:
         counts = counts[::2]
     if target.computed_steps is not None:
         asked = min(max(target.computed_steps, drafts.least), drafts.steps)
         counts = sorted({*counts, asked})
-    if budget.effort == "low":
-        return [drafts.of(count)[0] for count in counts]
-    near = counts if target.computed_steps is None else [asked]
     points = {count: drafts.of(count)[0] for count in counts}
-    budget.begin("tries schedules")
-    for count in near:
-        points[count] = _best_draft(refiner, drafts.of(count))
-    budget.begin("refines plans by their results")
-    reserve = sum(counts) * playing
-    for position, count in enumerate(near):
-        share = (budget.left - reserve) / (len(near) - position)
-        points[count] = _refined(refiner, points[count], drafts, share)
-    return [points[count] for count in counts]
+    if budget.effort != "low":
+        near = _near(refiner, points, target, uncached_seconds)
+        points |= {count: drafts.of(count)[0] for count in near}
+        budget.begin(f"tries schedules of {', '.join(map(str, near))} computed steps")
+        for count in near:
+            points[count] = _best_draft(refiner, drafts.of(count))
+        reserve = sum(points) * playing
+        for position, count in enumerate(near):
+            budget.begin(f"refines {count} computed steps by what they lead to")
+            share = (budget.left - reserve) / (len(near) - position)
+            points[count] = _refined(refiner, points[count], drafts, share)
+    return [points[count] for count in sorted(points)]
+
+
+def _near(
+    refiner: Refiner, points: Mapping[int, Point], target: Target, uncached_seconds: float
+) -> list[int]:
+    """The numbers of computed steps among which the target will be met.
+
+    The first draft that meets a quality, and those below it, since refining gains some decibels.
+    """
+    counts = sorted(points)
+    if target.computed_steps is not None:
+        return [max(each for each in counts if each <= max(target.computed_steps, counts[0]))]
+    if target.psnr is None and target.ssim is None and target.speedup is None:
+        return counts
+    refiner.rehearsal.budget.begin("looks for the target")
+    for position, count in enumerate(counts):
+        found = played(refiner.rehearsal, points[count], refiner.samples, refiner.references)
+        if target.speedup is not None:
+            if uncached_seconds / found.seconds < target.speedup:
+                return counts[max(position - 1, 0) : position + 1]
+        elif target.is_met(found.fidelities, margin=True):
+            before = counts[max(position - 1, 0)]
+            return list(range(before, count + 1))
+    return counts[-1:]
 
 
 def _best_draft(refiner: Refiner, drafts: Sequence[Point]) -> Point:

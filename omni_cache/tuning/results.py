@@ -81,8 +81,10 @@ class Result:
         """How near another result is to this one, over all of its arrays."""
         if len(self.arrays) == 1 and self.is_picture:
             return fidelity_to(self._frames()[0], other._frames()[0])
-        flat = [np.concatenate([each.ravel() for each in one.arrays]) for one in (self, other)]
-        psnr = psnr_to(*flat, peak=self.peak)
+        own, others = (
+            np.concatenate([each.ravel() for each in one.arrays]) for one in (self, other)
+        )
+        psnr = psnr_to(own, others, peak=self.peak)
         if not self.is_picture:
             return Fidelity(psnr, None)
         pairs = zip(self._frames(), other._frames(), strict=True)

@@ -139,7 +139,7 @@ class _Tuning:
         )
         refiner = Refiner(self._rehearsal, calibrated.references, grams)
         drafts = Drafts(content, DEPTH)
-        points = improved(refiner, drafts, self._target, budget)
+        points = improved(refiner, drafts, self._target, calibrated.seconds)
         budget.begin("plays every plan on the samples that made it")
         predicted = [
             played(self._rehearsal, each, self._samples, calibrated.references) for each in points

@@ -15,8 +15,8 @@ from torch import Tensor
 from toy_transformer import CHANNELS, TOKENS, ToyTransformer, gaussian
 
 import omni_cache
+from omni_cache import tune
 from omni_cache.pipelines import enabled_flags, is_enabled
-from omni_cache.tuning import tune
 
 STEPS = 10
 
@@ -151,12 +151,21 @@ def test_arguments_that_are_not_allowed_are_named(arguments: dict[str, Any], mes
         tuned(ToyTransformer(), **arguments)
 
 
-@pytest.mark.parametrize(("effort", "most"), [("low", 4), ("default", 25)])
-@pytest.mark.parametrize("samples", [2, 4])
-def test_the_budget_is_kept_and_counted(effort: str, most: int, samples: int) -> None:
+@pytest.mark.parametrize(
+    ("effort", "most", "samples", "target"),
+    [
+        ("low", 4, 2, {}),
+        ("low", 4, 4, {"computed_steps": 5}),
+        ("default", 25, 2, {"computed_steps": 4}),
+    ],
+)
+def test_the_budget_is_kept_and_counted(
+    effort: str, most: int, samples: int, target: dict[str, Any]
+) -> None:
     model, told = ToyTransformer(), []
     plan = tuned(
         model,
+        **target,
         effort=effort,
         samples=samples,
         progress=lambda stage, loops, planned: told.append((stage, loops, planned)),
