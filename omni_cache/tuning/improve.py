@@ -12,6 +12,9 @@ from omni_cache.tuning.drafts import Drafts
 from omni_cache.tuning.judge import Target, played
 from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps
 
+_ITERATIONS = 4
+"""Gauss-Newton steps at most; the second one gains little, and the third hardly ever anything."""
+
 
 def spread(steps: int, least: int) -> list[int]:
     """Numbers of computed steps from a seventh to six tenths of all, further apart as they grow."""
@@ -86,19 +89,24 @@ def _best_draft(refiner: Refiner, drafts: Sequence[Point]) -> Point:
 
 
 def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
-    """Gauss-Newton steps until the loops are spent or a step hardly helps."""
+    """Gauss-Newton steps until the loops are spent or none helps.
+
+    The steps of a gap change together at first; at high effort, then each for itself.
+    """
+    efforts = (False, True) if refiner.rehearsal.budget.effort == "high" else (False,)
     steps, play = drafts.steps, point.computed_steps / drafts.steps
-    for _ in range(4):
-        ways = directions_of(point, refiner.grams, drafts.with_input)
-        differences = play + jacobian_steps(ways, point.actions) / steps
-        checking = 2 * play * len(refiner.samples)
-        learning = int(min((loops - checking) / differences, len(refiner.samples)))
-        if learning < 2:
-            return point
-        samples = refiner.samples[:learning]
-        better = refiner.gauss_newton(point, samples, with_input=drafts.with_input)
-        loops -= learning * differences + checking
-        if better is point:
-            return point
-        point = better
+    for per_step in efforts:
+        for _ in range(_ITERATIONS):
+            ways = directions_of(point, refiner.grams, drafts.with_input, per_step)
+            differences = play + jacobian_steps(ways, point.actions) / steps
+            checking = 2 * play * len(refiner.samples)
+            learning = int(min((loops - checking) / differences, len(refiner.samples)))
+            if learning < 2:
+                return point
+            samples = refiner.samples[:learning]
+            better = refiner.gauss_newton(point, samples, drafts.with_input, per_step)
+            loops -= learning * differences + checking
+            if better is point:
+                break
+            point = better
     return point

@@ -124,7 +124,11 @@ class Refiner:
         return float(np.mean(decibels(self.errors(point, samples))))
 
     def gauss_newton(
-        self, point: Point, samples: Sequence[int], *, with_input: bool, per_step: bool = False
+        self,
+        point: Point,
+        samples: Sequence[int],
+        with_input: bool = False,
+        per_step: bool = False,
     ) -> Point:
         """One step on all weights, or the plan itself where none helps.
 

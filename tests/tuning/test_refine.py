@@ -119,7 +119,7 @@ def test_gauss_newton_improves_weights_that_are_off(branches: tuple[str, ...]) -
         (point, *_) = drafts.of(4)
         off = moved(point, [(each, each.size / 2) for each in directions_of(point, grams, False)])
         refiner = Refiner(rehearsal, found.references, grams)
-        refined = refiner.gauss_newton(off, SAMPLES, with_input=False)
+        refined = refiner.gauss_newton(off, SAMPLES)
         gained = refiner.loss(off, SAMPLES) - refiner.loss(refined, SAMPLES)
         assert gained > 6.0
         assert refined.actions == point.actions
@@ -131,7 +131,7 @@ def test_weights_that_nothing_improves_stay() -> None:
     with calibrated() as (rehearsal, found, drafts):
         whole = Point(("compute",) * STEPS, 3, {"": {"cond": {}}})
         refiner = Refiner(rehearsal, found.references, drafts.content.grams)
-        assert refiner.gauss_newton(whole, SAMPLES, with_input=False) is whole
+        assert refiner.gauss_newton(whole, SAMPLES) is whole
 
 
 def test_moves_are_of_one_step_by_one() -> None:
