@@ -97,14 +97,14 @@ def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Po
     steps, play = drafts.steps, point.computed_steps / drafts.steps
     for per_step in efforts:
         for _ in range(_ITERATIONS):
-            ways = directions_of(point, refiner.grams, drafts.with_input, per_step)
+            ways = directions_of(point, refiner.grams, per_step)
             differences = play + jacobian_steps(ways, point.actions) / steps
             checking = 2 * play * len(refiner.samples)
             learning = int(min((loops - checking) / differences, len(refiner.samples)))
             if learning < 2:
                 return point
             samples = refiner.samples[:learning]
-            better = refiner.gauss_newton(point, samples, drafts.with_input, per_step)
+            better = refiner.gauss_newton(point, samples, per_step)
             loops -= learning * differences + checking
             if better is point:
                 break

@@ -50,15 +50,14 @@ class Direction:
     size: float
 
 
-def directions_of(
-    point: Point, grams: Grams, with_input: bool, per_step: bool = False
-) -> list[Direction]:
+def directions_of(point: Point, grams: Grams, per_step: bool = False) -> list[Direction]:
     """All directions in which the weights of a plan may change, in the order of their steps.
+
+    Input weights change where the plan has any.
 
     Args:
         point: the plan.
         grams: of all transformers and branches.
-        with_input: whether input weights may change.
         per_step: whether the steps of a gap change each for itself.
     """
     return [
@@ -67,7 +66,7 @@ def directions_of(
         for transformer, branches in grams.items()
         for branch, gram in branches.items()
         if gram.present[steps[-1]]
-        for direction in _directions(point, transformer, branch, gram, steps, with_input)
+        for direction in _directions(point, transformer, branch, gram, steps)
     ]
 
 
@@ -127,7 +126,6 @@ class Refiner:
         self,
         point: Point,
         samples: Sequence[int],
-        with_input: bool = False,
         per_step: bool = False,
     ) -> Point:
         """One step on all weights, or the plan itself where none helps.
@@ -138,10 +136,9 @@ class Refiner:
         Args:
             point: the plan.
             samples: whose differences are taken.
-            with_input: whether input weights may change.
             per_step: whether each step has weights of its own.
         """
-        ways = directions_of(point, self.grams, with_input, per_step)
+        ways = directions_of(point, self.grams, per_step)
         found: list[Normal] = []
         for sample in samples if ways else ():
             error, columns = self._differences(point, ways, sample)
@@ -217,9 +214,8 @@ def _directions(
     branch: str,
     gram: Gram,
     steps: tuple[int, ...],
-    with_input: bool,
 ) -> list[Direction]:
-    last = steps[-1]
+    last, with_input = steps[-1], point.weighs_inputs
     row, entered = point.weights[transformer][branch][last]
     computed = [
         step

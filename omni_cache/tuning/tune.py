@@ -99,7 +99,7 @@ def tune(
     if generate is None:
         generate = _drawing(target, prompts or (), num_inference_steps, arguments or {}, seed)
     budget = Budget(effort, samples, progress or _Lines())
-    compiled_for = Guard(None, DEPTH)
+    compiled_for = Guard(None, DEPTH, inputs=True)
     with rehearsing(target, generate, flags, compiled_for, budget) as rehearsal:
         return _Tuning(rehearsal, wanted, samples, judged).plan()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,11 @@ def calibrated(
     budget = Budget("high", len(SAMPLES), lambda *_: None)
     flags = {"inner": "eager"}
     with rehearsing(
-        model, lambda each: denoised(model, each, branches), flags, Guard(None, 3), budget
+        model,
+        lambda each: denoised(model, each, branches),
+        flags,
+        Guard(None, 3, inputs=True),
+        budget,
     ) as rehearsal:
         found = calibrate(rehearsal, SAMPLES)
         ones = (1.0,) * STEPS
@@ -102,7 +105,7 @@ def test_a_run_is_resumed_from_the_first_step_that_differs() -> None:
         (point, *_) = drafts.of(4)
         base = rehearsal.play(point, 0, records=True)
         assert base.ran == 4
-        (*_, way) = directions_of(point, drafts.content.grams, with_input=False)
+        (*_, way) = directions_of(point, drafts.content.grams)
         tried = moved(point, [(way, 0.05)])
         whole = rehearsal.play(tried, 0)
         resumed = rehearsal.play(tried, 0, known=base.tape.before(way.steps[0]))
@@ -117,7 +120,7 @@ def test_gauss_newton_improves_weights_that_are_off(branches: tuple[str, ...]) -
     with calibrated(branches) as (rehearsal, found, drafts):
         grams = drafts.content.grams
         (point, *_) = drafts.of(4)
-        off = moved(point, [(each, each.size / 2) for each in directions_of(point, grams, False)])
+        off = moved(point, [(each, each.size / 2) for each in directions_of(point, grams)])
         refiner = Refiner(rehearsal, found.references, grams)
         refined = refiner.gauss_newton(off, SAMPLES)
         gained = refiner.loss(off, SAMPLES) - refiner.loss(refined, SAMPLES)
@@ -127,24 +130,23 @@ def test_gauss_newton_improves_weights_that_are_off(branches: tuple[str, ...]) -
             assert refined.weights[""][branch] != off.weights[""][branch]
 
 
+def test_drafts_weigh_the_input_or_do_not() -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        weighs = {each.weighs_inputs: each for each in drafts.of(4)}
+        assert set(weighs) == {False, True}
+        ways = {each: directions_of(weighs[each], drafts.content.grams) for each in weighs}
+        assert not any(each.input_weight for each in ways[False])
+        assert any(each.input_weight for each in ways[True])
+        refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+        refined = refiner.gauss_newton(weighs[True], SAMPLES)
+        assert refiner.loss(refined, SAMPLES) <= refiner.loss(weighs[True], SAMPLES)
+
+
 def test_weights_that_nothing_improves_stay() -> None:
     with calibrated() as (rehearsal, found, drafts):
         whole = Point(("compute",) * STEPS, 3, {"": {"cond": {}}})
         refiner = Refiner(rehearsal, found.references, drafts.content.grams)
         assert refiner.gauss_newton(whole, SAMPLES) is whole
-
-
-def test_moves_are_of_one_step_by_one() -> None:
-    with calibrated() as (_, _found, drafts):
-        point = drafts.fitted(tuple(_actions("crrcrcrrrc")))
-        found = {each.actions for each in drafts.moves(point)}
-        expected = {"crcrrcrrrc", "crrrccrrrc", "crrccrrrrc", "crrcrrcrrc", "crrcrcrrcr"}
-        assert found == {tuple(_actions(each)) for each in expected}
-        assert replace(point, weights={}).actions == point.actions
-
-
-def _actions(letters: str) -> list[str]:
-    return [{"c": "compute", "r": "reuse"}[each] for each in letters]
 
 
 def test_drafts_of_more_steps_forecast_better() -> None:
