@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omni_cache.runtime.contexts import branch, generation
     from omni_cache.strategies import (
         DBCache,
+        DiCache,
         EasyCache,
         FirstBlockCache,
         MagCache,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CacheContext": "omni_cache.capture.extractor",
     "DBCache": "omni_cache.strategies",
+    "DiCache": "omni_cache.strategies",
     "EasyCache": "omni_cache.strategies",
     "Explanation": "omni_cache.explanation",
     "FirstBlockCache": "omni_cache.strategies",
@@ -61,6 +63,7 @@ _HOMES = {
 __all__ = [
     "CacheContext",
     "DBCache",
+    "DiCache",
     "EasyCache",
     "Explanation",
     "FirstBlockCache",

@@ -27,6 +27,11 @@ def test_psnr_of_a_constant_error_is_that_of_its_square(off: float, decibel: flo
     assert fidelity_to(reference, reference + off).psnr == pytest.approx(decibel)
 
 
+def test_psnr_of_one_step_of_uint8_is_exact_in_double_precision() -> None:
+    found = fidelity_to(WHITE, WHITE - 1).psnr
+    assert found == pytest.approx(20 * log10(255), rel=1e-12)
+
+
 def test_psnr_counts_every_channel() -> None:
     reference = np.zeros((10, 10, 3), dtype=np.float32)
     picture = reference.copy()
