@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         register_strategy,
     )
     from omni_cache.strategies.forecasts import register_forecast
+    from omni_cache.tuning import tune
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
@@ -56,6 +57,7 @@ _HOMES = {
     "register_forecast": "omni_cache.strategies.forecasts",
     "register_strategy": "omni_cache.strategies",
     "summary": "omni_cache.pipelines",
+    "tune": "omni_cache.tuning",
 }
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "register_forecast",
     "register_strategy",
     "summary",
+    "tune",
 ]
 
 

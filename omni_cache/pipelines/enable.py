@@ -111,8 +111,7 @@ def as_it_was(target: Any) -> Iterator[None]:
 
     What was compiled for it is still there then.
     """
-    models = list(models_of(target).values())
-    before = [(module, _enabled.get(module)) for module in models]
+    before = [(module, _enabled.get(module)) for module in models_of(target).values()]
     states = [
         None if call is None else (call.state.strategy, call.state.owner) for _, call in before
     ]
@@ -248,7 +247,7 @@ class _CachedCall:
         others = (each for each in self.pipelines if each() not in (None, pipeline))
         self.pipelines = [*others, weakref.ref(pipeline)]
 
-    def configure(self, strategy: Strategy | None, owner: Owner) -> None:
+    def configure(self, strategy: Strategy | None, owner: Owner | None) -> None:
         """Let calls follow another strategy, from the next generation on."""
         self.state.owner = owner
         if self.state.strategy != strategy:

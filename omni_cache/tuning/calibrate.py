@@ -109,7 +109,7 @@ def _signature(target: Any, vectors: Vectors, names: Mapping[Any, str]) -> Signa
     identities = {
         name: owner_of(name, module, scheduler) for name, module in models_of(target).items()
     }
-    guidance = getattr(target, "guidance_scale", None)
+    guidance: Any = getattr(target, "guidance_scale", None)
     times = [vectors.times[step] for step in steps]
     known = [each for each in times if each is not None]
     return Signature(

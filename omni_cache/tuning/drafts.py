@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omni_cache.planning.search import COMPUTE, Schedule, frontier
+from omni_cache.planning.search import Schedule, frontier
 from omni_cache.strategies.plans import Content, Point
 from omni_cache.strategies.retiming import fitted, priced
 
@@ -23,13 +23,11 @@ class Drafts:
     Attributes:
         content: what was calibrated.
         depth: how many computed steps are kept.
-        with_input: whether reused steps weigh the input.
     """
 
     content: Content
     depth: int
-    with_input: bool = False
-    _found: dict[float, dict[int, Schedule]] = field(default_factory=dict, repr=False)
+    _found: dict[tuple[float, bool], dict[int, Schedule]] = field(default_factory=dict, repr=False)
 
     @property
     def steps(self) -> int:
@@ -37,44 +35,37 @@ class Drafts:
         return len(self.content.signature.owners)
 
     def of(self, computed: int) -> list[Point]:
-        """The drafts that compute so many steps, each once; the likeliest first."""
-        schedules = [self._schedules(power)[computed].actions for power in _POWERS]
-        return [self.fitted(actions) for actions in dict.fromkeys(schedules)]
+        """The drafts that compute so many steps, with and without the input as a regressor.
 
-    def moves(self, point: Point) -> list[Point]:
-        """The same plan with one computed step moved by one, with fitted weights."""
-        actions, owners = point.actions, self.content.signature.owners
-        found = []
-        for step in range(1, self.steps):
-            for other in (step - 1, step + 1):
-                inside = 0 < other < self.steps and owners[step] == owners[other]
-                if not inside or actions[step] != COMPUTE or actions[other] == COMPUTE:
-                    continue
-                if step == owners.index(owners[step]):  # a transformer computes its first step
-                    continue
-                swapped = list(actions)
-                swapped[step], swapped[other] = actions[other], actions[step]
-                found.append(self.fitted(tuple(swapped)))
-        return found
+        Each comes once, the likeliest first.
+        """
+        found = {
+            (self._schedules(power, with_input)[computed].actions, with_input): None
+            for with_input in (False, True)
+            for power in _POWERS
+        }
+        points = [self.fitted(*each) for each in found]
+        return [each for place, each in enumerate(points) if each not in points[:place]]
 
-    def fitted(self, actions: tuple[str, ...]) -> Point:
+    def fitted(self, actions: tuple[str, ...], with_input: bool) -> Point:
         """A plan with these actions."""
         signature, grams = self.content.signature, self.content.grams
-        return fitted(Schedule(actions, 0.0), grams, signature.owners, self.depth, self.with_input)
+        return fitted(Schedule(actions, 0.0), grams, signature.owners, self.depth, with_input)
 
     @property
     def least(self) -> int:
         """The fewest steps that can be computed: one of each transformer."""
         return len(set(self.content.signature.owners))
 
-    def _schedules(self, power: float) -> dict[int, Schedule]:
-        if power not in self._found:
+    def _schedules(self, power: float, with_input: bool) -> dict[int, Schedule]:
+        key = power, with_input
+        if key not in self._found:
             sensitivity = [each**power for each in self.content.sensitivity]
-            costs = priced(self.content.grams, sensitivity, self.with_input)
+            costs = priced(self.content.grams, sensitivity, with_input)
             owners = self.content.signature.owners
             found = frontier(self.steps, self.depth, costs, owner=owners)
-            self._found[power] = {each.computed: each for each in found}
-        return self._found[power]
+            self._found[key] = {each.computed: each for each in found}
+        return self._found[key]
 
 
 _POWERS = (1.0, 0.5, 0.0)

@@ -6,7 +6,6 @@ taken in float64, slice by slice. Knows calls and tensors; nothing of plans.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -5,15 +5,15 @@ Knows budgets and targets; the refining itself is in refine.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
 
 from omni_cache.strategies.plans import Point
-from omni_cache.tuning.budget import Budget
 from omni_cache.tuning.drafts import Drafts
-from omni_cache.tuning.judge import Target
-from omni_cache.tuning.refine import DAMPINGS, Refiner, directions_of, jacobian_steps
+from omni_cache.tuning.judge import Target, played
+from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps
+
+_ITERATIONS = 4
+"""Gauss-Newton steps at most; the second one gains little, and the third hardly ever anything."""
 
 
 def spread(steps: int, least: int) -> list[int]:
@@ -25,30 +25,61 @@ def spread(steps: int, least: int) -> list[int]:
     return counts
 
 
-def improved(refiner: Refiner, drafts: Drafts, target: Target, budget: Budget) -> list[Point]:
+def improved(
+    refiner: Refiner, drafts: Drafts, target: Target, uncached_seconds: float
+) -> list[Point]:
     """The frontier: a plan for each of several numbers of computed steps.
 
     Args:
         refiner: improves plans.
         drafts: plans to start from.
         target: near it refinement is spent.
-        budget: what may be spent.
+        uncached_seconds: of a whole ``generate``.
     """
-    counts = spread(drafts.steps, drafts.least)
+    budget = refiner.rehearsal.budget
+    counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
+    while len(counts) > 2 and sum(counts) * playing > budget.left:
+        counts = counts[::2]
     if target.computed_steps is not None:
         asked = min(max(target.computed_steps, drafts.least), drafts.steps)
         counts = sorted({*counts, asked})
-    if budget.effort == "low":
-        return [drafts.of(count)[0] for count in counts]
-    budget.begin("tries schedules")
-    points = {count: _best_draft(refiner, drafts.of(count)) for count in counts}
-    budget.begin("refines plans by their results")
-    near = counts if target.computed_steps is None else [asked]
-    reserve = sum(counts) / drafts.steps * len(refiner.samples)
-    for position, count in enumerate(near):
-        share = (budget.left - reserve) / (len(near) - position)
-        points[count] = _refined(refiner, points[count], drafts, share)
-    return [points[count] for count in counts]
+    points = {count: drafts.of(count)[0] for count in counts}
+    if budget.effort != "low":
+        near = _near(refiner, points, target, uncached_seconds)
+        points |= {count: drafts.of(count)[0] for count in near}
+        budget.begin(f"tries schedules of {', '.join(map(str, near))} computed steps")
+        for count in near:
+            points[count] = _best_draft(refiner, drafts.of(count))
+        reserve = sum(points) * playing
+        for position, count in enumerate(near):
+            budget.begin(f"refines {count} computed steps by what they lead to")
+            share = (budget.left - reserve) / (len(near) - position)
+            points[count] = _refined(refiner, points[count], drafts, share)
+    return [points[count] for count in sorted(points)]
+
+
+def _near(
+    refiner: Refiner, points: Mapping[int, Point], target: Target, uncached_seconds: float
+) -> list[int]:
+    """The numbers of computed steps among which the target will be met.
+
+    The first draft that meets a quality, and those below it, since refining gains some decibels.
+    """
+    counts = sorted(points)
+    if target.computed_steps is not None:
+        return [max(each for each in counts if each <= max(target.computed_steps, counts[0]))]
+    if target.psnr is None and target.ssim is None and target.speedup is None:
+        return counts
+    refiner.rehearsal.budget.begin("looks for the target")
+    for position, count in enumerate(counts):
+        found = played(refiner.rehearsal, points[count], refiner.samples, refiner.references)
+        if target.speedup is not None:
+            if uncached_seconds / found.seconds < target.speedup:
+                return counts[max(position - 1, 0) : position + 1]
+        elif target.is_met(found.fidelities, margin=True):
+            before = counts[max(position - 1, 0)]
+            return list(range(before, count + 1))
+    return counts[-1:]
 
 
 def _best_draft(refiner: Refiner, drafts: Sequence[Point]) -> Point:
@@ -58,23 +89,24 @@ def _best_draft(refiner: Refiner, drafts: Sequence[Point]) -> Point:
 
 
 def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
-    """Gauss-Newton steps until the loops are spent or a step hardly helps."""
-    steps, samples = drafts.steps, refiner.samples
-    play = point.computed_steps / steps
-    for _ in range(4):
-        ways = directions_of(point, refiner.grams, drafts.with_input)
-        differences = play + jacobian_steps(ways, point.actions) / steps
-        search = (len(DAMPINGS) + 1) * play * len(samples)
-        learning = int(min((loops - search) / differences, len(samples)))
-        if learning < min(4, len(samples)):
-            return point
-        before = refiner.loss(point, samples)
-        better = refiner.gauss_newton(
-            point, samples[:learning], samples, with_input=drafts.with_input
-        )
-        loops -= learning * differences + search + play * len(samples)
-        gained = before - refiner.loss(better, samples)
-        point = better
-        if gained < 0.1:
-            break
+    """Gauss-Newton steps until the loops are spent or none helps.
+
+    The steps of a gap change together at first; at high effort, then each for itself.
+    """
+    efforts = (False, True) if refiner.rehearsal.budget.effort == "high" else (False,)
+    steps, play = drafts.steps, point.computed_steps / drafts.steps
+    for per_step in efforts:
+        for _ in range(_ITERATIONS):
+            ways = directions_of(point, refiner.grams, per_step)
+            differences = play + jacobian_steps(ways, point.actions) / steps
+            checking = 2 * play * len(refiner.samples)
+            learning = int(min((loops - checking) / differences, len(refiner.samples)))
+            if learning < 2:
+                return point
+            samples = refiner.samples[:learning]
+            better = refiner.gauss_newton(point, samples, per_step)
+            loops -= learning * differences + checking
+            if better is point:
+                break
+            point = better
     return point

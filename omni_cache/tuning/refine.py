@@ -24,7 +24,7 @@ from omni_cache.tuning.gather import Grams
 from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 
-DAMPINGS = (1e-2, 1e-1, 3e-1)
+DAMPINGS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _SMALLEST = 1e-3
 """The smallest change worth a difference, in units of a mean residual: above rounding."""
 
@@ -50,15 +50,14 @@ class Direction:
     size: float
 
 
-def directions_of(
-    point: Point, grams: Grams, with_input: bool, per_step: bool = False
-) -> list[Direction]:
+def directions_of(point: Point, grams: Grams, per_step: bool = False) -> list[Direction]:
     """All directions in which the weights of a plan may change, in the order of their steps.
+
+    Input weights change where the plan has any.
 
     Args:
         point: the plan.
         grams: of all transformers and branches.
-        with_input: whether input weights may change.
         per_step: whether the steps of a gap change each for itself.
     """
     return [
@@ -67,7 +66,7 @@ def directions_of(
         for transformer, branches in grams.items()
         for branch, gram in branches.items()
         if gram.present[steps[-1]]
-        for direction in _directions(point, transformer, branch, gram, steps, with_input)
+        for direction in _directions(point, transformer, branch, gram, steps)
     ]
 
 
@@ -126,37 +125,35 @@ class Refiner:
     def gauss_newton(
         self,
         point: Point,
-        learning: Sequence[int],
-        checking: Sequence[int],
-        *,
-        with_input: bool,
+        samples: Sequence[int],
         per_step: bool = False,
     ) -> Point:
-        """One step on all weights, as far as it helps samples that it was not taken from.
+        """One step on all weights, or the plan itself where none helps.
+
+        The damping is the one that helps a sample most whose differences were left out, by the
+        linear model, so that no run is spent on it and few samples are not followed too far.
 
         Args:
             point: the plan.
-            learning: samples whose differences are taken.
-            checking: samples that choose the damping, and whether to step at all.
-            with_input: whether input weights may change.
+            samples: whose differences are taken.
             per_step: whether each step has weights of its own.
         """
-        ways = directions_of(point, self.grams, with_input, per_step)
-        normal = Normal(len(ways))
-        for sample in learning:
+        ways = directions_of(point, self.grams, per_step)
+        found: list[Normal] = []
+        for sample in samples if ways else ():
             error, columns = self._differences(point, ways, sample)
             if error.any():
-                normal.add(error, columns)
-        if not normal.samples:
+                found.append(Normal(len(ways)))
+                found[-1].add(error, columns)
+        if len(found) < 2:
             return point
-        best, least = point, self.loss(point, checking)
-        for damping in DAMPINGS:
-            step = normal.step(damping).tolist()
-            tried = moved(point, list(zip(ways, step, strict=True)))
-            found = self.loss(tried, checking)
-            if found < least:
-                best, least = tried, found
-        return best
+        damping = min(DAMPINGS, key=lambda each: _left_out(found, each))
+        if _left_out(found, damping) >= 0:
+            return point
+        step = _sum(found).step(damping).tolist()
+        tried = moved(point, list(zip(ways, step, strict=True)))
+        is_better = self.loss(tried, self.samples) < self.loss(point, self.samples)
+        return tried if is_better else point
 
     def _differences(
         self, point: Point, ways: Sequence[Direction], sample: int
@@ -173,6 +170,29 @@ class Refiner:
 
     def _error(self, result: Result, sample: int) -> float:
         return float(np.mean(result.difference(self.references[sample]) ** 2))
+
+
+def _sum(normals: Sequence[Normal]) -> Normal:
+    """The normal equations of several samples."""
+    total = Normal(len(normals[0].vector))
+    for each in normals:
+        total.matrix += each.matrix
+        total.vector += each.vector
+        total.samples += each.samples
+    return total
+
+
+def _left_out(normals: Sequence[Normal], damping: float) -> float:
+    """The change of a sample's error in dB, by a step that was taken from the others: the mean."""
+    total, changes = _sum(normals), []
+    for each in normals:
+        others = Normal(len(total.vector))
+        others.matrix = total.matrix - each.matrix
+        others.vector = total.vector - each.vector
+        others.samples = total.samples - each.samples
+        left = max(1.0 - each.decrease(others.step(damping)), 1e-3)
+        changes.append(10 * math.log10(left))
+    return float(np.mean(changes))
 
 
 def decibels(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -194,9 +214,8 @@ def _directions(
     branch: str,
     gram: Gram,
     steps: tuple[int, ...],
-    with_input: bool,
 ) -> list[Direction]:
-    last = steps[-1]
+    last, with_input = steps[-1], point.weighs_inputs
     row, entered = point.weights[transformer][branch][last]
     computed = [
         step

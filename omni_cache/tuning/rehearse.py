@@ -30,8 +30,14 @@ Generate = Callable[[int], Any]
 
 
 class Played(NamedTuple):
-    """One run of the loop: what it returned, how long it took, how often
-    blocks ran, and what was recorded of that."""
+    """One run of the loop.
+
+    Attributes:
+        result: what it returned.
+        seconds: how long it took.
+        ran: how often the blocks of a region ran.
+        tape: what they computed, where that was recorded.
+    """
 
     result: Result
     seconds: float

@@ -19,6 +19,9 @@ Array = npt.NDArray[Any]
 
 _FIELDS = ("images", "frames", "videos", "audios", "image_embeds", "sample")
 """Where the outputs of diffusers' pipelines have what they made."""
+_ALLOWED = (
+    "it has to return what quality is judged on: a tensor, an array, a PIL image, or a list of them"
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Result:
         arrays = [_floating(each) for each in _leaves(returned)]
         if not arrays or not all(each.size for each in arrays):
             raise TypeError(
-                f"generate returned {type(returned).__name__!r} without numbers; it has to return what "
-                "quality is judged on: a tensor, an array, a PIL image, or a list of them"
+                f"generate returned a {type(returned).__name__!r} without numbers; {_ALLOWED}"
             )
         pictures = [_picture(each) for each in arrays]
         if all(each is not None for each in pictures):
@@ -69,7 +71,8 @@ class Result:
         shapes = [[each.shape for each in one.arrays] for one in (self, other)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"generate is not repeatable: its results have the shapes {shapes[0]} and {shapes[1]}"
+                "generate is not repeatable: its results have the shapes "
+                f"{shapes[0]} and {shapes[1]}"
             )
         pairs = zip(self.arrays, other.arrays, strict=True)
         return np.concatenate([np.subtract(*pair, dtype=np.float64).ravel() for pair in pairs])
@@ -78,8 +81,10 @@ class Result:
         """How near another result is to this one, over all of its arrays."""
         if len(self.arrays) == 1 and self.is_picture:
             return fidelity_to(self._frames()[0], other._frames()[0])
-        flat = [np.concatenate([each.ravel() for each in one.arrays]) for one in (self, other)]
-        psnr = psnr_to(*flat, peak=self.peak)
+        own, others = (
+            np.concatenate([each.ravel() for each in one.arrays]) for one in (self, other)
+        )
+        psnr = psnr_to(own, others, peak=self.peak)
         if not self.is_picture:
             return Fidelity(psnr, None)
         pairs = zip(self._frames(), other._frames(), strict=True)
@@ -117,8 +122,7 @@ def _floating(leaf: Any) -> Array:
         return np.stack([array.real, array.imag], axis=-1)
     if array.dtype.kind not in "fiub":
         raise TypeError(
-            f"generate returned a {type(leaf).__name__!r}, which has no numbers; it has to return what "
-            "quality is judged on: a tensor, an array, a PIL image, or a list of them"
+            f"generate returned a {type(leaf).__name__!r}, which has no numbers; {_ALLOWED}"
         )
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 

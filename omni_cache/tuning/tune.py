@@ -99,7 +99,7 @@ def tune(
     if generate is None:
         generate = _drawing(target, prompts or (), num_inference_steps, arguments or {}, seed)
     budget = Budget(effort, samples, progress or _Lines())
-    compiled_for = Guard(None, DEPTH)
+    compiled_for = Guard(None, DEPTH, inputs=True)
     with rehearsing(target, generate, flags, compiled_for, budget) as rehearsal:
         return _Tuning(rehearsal, wanted, samples, judged).plan()
 
@@ -139,7 +139,7 @@ class _Tuning:
         )
         refiner = Refiner(self._rehearsal, calibrated.references, grams)
         drafts = Drafts(content, DEPTH)
-        points = improved(refiner, drafts, self._target, budget)
+        points = improved(refiner, drafts, self._target, calibrated.seconds)
         budget.begin("plays every plan on the samples that made it")
         predicted = [
             played(self._rehearsal, each, self._samples, calibrated.references) for each in points
@@ -183,9 +183,18 @@ def _drawing(
 
 
 def _held(budget: Budget, steps: int) -> list[range]:
-    """The steps that each sample holds alone: half of them, in turn."""
-    count = {"low": 2, "default": 4, "high": 8}[budget.effort]
-    return [range(1 + number % 2, steps, 2) for number in range(min(count, budget.samples))]
+    """The steps that each sample holds alone, within a quarter of what is left.
+
+    Two samples share them, or more where that may be spent. Each costs a loop and half a loop for
+    every step.
+    """
+    samples, stride = {"low": 2, "default": 4, "high": 8}[budget.effort], 2
+    while samples > 1 and samples * (1 + steps / stride / 2) > budget.left / 4:
+        samples -= 1
+    while stride < steps and samples * (1 + steps / stride / 2) > budget.left / 4:
+        stride += 1
+    samples = min(samples, budget.samples)
+    return [range(1 + number % stride, steps, stride) for number in range(samples)]
 
 
 class _Lines:
