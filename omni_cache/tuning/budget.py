@@ -35,6 +35,7 @@ class Budget:
         stage: what is being done.
         calls: how often the blocks run in one loop; 1 until that is known.
         is_judging: whether runs judge from now on.
+        earlier: loops that were run before this tuning was interrupted.
     """
 
     effort: Effort
@@ -43,6 +44,7 @@ class Budget:
     stage: str = ""
     calls: int = 1
     is_judging: bool = False
+    earlier: float = 0.0
     _ran: int = 0
     _judging: int = 0
 
@@ -54,7 +56,7 @@ class Budget:
     @property
     def loops(self) -> float:
         """Loops that calibration and refinement have run."""
-        return self._ran / self.calls
+        return self.earlier + self._ran / self.calls
 
     @property
     def judging(self) -> float:

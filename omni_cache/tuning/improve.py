@@ -5,7 +5,7 @@ Knows budgets and targets; the refining itself is in refine.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from omni_cache.strategies.plans import Point
 from omni_cache.tuning.drafts import Drafts
@@ -26,7 +26,12 @@ def spread(steps: int, least: int) -> list[int]:
 
 
 def improved(
-    refiner: Refiner, drafts: Drafts, target: Target, uncached_seconds: float
+    refiner: Refiner,
+    drafts: Drafts,
+    target: Target,
+    uncached_seconds: float,
+    done: Mapping[int, Point],
+    tell: Callable[[Point], None],
 ) -> list[Point]:
     """The frontier: a plan for each of several numbers of computed steps.
 
@@ -35,6 +40,8 @@ def improved(
         drafts: plans to start from.
         target: near it refinement is spent.
         uncached_seconds: of a whole ``generate``.
+        done: plans that were refined before, by their numbers of computed steps.
+        tell: is told of every plan that has been refined.
     """
     budget = refiner.rehearsal.budget
     counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
@@ -45,16 +52,19 @@ def improved(
         counts = sorted({*counts, asked})
     points = {count: drafts.of(count)[0] for count in counts}
     if budget.effort != "low":
+        points |= done
         near = _near(refiner, points, target, uncached_seconds)
-        points |= {count: drafts.of(count)[0] for count in near}
-        budget.begin(f"tries schedules of {', '.join(map(str, near))} computed steps")
-        for count in near:
-            points[count] = _best_draft(refiner, drafts.of(count))
-        reserve = sum(points) * playing
+        near = [count for count in near if count not in done]
+        reserve = sum({*points, *near}) * playing
         for position, count in enumerate(near):
-            budget.begin(f"refines {count} computed steps by what they lead to")
             share = (budget.left - reserve) / (len(near) - position)
-            points[count] = _refined(refiner, points[count], drafts, share)
+            budget.begin(f"tries schedules of {count} computed steps")
+            before = budget.left
+            point = _best_draft(refiner, drafts.of(count), count / drafts.steps, share / 4)
+            budget.begin(f"refines the plan of {count} computed steps by what it leads to")
+            share -= before - budget.left
+            points[count] = _refined(refiner, point, drafts, share)
+            tell(points[count])
     return [points[count] for count in sorted(points)]
 
 
@@ -82,10 +92,12 @@ def _near(
     return counts[-1:]
 
 
-def _best_draft(refiner: Refiner, drafts: Sequence[Point]) -> Point:
-    if len(drafts) == 1:
+def _best_draft(refiner: Refiner, drafts: Sequence[Point], play: float, loops: float) -> Point:
+    """The draft that is best on as many samples as the loops allow, where that tells anything."""
+    samples = refiner.samples[: max(int(min(loops / (play * len(drafts)), 10**6)), 0)]
+    if len(drafts) == 1 or len(samples) < 2:
         return drafts[0]
-    return min(drafts, key=lambda each: refiner.loss(each, refiner.samples))
+    return min(drafts, key=lambda each: refiner.loss(each, samples))
 
 
 def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:

@@ -17,7 +17,7 @@ from typing import Any
 from omni_cache.pipelines.folder import Folder
 from omni_cache.strategies import Guard, Plan
 from omni_cache.strategies.base import DEFAULT_STEPS, is_count, one_of, require
-from omni_cache.strategies.plans import Content, Made
+from omni_cache.strategies.plans import Content, Made, Point
 from omni_cache.tuning.budget import EFFORTS, Budget, Effort, Progress
 from omni_cache.tuning.calibrate import calibrate
 from omni_cache.tuning.drafts import Drafts
@@ -27,6 +27,7 @@ from omni_cache.tuning.judge import Candidate, Target, choose, played, undominat
 from omni_cache.tuning.refine import Refiner
 from omni_cache.tuning.rehearse import Generate, Rehearsal, rehearsing
 from omni_cache.tuning.sensitivity import measure
+from omni_cache.tuning.unfinished import Unfinished
 
 DEPTH = 3
 """How many computed steps a plan keeps."""
@@ -49,6 +50,7 @@ def tune(
     arguments: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    resume: str | Path | None = None,
     **flags: Any,
 ) -> Plan:
     """Make a plan: for each step of the loop whether to compute, to reuse or to skip, and how.
@@ -78,6 +80,8 @@ def tune(
         arguments: what the pipeline's call gets besides, with ``prompts``.
         seed: of the noise, with ``prompts``.
         progress: is told of every run; by default a line on stderr says what is being done.
+        resume: a file that is kept while plans are refined. Where it is there, from the same
+            arguments, its plans are taken over. It is removed at the end.
         flags: further flags for ``enable``, such as ``inner`` or ``history_dtype``.
 
     Returns:
@@ -101,13 +105,24 @@ def tune(
     budget = Budget(effort, samples, progress or _Lines())
     compiled_for = Guard(None, DEPTH, inputs=True)
     with rehearsing(target, generate, flags, compiled_for, budget) as rehearsal:
-        return _Tuning(rehearsal, wanted, samples, judged).plan()
+        unfinished = Unfinished(None if resume is None else Path(resume))
+        plan = _Tuning(rehearsal, wanted, samples, judged, unfinished).plan()
+    unfinished.remove()
+    return plan
 
 
 class _Tuning:
     """One tuning, stage by stage."""
 
-    def __init__(self, rehearsal: Rehearsal, target: Target, samples: int, judged: int) -> None:
+    def __init__(
+        self,
+        rehearsal: Rehearsal,
+        target: Target,
+        samples: int,
+        judged: int,
+        unfinished: Unfinished,
+    ) -> None:
+        self._unfinished = unfinished
         self._rehearsal, self._budget, self._target = rehearsal, rehearsal.budget, target
         self._samples = range(samples)
         self._others = range(samples, samples + judged)
@@ -129,17 +144,28 @@ class _Tuning:
         )
         content = Content(calibrated.signature, made, grams, (), (), (), 0)
         self._rehearsal.content = content
-        budget.begin("measures how sensitive the result is")
-        held = _held(budget, len(calibrated.signature.owners))
-        found = measure(self._rehearsal, calibrated.grams, held)
-        content = replace(
-            content,
-            sensitivity=tuple(found.residuals.tolist()),
-            output_sensitivity=tuple(found.outputs.tolist()),
-        )
+        before = self._unfinished.of(content)
+        if before is None:
+            budget.begin("measures how sensitive the result is")
+            held = _held(budget, len(calibrated.signature.owners))
+            found = measure(self._rehearsal, calibrated.grams, held)
+            content = replace(
+                content,
+                sensitivity=tuple(found.residuals.tolist()),
+                output_sensitivity=tuple(found.outputs.tolist()),
+            )
+        else:
+            content, budget.earlier = replace(before, made=made), before.made.loops
+        done = {each.computed_steps: each for each in content.frontier}
+
+        def keep(point: Point) -> None:
+            done[point.computed_steps] = point
+            points, spent = tuple(done.values()), replace(made, loops=budget.loops)
+            self._unfinished.keep(replace(content, made=spent, frontier=points))
+
         refiner = Refiner(self._rehearsal, calibrated.references, grams)
         drafts = Drafts(content, DEPTH)
-        points = improved(refiner, drafts, self._target, calibrated.seconds)
+        points = improved(refiner, drafts, self._target, calibrated.seconds, dict(done), keep)
         budget.begin("plays every plan on the samples that made it")
         predicted = [
             played(self._rehearsal, each, self._samples, calibrated.references) for each in points

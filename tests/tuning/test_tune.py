@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from toy_transformer import CHANNELS, TOKENS, ToyTransformer, gaussian
 import omni_cache
 from omni_cache import tune
 from omni_cache.pipelines import enabled_flags, is_enabled
+from omni_cache.strategies.plans import Content
 
 STEPS = 10
 
@@ -230,3 +232,31 @@ def test_pictures_are_judged_as_floats() -> None:
     pairs = zip(uncached, followed, strict=True)
     psnr = [-10 * math.log10(((a - b) ** 2).mean()) for a, b in pairs]
     assert plan.point.judged.psnr == pytest.approx(np.median(psnr), abs=0.05)
+
+
+def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    model, kept = ToyTransformer(), tmp_path / "plan.partial"
+    settings: dict[str, Any] = {"samples": 2, "resume": kept}
+
+    def until(stage: str, loops: float, planned: float) -> None:
+        if stage.startswith("refines the plan of 3"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        tuned(model, progress=until, **settings)
+    before = Content.load(kept)
+    assert [each.computed_steps for each in before.frontier] == [1, 2]
+
+    told: list[tuple[str, float]] = []
+    plan = tuned(model, progress=lambda stage, loops, _: told.append((stage, loops)), **settings)
+    stages = [stage for stage, _ in told]
+    assert not any("sensitive" in stage or "plan of 2" in stage for stage in stages)
+    assert any("plan of 3" in stage for stage in stages)
+    assert plan.content.made.loops > before.made.loops + 3
+    assert plan.frontier[0].actions == before.frontier[0].actions
+    assert plan.frontier[0].weights == before.frontier[0].weights
+    assert not kept.exists()
+
+    before.save(kept)
+    with pytest.raises(ValueError, match="of a tuning with another samples and targets"):
+        tuned(model, samples=3, psnr=40.0, resume=kept)
