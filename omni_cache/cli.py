@@ -45,7 +45,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Prompt i starts from the noise of seed + i.")] = 0,
 ) -> None:
     """Generate with the bundled pipeline uncached, with TeaCache and with MagCache, and compare."""
-    from omni_cache.demo.quiet import quiet_libraries
+    from omni_cache.pipelines.quiet import quiet_libraries
 
     with quiet_libraries():
         from omni_cache.demo.command import run
@@ -83,8 +83,11 @@ def calibrate(
     device: Device = "cpu",
 ) -> None:
     """Measure a strategy's numbers on a pipeline, and write them to a file that enable reads."""
-    from omni_cache.calibration.command import run
-    from omni_cache.pipelines.folder import read_prompts
+    from omni_cache.pipelines.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from omni_cache.calibration.command import run
+        from omni_cache.pipelines.folder import read_prompts
 
     with _told_by_typer():
         run(
@@ -120,9 +123,12 @@ def compare(
     device: Device = "cpu",
 ) -> None:
     """Run every strategy, the peers and fewer steps on the same prompts, and write one page."""
-    from omni_cache.compare.command import run
-    from omni_cache.pipelines.folder import read_prompts
-    from omni_cache.strategies import Plan
+    from omni_cache.pipelines.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from omni_cache.compare.command import run
+        from omni_cache.pipelines.folder import read_prompts
+        from omni_cache.strategies import Plan
 
     with _told_by_typer():
         run(
@@ -177,8 +183,11 @@ def tune(
 
     A run that was interrupted goes on where it was, as long as its arguments are the same.
     """
-    from omni_cache.pipelines.folder import read_prompts
-    from omni_cache.tuning.command import run
+    from omni_cache.pipelines.quiet import quiet_libraries
+
+    with quiet_libraries():
+        from omni_cache.pipelines.folder import read_prompts
+        from omni_cache.tuning.command import run
 
     with _told_by_typer():
         run(
