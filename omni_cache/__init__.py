@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omni_cache.runtime.contexts import branch, generation
     from omni_cache.strategies import (
         DBCache,
+        DiCache,
         EasyCache,
         FirstBlockCache,
         MagCache,
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
         register_strategy,
     )
     from omni_cache.strategies.forecasts import register_forecast
+    from omni_cache.tuning import tune
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
     "CacheContext": "omni_cache.capture.extractor",
     "DBCache": "omni_cache.strategies",
+    "DiCache": "omni_cache.strategies",
     "EasyCache": "omni_cache.strategies",
     "Explanation": "omni_cache.explanation",
     "FirstBlockCache": "omni_cache.strategies",
@@ -54,11 +57,13 @@ _HOMES = {
     "register_forecast": "omni_cache.strategies.forecasts",
     "register_strategy": "omni_cache.strategies",
     "summary": "omni_cache.pipelines",
+    "tune": "omni_cache.tuning",
 }
 
 __all__ = [
     "CacheContext",
     "DBCache",
+    "DiCache",
     "EasyCache",
     "Explanation",
     "FirstBlockCache",
@@ -82,6 +87,7 @@ __all__ = [
     "register_forecast",
     "register_strategy",
     "summary",
+    "tune",
 ]
 
 

@@ -26,6 +26,7 @@ from omni_cache.passes import (
     RegionError,
     UnknownNameError,
     analyse,
+    check_writes,
     find_block_loop,
     is_static_input,
 )
@@ -115,7 +116,7 @@ def _compile_guarded(
     assert flags.guard is not None
     if is_bucket(gm):
         raise RegionError(_CUT_AT_BUCKETS)
-    if flags.guard.whole and frame.is_piece:
+    if (flags.guard.whole or flags.guard.skips) and frame.is_piece:
         raise RegionError(_NOT_WHOLE)
     try:
         owner, analysis = analyse_for_guard(gm, flags, frame)
@@ -135,6 +136,8 @@ def _compile_guarded(
             groups=groups,
             # Ranks have batches of their own, and one number of numbers to add up.
             per_sample=program.per_sample and not groups,
+            inputs=flags.guard.inputs,
+            skips=flags.guard.skips,
         ),
         owner,
         flags.guard,
@@ -176,6 +179,8 @@ def analyse_for_guard(
         ValueError: nothing is published for this class under the variant that was named.
     """
     assert flags.guard is not None
+    if flags.guard.skips:
+        check_writes(gm.graph)
     # A graph without blocks needs no tables, so that none are looked up or missed for it.
     loop = find_block_loop(gm.graph, flags.region)
     if frame.is_piece and frame.model is not None and flags.region is None:

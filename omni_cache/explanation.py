@@ -219,11 +219,14 @@ def examine(
             piece = TracedFrame(name, module, frame.values, is_piece=bool(breaks))
             owner, analysis = analyse_for_guard(gm, flags, piece)
             if flags.strategy is not None:
-                flags.strategy.policy(owner)  # refuses a class that it has no numbers for
+                policy = flags.strategy.policy(owner)  # refuses a class that it has no numbers for
+                if policy.signal is not None and policy.signal.looks_back:
+                    analysis = replace(analysis, signals=1 + policy.depth)
             if breaks and reports:  # behind a break anything may be called a timestep
                 analysis = replace(analysis, timestep=None)
-            guarded = split(gm, analysis, flags.guard.depth, flags.history_dtype)
-            text = guarded_text(guarded)
+            guard = flags.guard
+            guarded = split(gm, analysis, guard.depth, flags.history_dtype, inputs=guard.inputs)
+            text = guarded_text(guarded, guard.skips)
             if flags.blocks == "rolled":
                 text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
             reports.append(GraphReport(text, analysis, None))

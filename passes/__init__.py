@@ -23,13 +23,14 @@ from .region import (
     RegionError,
     UnknownNameError,
     check_cuts,
+    check_writes,
     close_region,
     overwritten_inputs,
 )
 from .residual import ResidualPair, pair_outputs
 from .roll import calls_of, roll
 from .signal import Signal, find_signal, find_timestep, timestep_name
-from .split import FINITE, WEIGHTS, GuardedGraph, split, without_residuals
+from .split import FINITE, WEIGHTS, Entered, GuardedGraph, split, without_residuals
 from .text import graph_text, guarded_text
 from .values import is_static_input
 
@@ -40,6 +41,7 @@ __all__ = [
     "Block",
     "BlockList",
     "BlockLoop",
+    "Entered",
     "GuardedGraph",
     "NoBlockLoopError",
     "Part",
@@ -51,6 +53,7 @@ __all__ = [
     "analyse",
     "calls_of",
     "check_cuts",
+    "check_writes",
     "close_region",
     "find_block_lists",
     "find_block_loop",

@@ -47,7 +47,7 @@ class Analysis:
     """What the pass found in a graph, before anything is rewritten.
 
     ``overwritten`` are the region inputs that the body writes into, ``last`` says how many blocks
-    follow the region, ``whole`` that it is the whole graph.
+    follow the region, ``whole`` that it is the whole graph, ``signals`` how many are kept.
     """
 
     graph: Graph
@@ -59,6 +59,7 @@ class Analysis:
     overwritten: tuple[Node, ...]
     last: int = 0
     whole: bool = False
+    signals: int = 1
 
     @property
     def supposed(self) -> tuple[Node, ...]:
@@ -74,15 +75,14 @@ class Analysis:
         """
         return depth * sum(_bytes(pair.output, history_dtype) for pair in self.pairs)
 
-    def signal_bytes(self, depth: int = 1) -> int:
-        """Bytes of the signal that is kept from the step before, and of what a whole graph took in.
+    def result_bytes(self, depth: int = 1) -> int:
+        """Bytes of the results of ``depth`` computed steps, for calls that skip the forward."""
+        (end,) = self.graph.find_nodes(op="output")
+        return depth * sum(map(_bytes, nodes_in(end.args)))
 
-        Args:
-            depth: of how many computed steps residuals are kept, and with them a whole graph's
-                signal.
-        """
-        count = 1 + depth if self.whole else 1
-        return 0 if self.signal is None else count * _bytes(self.signal.node)
+    def signal_bytes(self) -> int:
+        """Bytes of the signals that are kept: the last call's, and those of computed steps."""
+        return 0 if self.signal is None else self.signals * _bytes(self.signal.node)
 
 
 def analyse(

@@ -89,6 +89,13 @@ def memory_root(node: Node) -> Node:
     return node
 
 
+def is_written(node: Node) -> bool:
+    """Whether others may write into a tensor: the caller into an input, or a node in place."""
+    root = memory_root(node)
+    written = (each for other in node.graph.nodes for each in written_nodes(other))
+    return root.op == "placeholder" or any(memory_root(each) is root for each in written)
+
+
 def shares_memory_with(node: Node) -> Node | None:
     """The input whose memory a node's tensor may lie in; None where it has memory of its own."""
     if node.op not in ("call_function", "call_method") or not node.all_input_nodes:

@@ -242,6 +242,18 @@ def check_cuts(region: Region) -> None:
             )
 
 
+def check_writes(graph: Graph) -> None:
+    """Raise RegionError where a graph that may be skipped writes into what outlives it."""
+    for node in graph.nodes:
+        for root in map(memory_root, written_nodes(node)):
+            if root.op in ("placeholder", "get_attr"):
+                raise RegionError(
+                    "the model writes in place into an input or a buffer, which a skipped forward "
+                    "would lose; write the result into a new tensor instead",
+                    node,
+                )
+
+
 def overwritten_inputs(region: Region) -> tuple[Node, ...]:
     """The region inputs that the body writes into, so that it needs copies of its own.
 

@@ -10,7 +10,8 @@ The subtraction is the last node of the body and the weighted sum the first of `
 the epilogue a second time, so that a compiler fuses both with their neighbours. Where the epilogue
 has blocks in it, ``reuse`` ends with the outputs and the epilogue follows it too, so that no block
 is compiled twice. The history is the residuals of the last computed steps; every forecast is a row
-of weights over it, and to hold the last residual is the row (1,).
+of weights over it, and to hold the last residual is the row (1,). With ``inputs``, each sum has two
+terms more: what enters at this call, and what entered at the newest computed step.
 
 Where partners fit their outputs only if numbers that the prologue computes are below 0 (``-n`` of
 ``x[:, :-n]``), a part without residuals serves calls in which they are not.
@@ -24,15 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .analysis import Analysis
 from .build import Builder, Part, Partner, numbers_of_data, symbols_of, unused, value_of
-from .order import Modes, memory_root, modes, written_nodes
+from .order import Modes, is_written, memory_root, modes, written_nodes
 from .region import Region, RegionError
-from .values import is_distributed, is_shape, is_static_input, same_shape
+from .values import is_distributed, is_shape, is_static_input, nbytes, same_shape
 from .views import leaves
 
 FINITE = "omni_cache_finite"
@@ -45,8 +47,31 @@ SIGNAL = "omni_cache_signal"
 WEIGHTS = "omni_cache_weights"
 """The name of reuse's row of weights: (1 or B, depth), newest entry first.
 
-It is float32, or float64 where a residual has double precision.
+It is float32, or float64 where a residual has double precision. With ``inputs`` there are two
+columns more, for the partner of this call and for that of the newest computed step.
 """
+
+
+class Entered(NamedTuple):
+    """A partner that a computed step leaves to reused ones, which weigh it.
+
+    Attributes:
+        name: of the partner, an input of the graph or an output of the prologue.
+        kept: what it is called as an input of ``reuse``.
+        copies: whether it is copied: others may write into it, or it is a part of more memory.
+        dtype: what it is kept in; None for its own.
+    """
+
+    name: str
+    kept: str
+    copies: bool
+    dtype: torch.dtype | None
+
+    def of(self, partner: torch.Tensor) -> torch.Tensor:
+        """The partner as it is kept; a dtype that cannot hold it leaves 0."""
+        if self.dtype not in (None, partner.dtype):
+            return partner.to(self.dtype).nan_to_num(0.0, 0.0, 0.0)
+        return partner.clone() if self.copies else partner
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,7 @@ class GuardedGraph:
         history: for each entry that ``reuse`` knows, newest first, the names of the residuals in
             it, in the order of ``residuals``. Those of the newest entry are ``residuals``. What
             ``reuse`` never reads (an older entry of an integer) is missing from its inputs.
+        entered: the partners that ``reuse`` weighs, none without ``inputs``.
         history_dtype: what floating residuals are kept in; None for their own dtype.
         signal: name of the prologue's output that the gate compares, None if nothing is compared.
     """
@@ -79,8 +105,16 @@ class GuardedGraph:
     supposed: tuple[str, ...]
     residuals: tuple[str, ...]
     history: tuple[tuple[str, ...], ...]
+    entered: tuple[Entered, ...]
     history_dtype: torch.dtype | None
     signal: str | None
+
+    @property
+    def entered_bytes(self) -> int:
+        """Bytes that the partners take which a trajectory holds of the newest computed step."""
+        examples = dict(zip(self.reuse.inputs, self.reuse.example_inputs, strict=True))
+        kept = (examples[each.kept] for each in self.entered)
+        return sum(nbytes(each) for each in kept if isinstance(each, torch.Tensor))
 
 
 def split(
@@ -89,6 +123,7 @@ def split(
     depth: int = 1,
     history_dtype: torch.dtype | None = None,
     per_sample: bool = False,
+    inputs: bool = False,
 ) -> GuardedGraph:
     """Cut a graph module into the parts of a guarded graph.
 
@@ -100,6 +135,7 @@ def split(
             are kept; None keeps them in their own. An overflow in the cast counts as non-finite.
         per_sample: whether ``reuse`` is traced for a row of weights for each sample, not for one
             row. It matters to compilers that specialise on sizes.
+        inputs: whether ``reuse`` weighs partners too, where an output has one that may change.
 
     Raises:
         ValueError: ``depth`` or ``history_dtype`` is not allowed.
@@ -176,11 +212,14 @@ def split(
     returned = {memory_root(each) for each in result.all_input_nodes}
     older = [tuple(unused(f"{name}_{age}", taken) for name in residuals) for age in range(1, depth)]
     history = (tuple(residuals), *older)
-    weights = _Weights(reuse, residuals, depth, per_sample)
+    weights = _Weights(reuse, residuals, depth + 2 * inputs, per_sample)
+    weighed = _Partners(reuse, made, taken, history_dtype)
     for place, pair in enumerate(pairs):
         newest = residuals[history[0][place]]
         if _is_weighed(newest):
             entries = [reuse.placeholder(entry[place], value_of(newest)) for entry in history]
+            if inputs and pair.output in partners:
+                entries += weighed.now_and_before(partners[pair.output])
             forecast = weights.sum(entries)
         else:
             forecast = reuse.placeholder(history[0][place], value_of(newest))
@@ -208,6 +247,7 @@ def split(
         supposed=tuple(number.name for number in analysis.supposed),
         residuals=tuple(residuals),
         history=history,
+        entered=tuple(weighed.entered.values()),
         history_dtype=history_dtype,
         signal=signal,
     )
@@ -250,10 +290,10 @@ class _Weights:
     """The row of weights of a reuse part, and the sums that it weighs."""
 
     def __init__(
-        self, reuse: Builder, residuals: Mapping[str, Node], depth: int, per_sample: bool
+        self, reuse: Builder, residuals: Mapping[str, Node], count: int, per_sample: bool
     ) -> None:
         self._reuse = reuse
-        self._depth = depth
+        self._count = count
         self._weighed = [node for node in residuals.values() if _is_weighed(node)]
         self._rows: int | torch.SymInt = 1
         if per_sample:
@@ -265,7 +305,8 @@ class _Weights:
         if not self._columns:
             self._columns = self._unpacked()
         total: Node | None = None
-        for column, entry in zip(self._columns, entries, strict=True):
+        # Of what has no partner, the last ones weigh nothing.
+        for column, entry in zip(self._columns, entries, strict=False):
             weight = self._fitting(column, entry.meta["example_value"])
             if is_distributed(entry):
                 weight = self._reuse.call(on_all_ranks, weight, entry)
@@ -289,9 +330,46 @@ class _Weights:
         example: torch.Tensor = self._weighed[0].meta["example_value"]
         if is_distributed(self._weighed[0]):
             example = own_part(example)
-        value = example.new_empty((self._rows, self._depth), dtype=dtype)
+        value = example.new_empty((self._rows, self._count), dtype=dtype)
         row = self._reuse.placeholder(WEIGHTS, {"example_value": value})
-        return [self._reuse.call(torch.select, row, 1, index) for index in range(self._depth)]
+        return [self._reuse.call(torch.select, row, 1, index) for index in range(self._count)]
+
+
+class _Partners:
+    """The partners that a reuse part weighs, as ``entered`` describes them by their names."""
+
+    def __init__(
+        self,
+        reuse: Builder,
+        made: Mapping[str, Node],
+        taken: set[str],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._reuse, self._made, self._taken, self._dtype = reuse, made, taken, dtype
+        self._before: dict[str, Node] = {}
+        self.entered: dict[str, Entered] = {}
+
+    def now_and_before(self, partner: Partner) -> list[Node]:
+        """The partner of this call, and that of the newest computed step; nothing of a weight."""
+        sources = leaves(partner.view)
+        if all(map(is_static_input, sources)):
+            return []
+        name = partner.name or sources[0].name
+        if name not in self.entered:
+            source = self._made[name] if partner.composed else sources[0]
+            value: torch.Tensor = source.meta["example_value"]
+            kept = unused(f"{name}_before", self._taken)
+            dtype = self._dtype if value.dtype.is_floating_point else None
+            entered = Entered(name, kept, True, dtype)
+            example = entered.of(value)
+            if same_shape(example.stride(), value.stride()):
+                entered = entered._replace(copies=any(map(is_written, sources)))
+            self.entered[name] = entered
+            self._before[name] = self._reuse.placeholder(kept, {"example_value": example})
+        before = self._before[name]
+        if partner.cast is not None:
+            before = self._reuse.cast(before, partner.cast)
+        return [self._reuse.partner(partner, self._made), before]
 
 
 def _batch(residuals: Sequence[Node]) -> int | torch.SymInt:

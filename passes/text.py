@@ -53,15 +53,20 @@ def graph_text(graph: Graph) -> str:
     return page.text()
 
 
-def guarded_text(guarded: GuardedGraph) -> str:
-    """A guarded graph as a program: what always runs, and what only when the gate says so."""
+def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
+    """A guarded graph as a program: what always runs, and what only when the gate says so.
+
+    Args:
+        guarded: the graph.
+        keeps_results: whether a trajectory holds what the graph returns, too.
+    """
     analysis = guarded.analysis
     work = sum(arithmetic(node) for node in computation(analysis.graph))
     layout = _Layout(analysis.graph)
     pairs = dict(zip(guarded.residuals, analysis.pairs, strict=True))
     partners = _partners(guarded)
     names, page = _Names(), _Page()
-    for line in _findings(guarded, work):
+    for line in _findings(guarded, work, keeps_results):
         page.remark(line, "    ")
     page.open(analysis.graph, names)
 
@@ -101,11 +106,13 @@ def guarded_text(guarded: GuardedGraph) -> str:
     for entry in guarded.history[1:]:
         for older in entry:
             names.name(older, "older_residual")
+    for each in guarded.entered:
+        names.name(each.kept, "input_before")
     heading = "reuse" if guarded.merges else "reuse, with the epilogue"
     page.part(heading, guarded.reuse, names, work)
     for place, pair in enumerate(analysis.pairs):
         terms = [] if pair.held else [_partner(pair, partners, names)]
-        terms += _forecast(guarded, place, names)
+        terms += _forecast(guarded, place, partners, names)
         page.write(f"{names.named(pair.output.name)} = {' + '.join(terms)}")
     page.indent -= 1
 
@@ -456,12 +463,17 @@ def _residual(
     return f"{kept if pair.held else f'({kept})'}.to({_format(dtype, names.of)})"
 
 
-def _forecast(guarded: GuardedGraph, place: int, names: _Names) -> list[str]:
+def _forecast(
+    guarded: GuardedGraph, place: int, partners: Mapping[Node, str], names: _Names
+) -> list[str]:
     """The terms that stand in for a residual, by its place among all; newest first."""
     kept = [entry[place] for entry in guarded.history]
-    value = tensor_of(guarded.analysis.pairs[place].output)
+    output = guarded.analysis.pairs[place].output
+    value = tensor_of(output)
     if value is None or not (value.is_floating_point() or value.is_complex()):
         return [names.named(kept[0])]
+    before = (each for each in guarded.entered if each.name == partners.get(output))
+    kept += [name for each in before for name in (each.name, each.kept)]
     weights = names.named(WEIGHTS)
     return [f"{weights}[:, {age}] * {names.named(each)}" for age, each in enumerate(kept)]
 
@@ -499,23 +511,30 @@ def _gate(guarded: GuardedGraph, names: _Names) -> tuple[str, str]:
     )
 
 
-def _findings(guarded: GuardedGraph, work: int) -> list[str]:
+def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str]:
     """What a reader wants to know first: the block loop, what can be saved, what it takes."""
     analysis = guarded.analysis
     blocks = analysis.loop.blocks
     structures = len({block.structure for block in blocks})
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
-    residual = analysis.residual_bytes(len(guarded.history), guarded.history_dtype)
-    signal = analysis.signal_bytes(len(guarded.history))
+    depth = len(guarded.history)
+    held = {
+        "residual": analysis.residual_bytes(depth, guarded.history_dtype),
+        "signal": analysis.signal_bytes(),
+    }
+    if guarded.entered:
+        held["input"] = guarded.entered_bytes
+    if keeps_results:
+        held["result"] = analysis.result_bytes(depth)
+    listed = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",
         f"region: {_count(len(region), 'op')}, {_share(sum(map(arithmetic, region)), work)} of the "
         "arithmetic, skipped on a reused step",
         f"timestep: {timestep}",
-        f"a trajectory holds {_bytes(residual + signal)}: residual {_bytes(residual)}, "
-        f"signal {_bytes(signal)}",
+        f"a trajectory holds {_bytes(sum(held.values()))}: {listed}",
     ]
 
 

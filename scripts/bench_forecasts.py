@@ -25,12 +25,12 @@ from diffusers import FluxPipeline
 from rich.progress import track
 
 import omni_cache
-from omni_cache.compare.quality import fidelity_to, quality_of
 from omni_cache.compare.report import processor
 from omni_cache.demo import load_demo_pipeline
 from omni_cache.demo.command import demo_captions
 from omni_cache.demo.measurement import calibrated_variants, draw
 from omni_cache.pipelines.folder import Picture
+from omni_cache.quality import fidelity_to, quality_of
 from omni_cache.strategies import STRATEGIES, Time
 
 STEPS, TARGETS, CALIBRATION_PROMPTS = 28, (6, 8, 10, 12), 4

@@ -124,6 +124,11 @@ def test_a_guard_alone_leaves_the_strategy_to_the_bound_call() -> None:
         ("easycache", "threshold", 0.1),
         ("easycache", "retention_steps", 3),
         ("easycache", "force_last_step", False),
+        ("dicache", "num_inference_steps", 30),
+        ("dicache", "threshold", 0.1),
+        ("dicache", "probe_depth", 3),
+        ("dicache", "retention_ratio", 0.0),
+        ("dicache", "force_last_step", False),
         *(
             (cache, field, value)
             for cache in STRATEGIES

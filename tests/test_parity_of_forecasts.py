@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import cache_dit
 import pytest
-import torch
-from cache_dit import (
-    DBCacheConfig,
-    DMDCalibratorConfig,
-    FoCaCalibratorConfig,
-    TaylorSeerCalibratorConfig,
-)
-from test_parity_of_spans import MODELS, STEPS, Found, assert_same, denoise, ours
+from cache_dit import DMDCalibratorConfig, FoCaCalibratorConfig, TaylorSeerCalibratorConfig
+from diffusers_models import CASES
+from parity import assert_same, of_cache_dit, ours
 
 from omni_cache.strategies import Time
 from omni_cache.strategies.forecasts import DMD, Hold, Taylor
 
 pytestmark = pytest.mark.slow
+
+STEPS = 20
+MODELS = {name: CASES[name].deep for name in ("flux", "qwen_image")}
 
 UNEVEN: dict[str, Any] = {"residual_diff_threshold": 9.0, "max_warmup_steps": 3}
 """Three steps, and then every third; the limit on steps in a row decides."""
@@ -73,31 +70,13 @@ FORECASTS: dict[str, tuple[dict[str, Any], Any, dict[str, Any], int]] = {
 """Flags here, the calibrator there, the schedule, and the most reused steps in a row."""
 
 
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def of_cache_dit(name: str, calibrator: Any, **config: Any) -> Found:
-    model = MODELS[name].build()
-    settings = DBCacheConfig(num_inference_steps=STEPS, enable_separate_cfg=False, **config)
-    cache_dit.enable_cache(model, cache_config=settings, calibrator_config=calibrator)
-    try:
-        outputs = denoise(model, MODELS[name])
-        stats, *_ = cache_dit.summary(model, logging=False)
-        return [step not in stats.cached_steps for step in range(STEPS)], outputs
-    finally:
-        cache_dit.disable_cache(model)
-
-
-@pytest.mark.parametrize("model", ["flux", "qwen_image"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("forecast", FORECASTS)
 def test_a_forecast_within_dbcache_is_the_calibrator_of_cache_dit(
     forecast: str, model: str
 ) -> None:
     flags, calibrator, schedule, row = FORECASTS[forecast]
     knobs = {**schedule, "max_continuous_cached_steps": row}
-    mine = ours(MODELS[model], cache="dbcache", fn_compute_blocks=1, **knobs, **flags)
-    theirs = of_cache_dit(model, calibrator, Fn_compute_blocks=1, Bn_compute_blocks=0, **knobs)
-    assert_same(mine, theirs)
+    mine = ours(MODELS[model], STEPS, cache="dbcache", fn_compute_blocks=1, **knobs, **flags)
+    span = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
+    assert_same(mine, of_cache_dit(MODELS[model], STEPS, calibrator, **span, **knobs))

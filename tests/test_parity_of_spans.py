@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import cache_dit
 import pytest
 import torch
-from cache_dit import DBCacheConfig
 from diffusers import hooks as peer
 from diffusers_models import CASES, ModelCase, sample
+from parity import assert_same, of_cache_dit, of_diffusers, ours
 from torch import Tensor
 
 import omni_cache
@@ -22,95 +21,6 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 MODELS = {name: CASES[name].deep for name in ("flux", "wan", "qwen_image")}
-Found = tuple[list[bool], list[Tensor]]
-"""Whether each step was computed, and the outputs."""
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
-
-
-def denoise(model: Callable[..., Any], case: ModelCase) -> list[Tensor]:
-    """The outputs of an Euler loop, in which an error made at one step reaches all later ones."""
-    inputs, outputs = case.inputs(), []
-    begin = inputs["timestep"]
-    for step in range(STEPS):
-        outputs.append(sample(model(**inputs)))
-        moved = inputs["hidden_states"] - outputs[-1] / STEPS
-        timestep = begin * (1 - (step + 1) / STEPS)
-        inputs = {**inputs, "hidden_states": moved, "timestep": timestep}
-    return outputs
-
-
-def ours(case: ModelCase, **flags: Any) -> Found:
-    model = case.build()
-    omni_cache.enable(model, inner="eager", strict=True, **flags)
-    with omni_cache.generation(STEPS), omni_cache.branch("cond"):
-        outputs = denoise(model, case)
-    (trajectory,) = omni_cache.summary(model).trajectories
-    return [step.computed for step in trajectory.steps], outputs
-
-
-def of_cache_dit(case: ModelCase, **config: Any) -> Found:
-    model = case.build()
-    # What runs behind the first blocks, and does so in computed steps only.
-    blocks = list(chain(*(getattr(model, name) for name in case.block_lists)))
-    skipped: Any = blocks[config["Fn_compute_blocks"]]
-    computed = [False] * STEPS
-    calls = 0
-
-    def attended(*_: Any) -> None:
-        computed[calls] = True
-
-    (getattr(skipped, "attn", None) or skipped.attn1).register_forward_hook(attended)
-    settings = DBCacheConfig(num_inference_steps=STEPS, enable_separate_cfg=False, **config)
-    cache_dit.enable_cache(model, cache_config=settings)
-
-    def call(**inputs: Any) -> Any:
-        nonlocal calls
-        output = model(**inputs)
-        calls += 1
-        return output
-
-    try:
-        outputs = denoise(call, case)
-        return computed, outputs
-    finally:
-        cache_dit.disable_cache(model)
-
-
-def of_diffusers(case: ModelCase, threshold: float) -> Found:
-    model: Any = case.build()
-    lists = [getattr(model, name) for name in case.block_lists]
-    last, computed = lists[-1][-1], [False] * STEPS
-    calls = 0
-
-    def attended(*_: Any) -> None:
-        computed[calls] = True
-
-    # The hooks replace a block's forward, so its attention runs in computed steps only.
-    (getattr(last, "attn", None) or last.attn1).register_forward_hook(attended)
-    model.enable_cache(peer.FirstBlockCacheConfig(threshold=threshold))
-
-    def call(**inputs: Any) -> Any:
-        nonlocal calls
-        with model.cache_context("cond"):
-            output = model(**inputs)
-        calls += 1
-        return output
-
-    outputs = denoise(call, case)
-    return computed, outputs
-
-
-def assert_same(mine: Found, theirs: Found) -> None:
-    assert mine[0] == theirs[0]
-    for one, other in zip(mine[1], theirs[1], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-    # Both kinds of step occur often enough to be worth comparing.
-    assert 5 <= sum(mine[0]) <= STEPS - 5, sum(mine[0])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +28,8 @@ def assert_same(mine: Found, theirs: Found) -> None:
 )
 def test_first_block_cache_is_that_of_diffusers(model: str, threshold: float) -> None:
     case = MODELS[model]
-    mine = ours(case, cache="first_block_cache", threshold=threshold)
-    assert_same(mine, of_diffusers(case, threshold))
+    mine = ours(case, STEPS, cache="first_block_cache", threshold=threshold)
+    assert_same(mine, of_diffusers(case, STEPS, peer.FirstBlockCacheConfig(threshold=threshold)))
 
 
 # model, fn_compute_blocks, bn_compute_blocks, residual_diff_threshold
@@ -136,8 +46,9 @@ SPANS = [
 def test_dbcache_is_that_of_cache_dit(model: str, first: int, last: int, threshold: float) -> None:
     case = MODELS[model]
     flags: dict[str, Any] = {"residual_diff_threshold": threshold, "max_warmup_steps": 2}
-    mine = ours(case, cache="dbcache", fn_compute_blocks=first, bn_compute_blocks=last, **flags)
-    theirs = of_cache_dit(case, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
+    span = {"fn_compute_blocks": first, "bn_compute_blocks": last}
+    mine = ours(case, STEPS, cache="dbcache", **span, **flags)
+    theirs = of_cache_dit(case, STEPS, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
     assert_same(mine, theirs)
 
 
@@ -157,8 +68,9 @@ def test_dbcache_is_that_of_cache_dit_on_twelve_blocks(
 ) -> None:
     case = TWELVE[model]
     flags: dict[str, Any] = {"residual_diff_threshold": threshold, "max_warmup_steps": 3}
-    mine = ours(case, cache="dbcache", fn_compute_blocks=first, bn_compute_blocks=last, **flags)
-    theirs = of_cache_dit(case, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
+    span = {"fn_compute_blocks": first, "bn_compute_blocks": last}
+    mine = ours(case, STEPS, cache="dbcache", **span, **flags)
+    theirs = of_cache_dit(case, STEPS, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
     assert_same(mine, theirs)
 
 
@@ -194,21 +106,33 @@ KNOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", KNOBS)
-def test_every_knob_is_that_of_cache_dit(name: str) -> None:
-    case = MODELS["qwen_image"]
-    flags = {"max_warmup_steps": 2, "residual_diff_threshold": 0.9, **KNOBS[name]}
-    mine = ours(case, cache="dbcache", fn_compute_blocks=1, **flags)
-    assert_same(mine, of_cache_dit(case, Fn_compute_blocks=1, Bn_compute_blocks=0, **flags))
+# model, name of the knobs, further knobs
+WITH_KNOBS = [
+    *(("qwen_image", name, {}) for name in KNOBS),
+    ("flux", "mask", {"residual_diff_threshold": 0.3}),
+    ("flux", "mask and limit", {"residual_diff_threshold": 0.3}),
+    ("flux", "static mask", {}),
+    ("flux", "mask and refresh", {}),
+]
+
+
+@pytest.mark.parametrize(("model", "name", "further"), WITH_KNOBS)
+def test_every_knob_is_that_of_cache_dit(model: str, name: str, further: dict[str, Any]) -> None:
+    case = MODELS[model]
+    flags = {"max_warmup_steps": 2, "residual_diff_threshold": 0.9, **KNOBS[name], **further}
+    mine = ours(case, STEPS, cache="dbcache", fn_compute_blocks=1, **flags)
+    theirs = of_cache_dit(case, STEPS, Fn_compute_blocks=1, Bn_compute_blocks=0, **flags)
+    assert_same(mine, theirs)
 
 
 def test_a_mask_may_be_named() -> None:
     case = MODELS["qwen_image"]
     flags = {"cache": "dbcache", "fn_compute_blocks": 1, "steps_computation_policy": "static"}
-    named = ours(case, **flags, steps_computation_mask="fast")
-    assert named[0] == [bool(each) for each in FAST]
+    named = ours(case, STEPS, **flags, steps_computation_mask="fast")
+    assert named.computed == [bool(each) for each in FAST]
 
 
+@torch.no_grad()
 def guided(
     model: Callable[..., Any], case: ModelCase, branch: Callable[[str], AbstractContextManager[Any]]
 ) -> list[Tensor]:
@@ -248,7 +172,7 @@ def test_branches_are_as_separate_as_with_cache_dit(hint: int | None) -> None:
     peer_model.register_forward_pre_hook(lambda *_: computed.append(False))
     cache_dit.enable_cache(
         peer_model,
-        cache_config=DBCacheConfig(
+        cache_config=cache_dit.DBCacheConfig(
             num_inference_steps=STEPS,
             enable_separate_cfg=True,
             Fn_compute_blocks=1,

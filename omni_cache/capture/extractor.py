@@ -28,7 +28,7 @@ from omni_cache.errors import NO_GRADIENTS, UncachedWarning
 from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
-from omni_cache.passes import FINITE, RegionError
+from omni_cache.passes import FINITE, Entered, RegionError
 from omni_cache.runtime.decision import Guarded
 from omni_cache.runtime.executor import Executor
 from omni_cache.runtime.placement import Placement
@@ -184,7 +184,7 @@ class ExtractedModel:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
         self._extractor = extractor
         self._model_class = model_class.__name__
-        if flags.guard.whole:
+        if flags.guard.whole or flags.guard.skips:
             given = "one that skips the whole model"
             raise ValueError(_refusal("cache", given, _RUNS_IN_PARTS))
         source = flags.guard.source_of(self._model_class)
@@ -251,17 +251,21 @@ class ExtractedModel:
             result = context.postprocess(left[0])
             return [*tree_leaves(result), result]
 
-        depth = self._guard.depth
+        depth, weighs_too = self._guard.depth, self._guard.inputs
+        before = [f"{stream}_before" for stream in streams] if weighs_too else []
         history = [[f"{name}_{age}" for name in residuals] for age in range(depth)]
 
         def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
             entered, kept, row = values[: len(streams)], values[len(streams) : -1], values[-1]
+            kept, earlier = kept[: depth * len(residuals)], kept[depth * len(residuals) :]
             left = []
             for place, old in enumerate(entered):
                 dtype = kept[len(streams) + place].dtype
                 # Of as many dimensions as the stream, so that sums are of float32 at least.
-                weights = row.reshape(-1, *[1] * (old.dim() - 1), depth).unbind(-1)
-                changes = kept[place :: len(residuals)]
+                weights = row.reshape(-1, *[1] * (old.dim() - 1), row.shape[-1]).unbind(-1)
+                changes = [*kept[place :: len(residuals)]]
+                if weighs_too:
+                    changes += [old.to(dtype), earlier[place].to(dtype)]
                 terms = (w * each for w, each in zip(weights, changes, strict=True))
                 left.append((old.to(dtype) + reduce(torch.add, terms)).to(dtype))
             return epilogue(context, *left)
@@ -272,17 +276,27 @@ class ExtractedModel:
             CompiledPart(epilogue, ["context", *made]),
             CompiledPart(
                 reuse,
-                ["context", *streams, *(name for names in history for name in names), "weights"],
+                [
+                    "context",
+                    *streams,
+                    *(name for names in history for name in names),
+                    *before,
+                    "weights",
+                ],
             ),
             residuals,
             history,
             "weights",
             self._signal,
+            entered=[
+                Entered(stream, name, True, history_dtype)
+                for stream, name in zip(streams, before, strict=False)
+            ],
         )
         # The blocks may write into what they are given.
         program = Program(parts, ["context"], [False], copies_signal=True)
         device, per_sample = self._flags.history_device, not groups
-        guarded = Guarded("blocks", self._extractor, depth, device, groups, per_sample)
+        guarded = Guarded("blocks", self._extractor, depth, device, groups, per_sample, weighs_too)
         compiled_for = self._guard, self._flags.signal
         placement = Placement(
             guarded, self._model_class, *compiled_for, None, None, inputs=(), by_call=True

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from omni_cache.strategies import STRATEGIES, Strategy
+from omni_cache.strategies import STRATEGIES, Plan, Strategy
 from omni_cache.strategies.calibrated import CalibratedStrategy
 from omni_cache.strategies.calibrations import Calibration
 
@@ -50,6 +50,7 @@ GRID: dict[str, Sequence[Flags]] = {
     "taylorseer": [{"cache_interval": each} for each in (2, 3, 5)],
     "seacache": [{"threshold": each} for each in (0.1, 0.2, 0.4)],
     "easycache": [{"threshold": each} for each in (0.02, 0.05, 0.1)],
+    "dicache": [{"threshold": each} for each in (0.2, 0.4, 0.8)],
     "stepcache": [{"sim_thresholds": each} for each in ((0.99, 0.97), (0.97, 0.95), (0.95, 0.93))],
 }
 """Flags of each strategy's settings, from cautious to fast."""
@@ -90,6 +91,15 @@ def peer_kinds() -> list[Kind]:
         for (family, name), grid in PEER_GRID.items()
         if find_spec(_PACKAGES[family]) is not None
     ]
+
+
+def plan_kind(plan: Plan) -> Kind:
+    """A tuned plan, at all its points."""
+    settings = [
+        Setting(f"{point.computed_steps} computed", {"cache": plan.at_point(place)})
+        for place, point in enumerate(plan.frontier)
+    ]
+    return Kind("omni-cache", "Plan", settings)
 
 
 def fewer_steps(counts: Sequence[int]) -> Kind:

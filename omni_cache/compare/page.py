@@ -11,7 +11,6 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from omni_cache.compare.quality import Fidelity
 from omni_cache.compare.report import (
     HEADINGS,
     Comparison,
@@ -23,6 +22,7 @@ from omni_cache.compare.report import (
     title,
 )
 from omni_cache.pipelines.folder import Picture
+from omni_cache.quality import Fidelity
 
 _SIDE = 256
 """Pixels of the longer side of a picture on the page, at most."""
@@ -62,7 +62,7 @@ def write_page(comparison: Comparison, plot: Path, path: Path) -> None:
     page = environment.from_string(template).render(
         title=title(comparison),
         notes=notes(comparison),
-        plot=_data_uri(plot.read_bytes()),
+        plot=data_uri(plot.read_bytes()),
         headings=HEADINGS,
         rows=rows,
         prompts=comparison.task.prompts[: len(comparison.uncached.pictures)],
@@ -73,7 +73,7 @@ def write_page(comparison: Comparison, plot: Path, path: Path) -> None:
 
 def _pictures(row: Row) -> list[dict[str, str]]:
     return [
-        {"source": _data_uri(png), "caption": f"{steps:g} steps, {_words(fidelity)}"}
+        {"source": data_uri(png), "caption": f"{steps:g} steps, {_words(fidelity)}"}
         for png, steps, fidelity in zip(row.pictures, row.computed, row.fidelity, strict=False)
     ]
 
@@ -82,5 +82,6 @@ def _words(fidelity: Fidelity) -> str:
     return "identical" if fidelity.psnr is None else f"{fidelity.psnr:.1f} dB"
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A PNG file as an address that a page can have in itself."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"

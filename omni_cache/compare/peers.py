@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-import omni_cache
 from omni_cache.compare.kinds import Family, Flags
+from omni_cache.pipelines import enable, summary
 from omni_cache.pipelines.loop import TRANSFORMERS
 from omni_cache.strategies.calibrations import Calibration
 
@@ -41,10 +41,10 @@ def switch_on(
         calibration: magnitude ratios of the pipeline, for peers that take some.
     """
     if family == "omni-cache":
-        omni_cache.enable(pipe, inner=inner, **flags)
+        enable(pipe, inner=inner, **flags)
         return lambda: fmean(
             sum(step.computed for step in each.steps)
-            for each in omni_cache.summary(pipe).trajectories
+            for each in summary(pipe).trajectories
         )
     count = (
         _cache_dit(name, flags, pipe, steps)

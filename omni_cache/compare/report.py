@@ -18,7 +18,7 @@ import torch
 
 from omni_cache.compare.kinds import Kind, Setting
 from omni_cache.compare.measure import Task
-from omni_cache.compare.quality import Fidelity, Quality, quality_of
+from omni_cache.quality import Fidelity, Quality, quality_of
 
 
 @dataclass

@@ -38,7 +38,7 @@ def load_demo_pipeline(path: Path | None = None) -> FluxPipeline:
     Args:
         path: another folder, written by ``scripts/train_demo``.
     """
-    from omni_cache.demo.quiet import quiet_libraries
+    from omni_cache.pipelines.quiet import quiet_libraries
 
     with quiet_libraries():
         from diffusers import FluxPipeline

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from omni_cache.compare.quality import Fidelity
 from omni_cache.compare.report import processor
 from omni_cache.demo import demo_pipeline_path, load_demo_pipeline
 from omni_cache.demo.drawings import Scene, random_scene
@@ -31,6 +30,7 @@ from omni_cache.demo.measurement import (
     calibrated_variants,
     measure,
 )
+from omni_cache.quality import Fidelity
 
 REL_L1_THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 MAGNITUDE_THRESHOLDS = (0.1, 0.2, 0.4)

@@ -12,9 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import omni_cache
-from omni_cache.compare.quality import Fidelity, fidelity_to, quality_of
 from omni_cache.demo import demo_arguments, demo_pipeline_path
 from omni_cache.pipelines.folder import Folder, Picture
+from omni_cache.quality import Fidelity, fidelity_to, quality_of
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline

@@ -23,7 +23,8 @@ from omni_cache.passes import (
     split,
     without_residuals,
 )
-from omni_cache.passes.order import memory_root, written_nodes
+from omni_cache.passes.order import is_written
+from omni_cache.strategies import Guard
 
 
 def compile_program(
@@ -43,7 +44,7 @@ def compile_program(
     rest = None
     if analysis.supposed:
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
-    guarded, per_sample = _split(gm, analysis, flags.guard.depth, flags.history_dtype)
+    guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
     row = rows.get(WEIGHTS)
     parts = GuardedParts(
@@ -56,6 +57,7 @@ def compile_program(
         supposed=guarded.supposed,
         residuals=guarded.residuals,
         history=guarded.history,
+        entered=guarded.entered,
         weights=WEIGHTS,
         signal=guarded.signal,
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
@@ -66,31 +68,23 @@ def compile_program(
         list(examples),
         [is_static_input(node) for node in placeholders],
         reuses_memory=flags.inner_reuses_memory,
-        copies_signal=_is_shared(analysis),
+        copies_signal=analysis.signal is not None and is_written(analysis.signal.node),
     )
 
 
 def _split(
-    gm: GraphModule, analysis: Analysis, depth: int, history_dtype: torch.dtype | None
+    gm: GraphModule, analysis: Analysis, guard: Guard, history_dtype: torch.dtype | None
 ) -> tuple[GuardedGraph, bool]:
     """Split a graph, and say whether its weights are of each sample.
 
     They are wherever there is something to weigh and a batch to tell apart, so that forecasts with
     as many residuals share what is compiled.
     """
-    if depth > 1:
+    flags, inputs = (guard.depth, history_dtype), guard.inputs
+    if guard.depth > 1:
         with contextlib.suppress(RegionError):
-            return split(gm, analysis, depth, history_dtype, per_sample=True), True
-    return split(gm, analysis, depth, history_dtype), False
-
-
-def _is_shared(analysis: Analysis) -> bool:
-    """Whether others may write into the signal: the caller into an input, or a node in place."""
-    if analysis.signal is None:
-        return False
-    root = memory_root(analysis.signal.node)
-    written = (each for node in analysis.graph.nodes for each in written_nodes(node))
-    return root.op == "placeholder" or any(memory_root(each) is root for each in written)
+            return split(gm, analysis, *flags, per_sample=True, inputs=inputs), True
+    return split(gm, analysis, *flags, inputs=inputs), False
 
 
 def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:

@@ -1,7 +1,7 @@
 """A guarded model as a program: its parts, and where their values lie in one flat list.
 
     values: the model's inputs | the prologue's outputs | the body's outputs
-                                                        | the history and its weights
+                                                        | the history, what entered, the weights
 
 Graphs and extractors each make one. It knows nothing of strategies or calls, and holds no state.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from omni_cache.passes import FINITE
+from omni_cache.passes import FINITE, Entered
 
 PartFunction = Callable[..., Any]
 Values = list[Any]
@@ -44,6 +44,7 @@ class GuardedParts:
         residuals: names of those outputs of the body that a computed step leaves to reused ones.
         history: for each entry of the history, newest first, the names of its residuals in
             ``reuse``.
+        entered: the partners that ``reuse`` weighs beside the history.
         weights: name of the row of weights in ``reuse``.
         weights_dtype: its dtype.
         per_sample: whether it has a row for each sample.
@@ -66,6 +67,7 @@ class GuardedParts:
     merges: bool = False
     rest: CompiledPart | None = None
     supposed: Sequence[str] = ()
+    entered: Sequence[Entered] = ()
 
 
 class Computed(NamedTuple):
@@ -102,7 +104,8 @@ class Program:
         slots = {name: slot for slot, name in enumerate([*inputs, *parts.prologue.outputs])}
         self.slots = slots
         after_body = {**slots, **_numbered(body.outputs, len(slots))}
-        held = [*(name for names in parts.history for name in names), parts.weights]
+        held = [name for names in parts.history for name in names]
+        held += [*(each.kept for each in parts.entered), parts.weights]
         self._prologue_inputs = _picker(parts.prologue, slots)
         self._body_inputs = _picker(body, slots)
         self._epilogue_inputs = _picker(parts.epilogue, after_body)
@@ -110,6 +113,10 @@ class Program:
         self._rest_inputs = None if parts.rest is None else _picker(parts.rest, slots)
         self._supposed = [slots[name] for name in parts.supposed]
         self._residuals = [body.outputs.index(name) for name in parts.residuals]
+        self._entered = [
+            (slots[each.name], each._replace(copies=each.copies or reuses_memory))
+            for each in parts.entered
+        ]
         self._finite = body.outputs.index(FINITE)
         self._signal = None if parts.signal is None else slots[parts.signal]
         # What the body reads decides the shape of what it returns, held values included.
@@ -139,6 +146,10 @@ class Program:
         signal: Tensor = values[self._signal]
         return signal.clone() if self._copies_signal else signal
 
+    def entered(self, values: Values) -> tuple[Tensor, ...]:
+        """The partners that are weighed, as they may be kept; asked for before the blocks run."""
+        return tuple([each.of(values[slot]) for slot, each in self._entered])
+
     def shaped(self, values: Values) -> list[Tensor]:
         """The tensors whose shapes decide the residuals'."""
         return [each for slot in self._shaped if isinstance(each := values[slot], Tensor)]
@@ -167,7 +178,8 @@ class Program:
 
         Args:
             values: as `begin` left them.
-            history: the residuals of each entry of the history, newest first.
+            history: the residuals of each entry of the history, newest first, and what `entered` at
+                the newest one.
             rows: one weight for each entry, for every sample or for all of them at once.
         """
         samples = _samples(history) if self._parts.per_sample and len(rows) == 1 else 1

@@ -72,7 +72,7 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     # Of a strategy only the guard is compiled, so that other thresholds compile nothing anew.
     options = {key: value for key, value in flags.items() if key in FLAGS}
     options["cache"] = NO_CACHE if strategy is None else strategy.guard()
-    models = _models(target)
+    models = models_of(target)
     weakref.ref(target)
     # All of them or none: what may fail comes before the first one is touched.
     scheduler = getattr(target, "scheduler", None)
@@ -100,14 +100,34 @@ def disable(target: Any) -> Any:
     Raises:
         TypeError: ``target`` is not a module and has no transformer.
     """
-    for module in _models(target).values():
+    for module in models_of(target).values():
         _disable_module(module)
     return target
 
 
+@contextmanager
+def as_it_was(target: Any) -> Iterator[None]:
+    """Leave a pipeline or module at the end as it is now, enabled or not.
+
+    What was compiled for it is still there then.
+    """
+    before = [(module, _enabled.get(module)) for module in models_of(target).values()]
+    states = [
+        None if call is None else (call.state.strategy, call.state.owner) for _, call in before
+    ]
+    try:
+        yield
+    finally:
+        for (module, call), state in zip(before, states, strict=True):
+            _disable_module(module)
+            if call is not None and state is not None:
+                _install(call, module)
+                call.configure(*state)
+
+
 def is_enabled(target: Any) -> bool:
     """Whether ``enable`` has been called on a pipeline or module, and not yet ``disable``."""
-    return any(module in _enabled for module in _models(target).values())
+    return any(module in _enabled for module in models_of(target).values())
 
 
 def enabled_flags(module: nn.Module) -> dict[str, Any] | None:
@@ -130,7 +150,7 @@ def refresh(target: Any, num_inference_steps: int | None = None) -> Any:
         TypeError: ``target`` is not a module and has no transformer.
         ValueError: ``num_inference_steps`` is not an integer >= 1.
     """
-    models = _models(target)
+    models = models_of(target)
     Generation(num_inference_steps)  # raises if it is not a number of steps
     states = [state for _, state in states_of(target)]
     if not states and num_inference_steps is not None:
@@ -154,7 +174,7 @@ def summary(target: Any) -> Summary:
     return summarise(states_of(target))
 
 
-def _models(target: Any) -> dict[str, nn.Module]:
+def models_of(target: Any) -> dict[str, nn.Module]:
     """The modules to cache, by their names in the pipeline."""
     if isinstance(target, nn.Module):
         return {"": getattr(target, "_orig_mod", target)}
@@ -175,7 +195,7 @@ def _models(target: Any) -> dict[str, nn.Module]:
 def states_of(target: Any) -> list[tuple[str, ModelState]]:
     """What the runtime knows of each transformer, by its name in the pipeline ("" for a module)."""
     states: list[tuple[str, ModelState]] = []
-    for name, module in _models(target).items():
+    for name, module in models_of(target).items():
         call = _enabled.get(module)
         own = [call.state] if call is not None else states_of_module(module)
         states += [(name, state) for state in own]
@@ -227,7 +247,7 @@ class _CachedCall:
         others = (each for each in self.pipelines if each() not in (None, pipeline))
         self.pipelines = [*others, weakref.ref(pipeline)]
 
-    def configure(self, strategy: Strategy | None, owner: Owner) -> None:
+    def configure(self, strategy: Strategy | None, owner: Owner | None) -> None:
         """Let calls follow another strategy, from the next generation on."""
         self.state.owner = owner
         if self.state.strategy != strategy:

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from omni_cache.pipelines.quiet import quiet_libraries
+
 Picture = npt.NDArray[np.float32]
 """RGB in [0, 1]: (H, W, 3), or (F, H, W, 3) for a video."""
 
@@ -39,8 +41,6 @@ class Folder:
         Raises:
             ValueError: the folder holds none, or ``dtype`` is not one of torch's.
         """
-        from diffusers import DiffusionPipeline
-
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype={self.dtype!r} is not allowed; dtype must be one of torch's")
@@ -48,8 +48,11 @@ class Folder:
             raise ValueError(
                 f"{self.path} holds no pipeline in diffusers format: model_index.json is missing"
             )
+        with quiet_libraries():
+            from diffusers import DiffusionPipeline
+
+            pipe = DiffusionPipeline.from_pretrained(self.path, local_files_only=True)
         silence()
-        pipe = DiffusionPipeline.from_pretrained(self.path, local_files_only=True)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(self.device, dtype)
 

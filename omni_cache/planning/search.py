@@ -93,8 +93,8 @@ def frontier(
         depth: how many computed steps a kept set holds at most.
         reuse_cost: of reusing at a step from a kept set. It is asked once for each that can occur;
             if it has `Costs.many`, for all kept sets of a step and size together.
-        skip_cost: of skipping the forward there. Without it no step is skipped. With it, memory and
-            time grow by the number of steps: 50 steps at depth 3 want a ``max_gap``.
+        skip_cost: of skipping the forward there. Without it no step is skipped. With it, 50 steps
+            at depth 3 take ten seconds and 0.6 GB; a ``max_gap`` of 10 leaves a second of that.
         owner: which transformer runs each step. A kept set holds steps of one owner, and the first
             step of each is computed. Without it all steps have one.
         computed: steps that are computed in any case.
@@ -161,9 +161,13 @@ def _checked(cost: Cost | Costs) -> Prices:
 class _Table:
     """The best schedules of one owner's N steps, for all budgets.
 
-    Steps are numbered among the owner's. A state is a kept set. States are numbered in the order of
-    their newest step, so that those that were computed at one step are a range, and those that are
-    near enough to go on from are one too.
+    Steps are numbered among the owner's. A state is a kept set and a number of computed steps.
+    States are numbered by rising newest step, so that those that compute a step are a range, and
+    those that are near enough to go on from are one too.
+
+    Attributes:
+        own: (N,) the owner's steps.
+        costs: (N + 1, skipped + 1) the least cost of each budget, infinite where none is allowed.
     """
 
     def __init__(
@@ -175,63 +179,85 @@ class _Table:
         max_gap: int | None,
     ) -> None:
         self.own, self._prices = own, prices
-        self._budgets = (len(own) + 1, len(own) + 1 if len(prices) > 1 else 1)
+        self._skippable = len(own) + 1 if len(prices) > 1 else 1
         # At a step: the number of the first state that computes it and, for each such state, the
-        # number of the best state before it, by budget.
+        # number of the best state before it, by how many steps are skipped.
         self._first_new: list[int] = [0]
-        self._parents: list[npt.NDArray[np.int32]] = [np.zeros((0, *self._budgets), np.int32)]
+        self._parents: list[npt.NDArray[np.int32]] = [np.zeros((0, self._skippable), np.int32)]
         # At a step: the number of the first state that goes on without computing it and, for each
-        # such state, whether it skips, by budget.
+        # such state, whether it skips, by how many steps are skipped up to here.
         self._first_old: list[int] = [0]
-        self._skips: list[npt.NDArray[np.bool_]] = [np.zeros((0, *self._budgets), np.bool_)]
+        self._skips: list[npt.NDArray[np.bool_]] = [np.zeros((0, self._skippable), np.bool_)]
 
-        # Kept sets, padded with -1, in lexicographic order, and their least costs by budget.
+        # Kept sets, padded with -1, in lexicographic order.
         kepts = np.full((1, depth), -1, dtype=np.intp)
         kepts[0, 0] = 0
-        costs = np.full((1, *self._budgets), math.inf)
-        costs[0, 1, 0] = 0.0
+        # Of each state: which kept set, how many computed steps, and the least costs by how many
+        # steps are skipped.
+        which, counts = np.zeros(1, dtype=np.intp), np.ones(1, dtype=np.intp)
+        costs = np.full((1, self._skippable), math.inf)
+        costs[0, 0] = 0.0
         for step in range(1, len(own)):
             nearest = 0 if max_gap is None else step - max_gap + 1
             if int(own[step]) in computed:
                 nearest = step
-            new_kepts, new_costs = self._computing(step, kepts, costs)
-            start = int(np.searchsorted(kepts[:, 0], nearest))
-            old_costs = self._going_on(step, start, kepts[start:], costs[start:])
-            kepts = np.concatenate([kepts[start:], new_kepts])
+            differ = (kepts[1:, :-1] != kepts[:-1, :-1]).any(axis=1)
+            first = np.flatnonzero(np.append(True, differ))
+            new_kepts = np.column_stack([np.full(len(first), step), kepts[first, :-1]])
+            united = np.append(0, np.cumsum(differ))
+            new_which, new_counts, new_costs = self._computing(united[which], counts, costs)
+
+            gone = int(np.searchsorted(kepts[:, 0], nearest))
+            start = int(np.searchsorted(which, gone))
+            kepts, which, counts = kepts[gone:], which[start:] - gone, counts[start:]
+            old_costs = self._going_on(step, start, kepts, which, costs[start:])
+            which = np.concatenate([which, new_which + len(kepts)])
+            kepts = np.concatenate([kepts, new_kepts])
+            counts = np.concatenate([counts, new_counts])
             costs = np.concatenate([old_costs, new_costs])
-        self.costs: Array = costs.min(axis=0)
-        self._last = self._first_old[-1] + costs.argmin(axis=0)
+        some, least, last = self._best(counts, costs)
+        self.costs: Array = np.full((len(own) + 1, self._skippable), math.inf)
+        self.costs[some] = least
+        self._last = np.zeros(self.costs.shape, np.int32)
+        self._last[some] = last
 
-    def _computing(self, step: int, kepts: Steps, costs: Array) -> tuple[Steps, Array]:
-        """The states that compute ``step``; those that differ in the step they drop become one."""
-        differ = (kepts[1:, :-1] != kepts[:-1, :-1]).any(axis=1)
-        starts = np.flatnonzero(np.append(True, differ))
-        sizes = np.diff(np.append(starts, len(kepts)))
+    def _computing(self, which: Steps, counts: Steps, costs: Array) -> tuple[Steps, Steps, Array]:
+        """The states that compute a step: of those that come to the same one, the best."""
+        ways = len(self.own) + 1
+        keys, least, parents = self._best(which * ways + counts, costs)
+        self._first_new.append(self._first_old[-1] + len(costs))
+        self._parents.append(parents)
+        return keys // ways, keys % ways + 1, least
+
+    def _best(self, keys: Steps, costs: Array) -> tuple[Steps, Array, npt.NDArray[np.int32]]:
+        """Of the states with one key, the least costs and the states that have them.
+
+        Returns:
+            The keys that occur, rising, and by how many steps are skipped the costs and the states.
+        """
+        order = np.argsort(keys, kind="stable")
+        found, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
+        costs = costs[order]
         least = np.minimum.reduceat(costs, starts, axis=0)
-        first = self._first_old[-1]
-        after = first + len(kepts)
-        numbers = np.arange(first, after, dtype=np.int32)[:, None, None]
-        best = np.where(costs == np.repeat(least, sizes, axis=0), numbers, np.int32(after))
-        self._first_new.append(after)
-        self._parents.append(np.minimum.reduceat(best, starts, axis=0))
-        new_costs = np.full_like(least, math.inf)
-        new_costs[:, 1:] = least[:, :-1]
-        return np.column_stack([np.full(len(starts), step), kepts[starts, :-1]]), new_costs
+        numbers = (self._first_old[-1] + order).astype(np.int32)[:, None]
+        equal = costs == np.repeat(least, sizes, axis=0)
+        states = np.where(equal, numbers, np.iinfo(np.int32).max)
+        return found, least, np.minimum.reduceat(states, starts, axis=0)
 
-    def _going_on(self, step: int, start: int, kepts: Steps, costs: Array) -> Array:
+    def _going_on(self, step: int, start: int, kepts: Steps, which: Steps, costs: Array) -> Array:
         """What the states that do not compute ``step`` cost after it."""
-        prices = np.empty((len(self._prices), len(kepts), 1, 1))
+        prices = np.empty((len(self._prices), len(kepts)))
         sizes = (kepts >= 0).sum(axis=1)
         for size in np.unique(sizes):
-            which = sizes == size
-            kept = self.own[kepts[which, :size]]
+            alike = sizes == size
+            kept = self.own[kepts[alike, :size]]
             for price, found in zip(self._prices, prices, strict=True):
-                found[which, 0, 0] = price(kept, int(self.own[step]))
-        after: Array = costs + prices[0]
-        skips = np.zeros((0, *self._budgets), np.bool_)
+                found[alike] = price(kept, int(self.own[step]))
+        after: Array = costs + prices[0, which, None]
+        skips = np.zeros((0, self._skippable), np.bool_)
         if len(prices) > 1:
             skipped = np.full_like(costs, math.inf)
-            skipped[:, :, 1:] = costs[:, :, :-1] + prices[1]
+            skipped[:, 1:] = costs[:, :-1] + prices[1, which, None]
             skips = skipped < after
             after = np.minimum(skipped, after)
         self._first_old.append(self._first_old[-1] + start)
@@ -251,14 +277,15 @@ class _Table:
             actions[newest] = COMPUTE
             for step in range(end - 1, newest, -1):
                 skips = self._skips[step]
-                if len(skips) and skips[state - self._first_old[step], computed, skipped]:
+                if len(skips) and skips[state - self._first_old[step], skipped]:
                     actions[step] = SKIP
                     skipped -= 1
             if newest == 0:
                 return actions
-            end, computed = newest, computed - 1
-            parents = self._parents[newest][state - self._first_new[newest]]
-            state = int(parents[computed, skipped])
+            end, state = (
+                newest,
+                int(self._parents[newest][state - self._first_new[newest], skipped]),
+            )
 
 
 def _joined(found: dict[Budget, Schedule], table: _Table) -> dict[Budget, Schedule]:

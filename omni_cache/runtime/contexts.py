@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from omni_cache.runtime.inference import NEW, Conditioning
-from omni_cache.runtime.trajectory import Trajectory
+from omni_cache.runtime.trajectory import Action, Trajectory
 from omni_cache.strategies import Guard, Owner, Policy, Strategy, Time, make_strategy
 from omni_cache.strategies.base import is_count, require
 from omni_cache.strategies.uncached import Uncached
@@ -46,9 +46,10 @@ class Observed(NamedTuple):
         region: the region.
         branch: the guidance branch.
         at: the step.
-        computed: whether the block loop ran, or was recalled.
+        action: what ran of the model, or was recalled.
         signal: what the strategy compares, None where it compares nothing.
         residuals: as they are kept of a computed step; none of another, or of a call that has none.
+        entered: partners of a computed step, as they are kept, where reused ones weigh them.
         finite: bool tensor, whether they all were finite; None where nothing was computed.
         result: what the graph returns, flat.
     """
@@ -58,11 +59,17 @@ class Observed(NamedTuple):
     region: Region
     branch: str
     at: Time
-    computed: bool
+    action: Action
     signal: Tensor | None
     residuals: tuple[Tensor, ...]
+    entered: tuple[Tensor, ...]
     finite: Tensor | None
     result: Sequence[Any]
+
+    @property
+    def computed(self) -> bool:
+        """Whether the block loop ran, or was recalled."""
+        return self.action == "computed"
 
     @property
     def output(self) -> Tensor:

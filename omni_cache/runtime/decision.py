@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from omni_cache.runtime.place import (
     locate,
 )
 from omni_cache.runtime.reading import Reading, read
-from omni_cache.runtime.trajectory import Layout, StepRecord, Trajectory
+from omni_cache.runtime.trajectory import Action, Layout, StepRecord, Trajectory
 from omni_cache.strategies import Policy
 from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
 from omni_cache.strategies.strategy import Found
@@ -77,6 +78,8 @@ class Guarded:
         groups: the process groups of the ranks that compute a call together: several for the
             dimensions of a mesh, none where this rank computes alone.
         per_sample: whether its reused step takes weights for each sample.
+        inputs: whether its reused step weighs what enters it.
+        skips: whether results are kept, so that a call may skip the forward.
     """
 
     region: Region
@@ -85,6 +88,8 @@ class Guarded:
     device: torch.device | None = None
     groups: Sequence[Any] = ()
     per_sample: bool = False
+    inputs: bool = False
+    skips: bool = False
 
     def is_shared(self, policy: Policy) -> bool:
         """Whether ranks measure together. Without a measurement they agree by themselves."""
@@ -148,6 +153,9 @@ class Step:
         self._loop: list[Reading] = []
         self._timestep: Tensor | None = None
         self._likely: Place | None = None
+        self._signal: Tensor | None = None
+        self._arrived: Layout | None = None
+        self._action: Action = "reused"
         self._place: Place | str | None = None if call is None else call.place
         if self._place is not None:
             return
@@ -165,6 +173,33 @@ class Step:
         if self._timestep is None and not self._contents:
             self._place = locate(state, called)
 
+    def skip(self) -> list[Any] | None:
+        """What a call returns of which nothing runs; None where it has to go on.
+
+        That is for the host to say, before anything runs and without a read: where the place of the
+        call is not known by then, or where ranks measure together, the call goes on.
+        """
+        guarded, place = self._guarded, self._place
+        if not guarded.skips:
+            return None
+        # Of its own graph, since another one may return other results.
+        self._arrived = Layout.of(self._called.inputs.tensors, id(guarded))
+        if not isinstance(place, Place) or self._is_shared:
+            return None
+        view = self._look(place, self._arrived)
+        trajectory, newest = view.trajectory, view.kept[: self._policy.forecast.depth]
+        kept = list(takewhile(lambda each: each.results is not None, newest))
+        gate, total = trajectory.gate, view.total
+        if view.must or not kept or not gate.skips(place.at, total):
+            return None
+        verdict = gate.decide(trajectory.state, place.at, total, self._excess(view))
+        if not verdict.reuse:
+            return None
+        if self._call is not None:
+            self._call.place = place
+        self._view, self._verdict, self._action = view, verdict, "skipped"
+        return trajectory.history.results(kept, place.at._replace(total=view.total))
+
     def decide(self, signal: Tensor | None, layout: Layout) -> bool:
         """Whether the call reuses what is held.
 
@@ -175,7 +210,7 @@ class Step:
         self._signal, self._layout = None if signal is None else local(signal), layout
         is_known = self._place is not None
         likely = self._place if is_known else self._likely
-        view = self._look(likely) if isinstance(likely, Place) else None
+        view = self._look(likely, layout) if isinstance(likely, Place) else None
         view, sums, value = (self._read_together if self._is_shared else self._read)(view)
         if self._place is None:
             called = self._called if value is None else self._called._replace(value=value)
@@ -186,7 +221,7 @@ class Step:
             return False
         if not is_known:
             # Where the call was expected, what was measured counts.
-            seen, view = view, self._look(place)
+            seen, view = view, self._look(place, layout)
             if seen and (seen.place.course, seen.place.at.index) == (place.course, place.at.index):
                 view = view._replace(kept=view.kept[: len(seen.kept)], must=view.must or seen.must)
             elif view.must is None and view.trajectory.gate.measures:
@@ -196,9 +231,9 @@ class Step:
         if self._call is not None:
             self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
-        distance = compares.distance(sums) if compares and sums and not view.must else None
-        if self._policy.forecast.checks and (errors := view.trajectory.history.errors):
-            distance = errors.excess
+        measured = compares if sums and not view.must else None
+        distance = self._excess(view) if measured is None else measured.distance(sums)
+        self._progress = None if measured is None else measured.progress(sums)
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
@@ -208,15 +243,27 @@ class Step:
         self._view, self._verdict = view, verdict
         return verdict.reuse
 
+    def _excess(self, view: _View) -> float | None:
+        """How far off forecasts are, for a strategy that checks them, as the host has heard."""
+        if not self._policy.forecast.checks:
+            return None
+        errors = view.trajectory.history.errors
+        return None if errors is None else errors.excess
+
     def operands(self) -> tuple[list[Tensor], list[Row]]:
         """The residuals for a reused step, ``depth`` sets of them, and rows of a weight for each.
 
+        Where what enters is weighed, so is what entered at the newest of them, with two weights.
         Inner products that a forecast reads are on the host by now if the decision read anything.
         """
         view, depth = self._view, self._guarded.depth
         kept, history = view.kept[: self._policy.forecast.depth], view.trajectory.history
-        now = view.place.at._replace(total=view.total)
-        return history.operands(kept, depth), history.rows(kept, now, depth)
+        now = view.place.at._replace(total=view.total, progress=self._progress)
+        rows = history.rows(kept, now, depth)
+        if self._guarded.inputs:
+            weight = history.forecast.input_weight([each.at for each in kept], now)
+            rows = [(*row, weight, -weight) for row in rows]
+        return history.operands(kept, depth), rows
 
     def recalled(self) -> Computed | None:
         """What an observer knows this call to compute; None where it has to be computed."""
@@ -227,25 +274,37 @@ class Step:
         return known
 
     def commit(
-        self, result: Any, made: tuple[Tensor, ...] = (), finite: Tensor | None = None
+        self,
+        result: Any,
+        made: tuple[Tensor, ...] = (),
+        finite: Tensor | None = None,
+        entered: tuple[Tensor, ...] = (),
     ) -> None:
         """Have the next call come after this one, once the whole call has ended well.
 
         Args:
             result: what the model returns, flat.
-            made: the residuals of a computed step, nothing for a reused one.
+            made: the residuals of a computed step, nothing for another one.
             finite: bool tensor, whether they are all finite.
+            entered: the partners of a computed step that reused ones weigh.
         """
         if isinstance(self._place, str):
             return
         if self._call is None:
-            self._commit(result, made, finite)
+            self._commit(result, made, finite, entered)
         else:
-            self._call.commits.append(partial(self._commit, result, made, finite))
+            self._call.commits.append(partial(self._commit, result, made, finite, entered))
 
-    def _commit(self, result: Any, made: tuple[Tensor, ...], finite: Tensor | None) -> None:
+    def _commit(
+        self,
+        result: Any,
+        made: tuple[Tensor, ...],
+        finite: Tensor | None,
+        entered: tuple[Tensor, ...],
+    ) -> None:
         place, trajectory, total, stale, *_ = self._view
         verdict, at, computed = self._verdict, place.at, finite is not None
+        action: Action = "computed" if computed else self._action
         if stale:
             trajectory.release()
         if not place.run.trajectories:
@@ -254,14 +313,20 @@ class Step:
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
         compares = self._policy.signal
         looks_back = compares is not None and compares.looks_back > 0
+        if trajectory.arrived != self._arrived:
+            trajectory.arrived = self._arrived
+            trajectory.history.forget_results()
         if finite is not None:
             kept = self._signal if looks_back else None
-            trajectory.history.push(at, made, finite, kept)
-        if compares is not None and (computed or compares.against == "last call"):
-            trajectory.signal = self._signal
-        trajectory.layout, trajectory.last = self._layout, at
+            results = result if self._guarded.skips else None
+            trajectory.history.push(at, made, finite, kept, entered, results)
+        if action != "skipped":
+            if compares is not None and (computed or compares.against == "last call"):
+                trajectory.signal = self._signal
+            trajectory.layout = self._layout
+        trajectory.last = at
         distance, accumulated = verdict.distance, verdict.accumulated
-        record = StepRecord(computed, distance, accumulated, at.value, verdict.reason, at.index)
+        record = StepRecord(action, distance, accumulated, at.value, verdict.reason, at.index)
         trajectory.record(record)
         if self._policy.refuses is not None:
             first = next(each for each in result if isinstance(each, Tensor))
@@ -272,12 +337,12 @@ class Step:
         observer, generation = current_observer.get(), place.run.generation
         if observer is not None and generation is not None:
             seen = place.run, generation.number, self._guarded.region, place.course.name, at
-            observer(Observed(*seen, computed, self._signal, made, finite, result))
+            observer(Observed(*seen, action, self._signal, made, entered, finite, result))
         if total is not None and at.index >= total - 1:
             trajectory.release()
 
-    def _look(self, place: Place) -> _View:
-        """What the call finds at a place."""
+    def _look(self, place: Place, layout: Layout) -> _View:
+        """What the call finds at a place, by its layout or that of its inputs."""
         generation, course, at = place.run.generation, place.course, place.at
         guarded = self._guarded
         trajectory = place.run.trajectories.get((course.name, guarded.region))
@@ -287,10 +352,11 @@ class Step:
             settings = guarded.device, guarded.per_sample, not self._is_symmetric
             history = History(self._policy.depth, forecast, *settings)
             trajectory = Trajectory(course.name, gate, history)
-        gate, before, history = trajectory.gate, trajectory.layout, trajectory.history
+        gate, history = trajectory.gate, trajectory.history
+        before = trajectory.arrived if layout is self._arrived else trajectory.layout
         told = None if generation is None else generation.num_inference_steps
         total = told or self._policy.num_inference_steps
-        stale = (self._layout.change_from(before) if before else None) or place.stale
+        stale = (layout.change_from(before) if before else None) or place.stale
         if stale is None and trajectory.last is not None and at.index != trajectory.last.index + 1:
             stale = "a step was left out"
         if stale is None and gate.begins_anew(at):
@@ -323,7 +389,9 @@ class Step:
             return None
         loop, name = place.called.loop, place.course.name
         schedule = None if loop is None else loop.schedule
-        result = trajectory.size, trajectory.dtype
+        # A rank's part of the result may be of any size.
+        size = None if self._guarded.groups else trajectory.size
+        result = size, trajectory.dtype
         return self._policy.refuses(Found(place.at, total, name, schedule, *result))
 
     def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:
@@ -418,16 +486,17 @@ class Step:
     def _compared(self, view: _View, along: Sequence[Tensor]) -> Tensor:
         signal, now, before = self._policy.signal, self._signal, view.trajectory.signal
         assert signal is not None
-        history = view.trajectory.history
-        computed = [
-            Made(each.signal, tuple(map(local, history.at_home(each))))
-            for each in view.kept[: signal.looks_back]
-        ]
+        history, kept = view.trajectory.history, view.kept[: signal.looks_back]
+        past = kept[0].past if kept else None
+        if kept and past is None:
+            made = [Made(each.signal, tuple(map(local, history.at_home(each)))) for each in kept]
+            past = kept[0].past = signal.look_back(made)
         if signal.against == "results":
-            now, before = (each.residuals[0] for each in computed)
+            now = before = past
         assert now is not None
         assert before is not None
-        around = Around(self._times(view, now.device), computed)
+        signals = [each.signal for each in kept if each.signal is not None]
+        around = Around(self._times(view, now.device), past, signals)
         return signal.measure(now, before, along, around)
 
     def _times(self, view: _View, device: torch.device) -> Tensor | None:

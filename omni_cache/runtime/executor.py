@@ -1,6 +1,6 @@
 """The dispatch executor: the host decides which compiled part of a guarded model runs.
 
-place -> prologue -> decide -> compute: body -> epilogue                  keeps the residuals
+place -> skip -> prologue -> decide -> compute: body -> epilogue          keeps the residuals
 -> reuse:   partners + forecast -> epilogue
 -> commit
 """
@@ -30,6 +30,10 @@ class Executor:
         """Run one forward on the model's flat inputs; returns its flat outputs."""
         program = self._program
         step = self._placement.place(args)
+        skipped = step.skip()
+        if skipped is not None:
+            step.commit(skipped)
+            return skipped
         values = program.begin(args)
         computation = self._placement.guarded.computation, program.has_residual(values)
         layout = Layout.of(program.shaped(values), computation)
@@ -37,6 +41,7 @@ class Executor:
             result = program.reuse(values, *step.operands())
             step.commit(result)
         else:
+            entered = program.entered(values)
             result, made, finite = step.recalled() or program.compute(values)
-            step.commit(result, made, finite)
+            step.commit(result, made, finite, entered)
         return result

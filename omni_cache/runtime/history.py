@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Kept:
             it came, newest first; None where nobody wants them.
         is_finite: ``finite`` on the host; None until somebody has read it.
         signal: of that step, for what looks back at it.
+        past: what a signal has found in it and in those before it; None until it has looked back.
+        entered: the partners of that step, while it is the newest; none where nobody weighs them.
+        results: what the model returned, None where it is not kept.
     """
 
     at: Time
@@ -36,6 +40,9 @@ class Kept:
     products: Reading | None = None
     is_finite: bool | None = None
     signal: Tensor | None = None
+    past: Tensor | None = None
+    entered: tuple[Tensor, ...] = ()
+    results: Sequence[Any] | None = None
 
     def __post_init__(self) -> None:
         if on_host(self.finite):
@@ -70,11 +77,18 @@ class History:
         self._measures = measures and (forecast.reads_products or forecast.checks)
 
     def push(
-        self, at: Time, residuals: Sequence[Tensor], finite: Tensor, signal: Tensor | None = None
+        self,
+        at: Time,
+        residuals: Sequence[Tensor],
+        finite: Tensor,
+        signal: Tensor | None = None,
+        entered: Sequence[Tensor] = (),
+        results: Sequence[Any] | None = None,
     ) -> None:
-        """Take over the residuals of a computed step, by reference unless they move.
+        """Take over what a computed step leaves, by reference unless it moves.
 
-        A step without residuals ends the history.
+        Results are copied, because they are the caller's, and stay where they are. A step without
+        residuals ends the history.
         """
         if not residuals:
             self.kept = []
@@ -86,8 +100,14 @@ class History:
         products = self._products(residuals, older) if self._measures else None
         if products is not None and not self.forecast.reads_products:
             products.fetch()
-        moved = tuple(_moved(each, self.device or self.home) for each in residuals)
-        made = Kept(at, moved, finite, products, signal=signal)
+        device = self.device or self.home
+        moved, came = (
+            tuple([_moved(each, device) for each in tensors]) for tensors in (residuals, entered)
+        )
+        copies = None if results is None else [_copied(each) for each in results]
+        for each in older:
+            each.entered = ()
+        made = Kept(at, moved, finite, products, None, signal, None, came, copies)
         self.kept = [made, *older][: self.depth]
 
     @property
@@ -99,11 +119,13 @@ class History:
     def operands(self, kept: Sequence[Kept], count: int) -> list[Tensor]:
         """``count`` sets of residuals where they were made; the newest stands in for missing ones.
 
-        The weight of what stands in is 0.
+        The weight of what stands in is 0. The partners of the newest one follow.
         """
+        assert self.home is not None  # something was kept
+        entered = [_moved(each, self.home) for each in kept[0].entered]
         sets = [self.at_home(each) for each in kept]
         sets += [sets[0]] * (count - len(sets))
-        return [each for residuals in sets for each in residuals]
+        return [*(each for residuals in sets for each in residuals), *entered]
 
     def at_home(self, kept: Kept) -> tuple[Tensor, ...]:
         """The residuals of an entry where they were made."""
@@ -120,6 +142,22 @@ class History:
         else:
             rows = [self.forecast.weights(times, now)]
         return [(*row, *[0.0] * (count - len(kept))) for row in rows]
+
+    def forget_results(self) -> None:
+        """Free what the model returned: what it returns from now on may be of another kind."""
+        for each in self.kept:
+            each.results = None
+
+    def results(self, kept: Sequence[Kept], now: Time) -> list[Any]:
+        """What stands in for the model's results, as new tensors."""
+        row = self.forecast.skip_weights([each.at for each in kept], now)
+        known = [each.results or () for each in kept]
+        return [
+            _weighed(row, entries)
+            if isinstance(entries[0], Tensor) and _is_weighed(entries[0])
+            else _copied(entries[0])
+            for entries in zip(*known, strict=True)
+        ]
 
     @property
     def errors(self) -> Errors | None:
@@ -141,8 +179,13 @@ class History:
     def tensors(self) -> list[Tensor]:
         """All that is kept, each once: a forecast of a computed step is its residual."""
         signals = [each.signal for each in self.kept if each.signal is not None]
-        residuals = (tensor for each in self.kept for tensor in each.residuals)
-        return list({id(each): each for each in (*signals, *residuals)}.values())
+        others = (
+            tensor
+            for each in self.kept
+            for tensor in (*each.residuals, *each.entered, *(each.results or ()))
+            if isinstance(tensor, Tensor)
+        )
+        return list({id(each): each for each in (*signals, *others)}.values())
 
     def _forecast(self, now: Time) -> Kept:
         """What the forecast says of a step, kept as a residual is."""
@@ -206,6 +249,10 @@ def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:
     precise = torch.promote_types(newest.dtype, torch.float32)
     terms = (weight * each.to(precise) for weight, each in zip(row, entries, strict=True))
     return reduce(torch.add, terms).to(newest.dtype)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

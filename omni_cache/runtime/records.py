@@ -36,7 +36,12 @@ class TrajectorySummary:
     @property
     def reused_steps(self) -> int:
         """How many calls reused the residual."""
-        return len(self.steps) - self.computed_steps
+        return sum(step.action == "reused" for step in self.steps)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many calls ran nothing of the model."""
+        return sum(step.action == "skipped" for step in self.steps)
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,17 @@ class Summary:
         return sum(each.reused_steps for each in self.trajectories)
 
     @property
+    def skipped_steps(self) -> int:
+        """Skipped calls over all trajectories."""
+        return sum(each.skipped_steps for each in self.trajectories)
+
+    @property
     def memory_bytes(self) -> int:
         """The most that all trajectories held, in bytes."""
         return sum(each.memory_bytes for each in self.trajectories)
 
     def __rich__(self) -> Table:
-        total = self.computed_steps + self.reused_steps
+        total = self.computed_steps + self.reused_steps + self.skipped_steps
         table = Table(title=f"{self.computed_steps} of {total} steps computed")
         checked = any(step.errors for each in self.trajectories for step in each.steps)
         measured = ("forecast off by", "expected") if checked else ("distance", "accumulated")
@@ -77,7 +87,7 @@ class Summary:
                     held if row == 0 else "",
                     str(step.index),
                     _number(step.timestep),
-                    "computed" if step.computed else "reused",
+                    step.action,
                     *map(_number, step.errors or (step.distance, step.accumulated)),
                     step.reason,
                 )

@@ -7,7 +7,7 @@ the call before, the residuals, the records. Dropping the trajectory drops them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,15 @@ from omni_cache.runtime.history import History
 from omni_cache.strategies import Gate, Time
 from omni_cache.strategies.base import Errors
 
+Action = Literal["computed", "reused", "skipped"]
+"""The block loop ran; only what is around it did; nothing of the model did."""
+
 
 class StepRecord(NamedTuple):
     """What happened in one call.
 
     Attributes:
-        computed: whether the block loop ran.
+        action: what ran of the model.
         distance: this step's change as the strategy measures it, None where it did not.
         accumulated: the change since the last computed step, before any reset.
         timestep: the timestep argument (its mean, if there are several), None where it lies on a
@@ -32,13 +35,18 @@ class StepRecord(NamedTuple):
             that checks its forecasts; None where the host has not heard of it.
     """
 
-    computed: bool
+    action: Action
     distance: float | None
     accumulated: float | None
     timestep: float | None
     reason: str
     index: int  # type: ignore[assignment]  # hides a method that nobody needs here
     errors: Errors | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether the block loop ran."""
+        return self.action == "computed"
 
 
 class Layout(NamedTuple):
@@ -87,7 +95,8 @@ class Trajectory:
         gate: the gate, and ``state`` its state.
         signal: of the call that the next one is compared with, by reference.
         history: residuals of the last computed steps.
-        layout: of the last call.
+        layout: of the last call that was not skipped.
+        arrived: the layout of the last call's inputs, where calls may be skipped.
         last: the time of the last call.
         steps: one record for each call.
         memory_bytes: the most that it held at a time.
@@ -102,6 +111,7 @@ class Trajectory:
         self.signal: Tensor | None = None
         self.history = history
         self.layout: Layout | None = None
+        self.arrived: Layout | None = None
         self.last: Time | None = None
         self.steps: list[StepRecord] = []
         self.memory_bytes = 0
@@ -110,7 +120,7 @@ class Trajectory:
 
     def release(self) -> None:
         """Free all tensors and begin anew; the records and the time stay."""
-        self.signal = self.layout = None
+        self.signal = self.layout = self.arrived = None
         self.history.kept = []
         self.state = self.gate.begin()
 

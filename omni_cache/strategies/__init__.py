@@ -2,6 +2,7 @@
 
 from omni_cache.strategies.base import Forecast, Gate, Signal, Time, Verdict
 from omni_cache.strategies.dbcache import DBCache
+from omni_cache.strategies.dicache import DiCache
 from omni_cache.strategies.easycache import EasyCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
@@ -17,6 +18,7 @@ __all__ = [
     "NO_CACHE",
     "STRATEGIES",
     "DBCache",
+    "DiCache",
     "EasyCache",
     "FirstBlockCache",
     "Forecast",

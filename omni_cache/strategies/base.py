@@ -34,11 +34,14 @@ class Time(NamedTuple):
 
     Steps count over the whole schedule, so that image-to-image begins in the middle of them.
     ``total`` is their number, where a forecast is asked for one and somebody has said it.
+    ``progress`` is how far the signal has gone by then, where its way between the last two computed
+    steps is 1 and begins at 0, if a forecast is asked for and the signal measures it.
     """
 
     index: int  # type: ignore[assignment]  # hides a method that nobody needs here
     value: float | None = None
     total: int | None = None
+    progress: float | None = None
 
 
 class Verdict(NamedTuple):
@@ -82,11 +85,14 @@ class Around(NamedTuple):
         times: (2,) of ``kernels.number_dtype``, on the signal's device: the timesteps of this call
             and of the one that it is compared with, NaN where unknown. None for a signal that does
             not read them.
-        computed: the last computed steps, newest first, as many as the signal looks back at.
+        past: what the signal has found in the last computed steps; None for one that does not look
+            back.
+        signals: those of these steps, newest first.
     """
 
     times: Tensor | None = None
-    computed: Sequence[Made] = ()
+    past: Tensor | None = None
+    signals: Sequence[Tensor] = ()
 
 
 NOTHING = Around()
@@ -99,7 +105,8 @@ class Signal(Protocol):
     def against(self) -> Literal["last call", "last computed call", "results"]:
         """The call whose signal this one's is compared with.
 
-        A signal of "results" compares those of the last two computed calls, and nothing of this.
+        A signal of "results" measures nothing but what it finds when it looks back, and is given
+        that in place of two signals.
         """
 
     @property
@@ -113,6 +120,16 @@ class Signal(Protocol):
     @property
     def looks_back(self) -> int:
         """At how many computed steps it looks; with fewer, the step is computed."""
+
+    def look_back(self, computed: Sequence[Made]) -> Tensor:
+        """Compare the last computed steps with each other, once for each new one.
+
+        Args:
+            computed: as many as it looks back at, newest first.
+
+        Returns:
+            ``(n,)``: sums that may be added up over ranks, for `Around.past`.
+        """
 
     def measure(
         self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
@@ -131,6 +148,9 @@ class Signal(Protocol):
 
     def distance(self, sums: Sequence[float]) -> float:
         """The distance of the two signals, from the sums."""
+
+    def progress(self, sums: Sequence[float]) -> float | None:
+        """`Time.progress`, from the sums; None for a signal that does not measure it."""
 
 
 class Gate(ABC):
@@ -154,6 +174,15 @@ class Gate(ABC):
 
     def begins_anew(self, at: Time) -> bool:
         """Whether a step is computed as the first one, and all that was kept before is dropped."""
+        return False
+
+    def skips(self, at: Time, total: int | None) -> bool:
+        """Whether a step, if it is reused, skips the whole forward.
+
+        It is asked before anything of the model runs, where the guard ``skips``. If nothing fits
+        the step or its place is not known by then, what is around the blocks runs, as at any reused
+        step.
+        """
         return False
 
     def compares(self, state: Any) -> bool:
@@ -205,8 +234,23 @@ class Forecast(ABC):
         Args:
             kept: times of the computed steps whose residuals are kept, newest first; at least one
                 and at most ``depth``.
-            now: the time to forecast for; it alone has `Time.total`.
+            now: the time to forecast for; it alone has `Time.total` and `Time.progress`.
         """
+
+    def input_weight(self, kept: Sequence[Time], now: Time) -> float:
+        """The weight u of what enters now less what entered at the newest computed step.
+
+        What stands in is then ``sum_i weights[i] * kept[i] + u * (input - newest input)``. It is
+        asked where the guard weighs ``inputs``; the arguments are as for `weights`.
+        """
+        return 0.0
+
+    def skip_weights(self, kept: Sequence[Time], now: Time) -> Row:
+        """One weight for the results of each kept step, where the gate skips the forward.
+
+        The arguments are as for `weights`, whose weights are taken where nothing else is said.
+        """
+        return self.weights(kept, now)
 
     def rows(self, kept: Sequence[Time], now: Time, products: Sequence[Matrix]) -> Sequence[Row]:
         """One row of weights for each sample, or one for all of them.

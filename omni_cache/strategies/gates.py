@@ -181,6 +181,10 @@ class Wrapped(Gate):
         """Why a step is computed whatever is measured, here or within."""
         return self.against(at, total) or self.gate.foretell(at, total)
 
+    def skips(self, at: Time, total: int | None) -> bool:
+        """As the gate within; what is foretold is computed all the same."""
+        return self.gate.skips(at, total)
+
     def begins_anew(self, at: Time) -> bool:
         """As the gate within."""
         return self.gate.begins_anew(at)

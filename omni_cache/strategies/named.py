@@ -13,6 +13,7 @@ from typing import Any
 
 from omni_cache.strategies.base import one_of, require
 from omni_cache.strategies.dbcache import DBCache
+from omni_cache.strategies.dicache import DiCache
 from omni_cache.strategies.easycache import EasyCache
 from omni_cache.strategies.firstblockcache import FirstBlockCache
 from omni_cache.strategies.magcache import MagCache
@@ -37,6 +38,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         SeaCache,
         StepCache,
         EasyCache,
+        DiCache,
     )
 }
 

@@ -106,8 +106,11 @@ class Plan(Strategy):
             known = [f"{value:.4g}" for value in found if value is not None]
             there_is = ", ".join(known) or "nothing, because the plan was not run"
             raise ValueError(f"{name}={wanted!r} is not reached; the plan's points have {there_is}")
-        chosen = max(fits) if is_speed or is_count else min(fits)
-        return replace(self, content=replace(self.content, chosen=chosen))
+        return self.at_point(max(fits) if is_speed or is_count else min(fits))
+
+    def at_point(self, place: int) -> Plan:
+        """The same plan at a point of its frontier."""
+        return replace(self, content=replace(self.content, chosen=place))
 
     def _value(self, point: Point, name: str) -> float | None:
         if name == "computed_steps":

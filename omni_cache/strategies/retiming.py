@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -60,11 +60,16 @@ def retimed(content: Content, sigmas: Sequence[float] | Any) -> Content:
     # An error of the model's result counts by how far the step goes.
     sensitivity = _importance(content.sensitivity, before, after)
     skipping = _importance(content.output_sensitivity, before, after)
+
+    @cache
+    def found_for(depth: int, with_input: bool, with_skips: bool) -> list[Schedule]:
+        costs = priced(grams, sensitivity, with_input)
+        skips = priced_outputs(grams, skipping) if with_skips and skipping else None
+        return frontier(steps, depth, costs, skips, owner=owners)
+
     points = []
     for point in content.frontier:
-        costs = priced(grams, sensitivity, point.weighs_inputs)
-        skips = priced_outputs(grams, skipping) if point.skips and skipping else None
-        found = frontier(steps, point.depth, costs, skips, owner=owners)
+        found = found_for(point.depth, point.weighs_inputs, point.skips)
         share = point.computed_steps / signature.num_inference_steps
         wanted = max(1, round(share * steps))
         near = min(found, key=lambda each: (abs(each.computed - wanted), each.cost))

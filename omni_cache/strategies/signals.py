@@ -11,17 +11,30 @@ import torch
 from torch import Tensor
 
 from omni_cache.kernels import number_dtype, rel_l1, sea_distance
-from omni_cache.strategies.base import NOTHING, Around, require
+from omni_cache.strategies.base import NOTHING, Around, Made, require
+
+
+class OfTwoCalls:
+    """What signals have in common, unless they say otherwise: they compare two calls."""
+
+    looks_back: ClassVar[int] = 0
+
+    def look_back(self, computed: Sequence[Made]) -> Tensor:
+        """Finds nothing."""
+        return torch.empty(0)
+
+    def progress(self, sums: Sequence[float]) -> float | None:
+        """Not measured."""
+        return None
 
 
 @dataclass(frozen=True)
-class RelativeL1:
+class RelativeL1(OfTwoCalls):
     """``mean|now - before| / (mean|before| + 1e-8)``, the distance of TeaCache."""
 
     against: Literal["last call", "last computed call"] = "last call"
     sums: ClassVar[int] = 3
     reads_values: ClassVar[bool] = False
-    looks_back: ClassVar[int] = 0
 
     def measure(
         self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
@@ -35,7 +48,7 @@ class RelativeL1:
         return (moved / count) / (size / count + 1e-8) if count else float("nan")
 
 
-class BySample:
+class BySample(OfTwoCalls):
     """The sums and the distance of signals that are compared sample by sample."""
 
     sums: ClassVar[int] = 2
@@ -64,7 +77,6 @@ class FilteredL1(BySample):
     grid: tuple[int, ...] | None = None
     against: ClassVar[Literal["last call"]] = "last call"
     reads_values: ClassVar[bool] = True
-    looks_back: ClassVar[int] = 0
 
     def measure(
         self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
@@ -98,20 +110,24 @@ class ResultSimilarity(BySample):
     reads_values: ClassVar[bool] = False
     looks_back: ClassVar[int] = 2
 
+    def look_back(self, computed: Sequence[Made]) -> Tensor:
+        """``[sum of cosines, samples]``."""
+        results = (made.residuals[0] for made in computed)
+        one, other = (each.reshape(len(each), -1).float() for each in results)
+        cosines = torch.nn.functional.cosine_similarity(one, other)
+        dtype = number_dtype(one.device)
+        samples = torch.full((), len(one), dtype=dtype, device=one.device)
+        return torch.stack([cosines.sum().to(dtype), samples])
+
     def measure(
         self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
     ) -> Tensor:
-        """``[sum of cosines, samples, *means]``."""
-        one, other = (each.reshape(len(each), -1).float() for each in (now, before))
-        cosines = torch.nn.functional.cosine_similarity(one, other)
-        dtype = number_dtype(now.device)
-        samples = torch.full((), len(now), dtype=dtype, device=now.device)
-        means = (each.to(dtype).mean() for each in along)
-        return torch.stack([cosines.sum().to(dtype), samples, *means])
+        """``[sum of cosines, samples, *means]``, of which ``now`` has what was found."""
+        return torch.stack([*now, *(each.to(now.dtype).mean() for each in along)])
 
 
 @dataclass(frozen=True)
-class PredictedChange:
+class PredictedChange(OfTwoCalls):
     """How much the result will change: as much for what the latents move as it did before.
 
     ``(|v_0 - v_1| / |x_0 - x_1|) |x - x'| / |v_0|`` with latents ``x``, those of the last call
@@ -123,17 +139,23 @@ class PredictedChange:
     reads_values: ClassVar[bool] = False
     looks_back: ClassVar[int] = 2
 
+    def look_back(self, computed: Sequence[Made]) -> Tensor:
+        """``[sum|v_0|, sum|v_0 - v_1|, sum|x_0 - x_1|]``."""
+        newest, older = computed
+        assert newest.signal is not None
+        assert older.signal is not None
+        x0, x1 = map(_comparable, (newest.signal, older.signal))
+        v0, v1 = ((x + made.residuals[0]).float() for x, made in ((x0, newest), (x1, older)))
+        results, entered = rel_l1(v1, v0), rel_l1(x0, x1)
+        return torch.stack([results[1], results[0], entered[0]])
+
     def measure(
         self, now: Tensor, before: Tensor, along: Sequence[Tensor], around: Around = NOTHING
     ) -> Tensor:
         """``[sum|x - x'|, sum|v_0|, sum|v_0 - v_1|, sum|x_0 - x_1|, *means]``."""
-        newest, older = around.computed
-        assert newest.signal is not None
-        assert older.signal is not None
-        x, last, x0, x1 = map(_comparable, (now, before, newest.signal, older.signal))
-        v0, v1 = ((x + made.residuals[0]).float() for x, made in ((x0, newest), (x1, older)))
-        moved, results, entered = rel_l1(x, last, along), rel_l1(v1, v0), rel_l1(x0, x1)
-        return torch.cat([moved[:1], results[1:2], results[:1], entered[:1], moved[3:]])
+        assert around.past is not None
+        moved = rel_l1(_comparable(now), _comparable(before), along)
+        return torch.cat([moved[:1], around.past, moved[3:]])
 
     def distance(self, sums: Sequence[float]) -> float:
         """The relative change; NaN where the latents have not moved before."""

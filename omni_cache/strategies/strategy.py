@@ -87,6 +87,9 @@ class Guard:
         first: how many blocks at the beginning of the block loop always run.
         last: how many blocks at its end always run.
         whole: whether the region is the whole model, so that a reused step runs nothing of it.
+        inputs: whether the reused step weighs too what enters the region, now and at the newest
+            computed step.
+        skips: whether a call may skip the whole forward, which has its results kept.
     """
 
     source: str | PublishedSource | None
@@ -124,6 +127,10 @@ class Guard:
             )
         if wanted.depth > self.depth:
             return f"{wanted.depth} kept residuals, where it has {self.depth} (forecast_order)"
+        if wanted.inputs and not self.inputs:
+            return "reused steps that weigh what enters the blocks"
+        if wanted.skips and not self.skips:
+            return "results that are kept, so that a call may skip the forward"
         source, own = wanted.source_of(model_class), self.source_of(model_class)
         if source is None or (own is not None and signal is not None) or source == own:
             return None

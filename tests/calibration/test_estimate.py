@@ -96,8 +96,8 @@ def test_a_float64_model_is_measured_in_float32() -> None:
     observer = MagnitudeRatios()
     for step in range(2):
         made = (residual * (step + 1),)
-        call = run, 0, "blocks", "cond", Time(step), True, None
-        observer(Observed(*call, made, torch.tensor(True), [residual]))
+        call = run, 0, "blocks", "cond", Time(step), "computed", None
+        observer(Observed(*call, made, (), torch.tensor(True), [residual]))
     assert [each.value for each in observer.steps] == [1.0, pytest.approx(2)]
 
 

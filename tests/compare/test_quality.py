@@ -7,7 +7,7 @@ from math import log10
 import numpy as np
 import pytest
 
-from omni_cache.compare.quality import Fidelity, fidelity_to, quality_of
+from omni_cache.quality import Fidelity, fidelity_to, quality_of
 
 BLACK, WHITE = (np.full((8, 8, 3), value, dtype=np.uint8) for value in (0, 255))
 
@@ -25,6 +25,11 @@ def test_black_and_white_are_as_far_apart_as_can_be_in_uint8_too() -> None:
 def test_psnr_of_a_constant_error_is_that_of_its_square(off: float, decibel: float) -> None:
     reference = np.full((16, 16, 3), 0.25, dtype=np.float64)
     assert fidelity_to(reference, reference + off).psnr == pytest.approx(decibel)
+
+
+def test_psnr_of_one_step_of_uint8_is_exact_in_double_precision() -> None:
+    found = fidelity_to(WHITE, WHITE - 1).psnr
+    assert found == pytest.approx(20 * log10(255), rel=1e-12)
 
 
 def test_psnr_counts_every_channel() -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from omni_cache.compare.quality import Fidelity
 from omni_cache.demo import demo_pipeline_path
 from omni_cache.demo.command import (
     HEADINGS,
@@ -27,6 +26,7 @@ from omni_cache.demo.measurement import (
     Variant,
     VariantResult,
 )
+from omni_cache.quality import Fidelity
 
 STEPS = 10
 

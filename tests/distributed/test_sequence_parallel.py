@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import TOKENS, WIDTH, Model, SequenceParallelBlock, take_apart
+from plans_by_hand import plan
 from ranks import run_ranks
 
 import omni_cache
 from omni_cache.pipelines.enable import _enabled
+from omni_cache.pipelines.identity import owner_of
 from omni_cache.runtime.inference import LEARNED
 from omni_cache.strategies.gates import Accumulated
 
@@ -95,6 +97,7 @@ SAMPLES = {
     "first_block_cache": {"cache": "first_block_cache", "threshold": 0.1},
     "stepcache": {"cache": "stepcache", "sim_thresholds": (0.99,), "skip_countdowns": (2,)},
     "easycache": {"cache": "easycache", "threshold": 0.03, "retention_steps": 2},
+    "dicache": {"cache": "dicache", "threshold": 0.3},
 }
 """Strategies whose decision or forecast takes something else than TeaCache's sums."""
 
@@ -213,6 +216,25 @@ def measure_nothing(rank):
     return schedules(model), counted.calls
 
 
+def follow_a_plan(model, x, moves):
+    """The same steps on every rank, without a word between them."""
+    fields = {
+        "branches": ("branch 0",),
+        "transformers": {"": ("Model", owner_of("", model).digest)},
+        "timesteps": tuple(1000 * (1 - step / STEPS) for step in range(STEPS)),
+        "size": (TOKENS, 4),
+    }
+    followed = plan("ccrcrrcrrr", guardrail=3.0, **fields)
+    omni_cache.enable(model, followed, inner="eager", strict=True)
+    with Counted() as counted, torch.no_grad():
+        made = denoise(model, x, moves)
+    return schedules(model), made, counted.calls
+
+
+def planned(rank):
+    return follow_a_plan(parallel_model(), own_tokens(noise(), rank), own_tokens(uneven(), rank))
+
+
 class ExtractedModel(Model):
     """One whose blocks no graph shows."""
 
@@ -239,12 +261,23 @@ def everything(rank):
         "prompt": change_the_prompt_of_one_rank(rank),
         "branches": two_branches(rank),
         "magcache": measure_nothing(rank),
+        "plan": planned(rank),
     }
 
 
 @pytest.fixture(scope="module")
 def found():
     return run_ranks(everything)
+
+
+def test_ranks_follow_a_plan_without_a_collective(found):
+    alone, made, _ = follow_a_plan(Model(), noise(), uneven())
+    assert alone == [[each == "c" for each in "ccrcrrcrrr"]]
+    for rank, each in enumerate(found):
+        schedule, part, calls = each["plan"]
+        assert schedule == alone
+        assert (part - own_tokens(made, rank)).abs().max() < 1e-5
+        assert calls == 0
 
 
 def test_ranks_with_parts_of_unequal_size_decide_as_one_process_would(found):

@@ -203,16 +203,16 @@ def test_kept_sets_priced_together_give_the_same_schedules() -> None:
     assert min(each.computed for each in together) == 2
 
 
-@pytest.mark.parametrize(
-    ("steps", "max_gap", "seconds"), [(28, None, 1.0), (50, 10, 10.0)], ids=["28", "50"]
-)
+@pytest.mark.parametrize("skips", [False, True], ids=["reuse", "reuse-and-skip"])
+@pytest.mark.parametrize(("steps", "max_gap", "seconds"), [(28, None, 1.0), (50, 10, 10.0)])
 def test_long_loops_are_searched_in_seconds(
-    steps: int, max_gap: int | None, seconds: float
+    steps: int, max_gap: int | None, seconds: float, skips: bool
 ) -> None:
-    costs = FittedCosts([smooth_gram(steps)], np.ones(steps))
+    reuse = FittedCosts([smooth_gram(steps)], np.ones(steps))
+    skip = FittedCosts(reuse.grams, np.full(steps, 1.1), fits_outputs) if skips else None
     start = time.process_time()
-    found = frontier(steps, 3, costs, max_gap=max_gap)
-    assert time.process_time() - start < seconds
+    found = frontier(steps, 3, reuse, skip, max_gap=max_gap)
+    assert time.process_time() - start < (3 * seconds if skips else seconds)
     assert found[0].computed == steps
-    errors = [each.cost for each in found]
+    errors = [each.cost for each in found if not each.skipped]
     assert errors == sorted(errors)

@@ -46,12 +46,16 @@ def enabled(cache: Any, **flags: Any) -> ToyTransformer:
 
 def by_hand(followed: Plan, loop: Loop, name: str) -> list[Tensor]:
     """What the toy predicts where a plan is followed, written out; for one branch."""
-    model, residuals, found = ToyTransformer(), [], []
+    model, residuals, inputs, computed_outputs, found = ToyTransformer(), [], [], [], []
     point, weights = followed.point, followed.point.weights[""][name]
 
     def step(x: Tensor, moment: Tensor, prompt: Tensor) -> Tensor:
         entered = model.embed(x)
         place = len(found)
+        if point.actions[place] == "skip":
+            terms = zip(weights[place].row, computed_outputs, strict=False)
+            found.append(sum(weight * each for weight, each in terms))
+            return found[-1]
         if point.actions[place] == "compute":
             time = model.embed_prompt(prompt).mean(1)
             time = time + model.embed_time(moment.reshape(-1, 1) / 500)
@@ -59,9 +63,12 @@ def by_hand(followed: Plan, loop: Loop, name: str) -> list[Tensor]:
             for block in model.blocks:
                 left = block(left, time, None)
             residuals.insert(0, left - entered)
+            inputs.insert(0, entered)
+            computed_outputs.insert(0, model.project(left))
         else:
             terms = zip(weights[place].row, residuals, strict=False)
             left = entered + sum(weight * each for weight, each in terms)
+            left = left + weights[place].input * (entered - inputs[0])
         found.append(model.project(left))
         return found[-1]
 
@@ -69,19 +76,44 @@ def by_hand(followed: Plan, loop: Loop, name: str) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_plan_is_followed_to_the_letter(depth: int) -> None:
-    followed = plan(ACTIONS, depth=depth)
+def weighing_inputs(followed: Plan) -> Plan:
+    """The same plan with weights of the input, as large as those of residuals."""
+
+    def weighed(point: Any) -> Any:
+        steps = point.weights[""]["cond"]
+        own = {step: each._replace(input=0.5 - 0.1 * step) for step, each in steps.items()}
+        return replace(point, weights={"": {"cond": own}})
+
+    made = followed.content
+    points = tuple(weighed(each) for each in made.frontier)
+    return replace(followed, content=replace(made, frontier=points))
+
+
+@pytest.mark.parametrize(
+    "followed",
+    [
+        plan(ACTIONS, depth=1),
+        plan(ACTIONS, depth=2),
+        plan(ACTIONS, depth=3),
+        plan("ccrscrsr"),
+        plan("ccsscssc", depth=3),
+        weighing_inputs(plan(ACTIONS)),
+        weighing_inputs(plan("ccrscrsr", depth=3)),
+    ],
+)
+def test_a_plan_is_followed_to_the_letter(followed: Plan) -> None:
     model = enabled(followed)
     found = LOOP.run(model)
-    assert computed(model) == [SCHEDULE]
+    actions = [action[0] for action in followed.point.actions]
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [each.action[0] for each in trajectory.steps] == actions
     for one, other in zip(found, by_hand(followed, LOOP, "cond"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     # Another point of the same plan compiles nothing.
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    omni_cache.enable(model, followed.at(computed_steps=8), inner="eager")
+    omni_cache.enable(model, followed.at_point(1), inner="eager")
     LOOP.run(model)
-    assert sum(computed(model)[0]) == sum(SCHEDULE) + 1
+    assert sum(computed(model)[0]) == min(actions.count("c") + ("r" in actions), 8)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 

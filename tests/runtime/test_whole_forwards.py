@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -22,6 +22,8 @@ from toy_transformer import (
 )
 
 import omni_cache
+from omni_cache.strategies.base import Made
+from omni_cache.strategies.signals import PredictedChange
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -97,6 +99,22 @@ def test_easycache_adds_what_the_model_added() -> None:
         last = step if is_computed else last
         expected = entered[step] + (made[last] - entered[last])
         assert torch.allclose(made[step], expected, atol=1e-6)
+
+
+def test_computed_steps_are_compared_with_each_other_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, look_back = [], PredictedChange.look_back
+
+    def counted(self: PredictedChange, made: Sequence[Made]) -> Tensor:
+        looked.append(made[0].signal)
+        return look_back(self, made)
+
+    monkeypatch.setattr(PredictedChange, "look_back", counted)
+    model = ToyTransformer()
+    Loop(steps=12, explicit=True).run(compiled(model, **EASYCACHE))
+    (trajectory,) = omni_cache.summary(model).trajectories
+    measured = [step for step in trajectory.steps if step.distance is not None]
+    assert 2 <= len(looked) < len(measured)
+    assert len({id(each) for each in looked}) == len(looked)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -256,7 +274,7 @@ def test_explain_foresees_what_is_held(capsys: pytest.CaptureFixture[str]) -> No
         model = ToyTransformer()
         (graph,) = omni_cache.explain(model, *given, cache_options=flags).graphs
         assert graph.analysis is not None
-        foreseen = graph.analysis.residual_bytes(2) + graph.analysis.signal_bytes(2)
+        foreseen = graph.analysis.residual_bytes(2) + graph.analysis.signal_bytes()
         Loop(steps=12).run(compiled(model, **flags))
         assert omni_cache.summary(model).memory_bytes == foreseen
     assert "kept as a value: no input" not in capsys.readouterr().out

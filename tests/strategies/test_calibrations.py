@@ -46,13 +46,26 @@ EXPERTS = replace(
 )
 
 
-@pytest.mark.parametrize("calibration", [MAGCACHE, TEACACHE, EXPERTS])
+WITH_SIGMAS = replace(
+    MAGCACHE, schedule=Schedule("Flow", (1000.0, 750.0, 500.0, 250.0), (1.0, 0.75, 0.5, 0.25))
+)
+
+
+@pytest.mark.parametrize("calibration", [MAGCACHE, TEACACHE, EXPERTS, WITH_SIGMAS])
 def test_a_file_holds_all_of_a_calibration(calibration: Calibration, tmp_path: Path) -> None:
     calibration.save(tmp_path / "file.json")
     assert Calibration.load(tmp_path / "file.json") == calibration
     content = json.loads((tmp_path / "file.json").read_text())
     assert content["format"] == FORMAT
     assert content["num_inference_steps"] == STEPS
+
+
+def test_numbers_that_no_file_may_have_are_not_saved(tmp_path: Path) -> None:
+    numbers = {"cond": BranchNumbers((1.0, float("nan"), 1.0, 1.0), 0.0)}
+    broken = replace(MAGCACHE, transformers={"transformer": TransformerNumbers("Toy", numbers)})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        broken.save(tmp_path / "file.json")
+    assert not (tmp_path / "file.json").exists()
 
 
 BRANCH = "transformers.transformer.branches.cond"

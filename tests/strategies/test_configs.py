@@ -16,6 +16,7 @@ from omni_cache import MagCache, TeaCache
 from omni_cache.strategies import (
     STRATEGIES,
     DBCache,
+    DiCache,
     EasyCache,
     FirstBlockCache,
     Gate,
@@ -140,6 +141,15 @@ WRONG[EasyCache] = [
     ("retention_steps", [-1, 1.5, "2", None, True], "an integer >= 0"),
     ("force_last_step", ["yes", 1, None], BOOL),
 ]
+WRONG[DiCache] = [
+    *OF_ALL[:4],
+    ("forecast_order", [-1, 1, 1.0, "1", True], "0 for forecast='aligned', or None"),
+    OF_ALL[-1],
+    ("threshold", [-0.1, float("nan"), float("inf"), "0.2", None, True], NUMBER),
+    ("probe_depth", [0, -1, 1.5, "1", None, True], "an integer >= 1"),
+    ("retention_ratio", [-0.1, 1.1, float("nan"), "0.1", None, True], SHARE),
+    ("force_last_step", ["yes", 1, None], BOOL),
+]
 
 OWN: dict[type[Strategy], dict[str, Any]] = {
     TeaCache: {"coefficients": [1.0]},
@@ -150,6 +160,7 @@ OWN: dict[type[Strategy], dict[str, Any]] = {
     SeaCache: {},
     StepCache: {},
     EasyCache: {},
+    DiCache: {},
 }
 """What makes each independent of a model's class."""
 
@@ -162,6 +173,7 @@ OTHERS: dict[type[Strategy], dict[str, Any]] = {
     SeaCache: {"threshold": 0.7},
     StepCache: {"end": 0.7},
     EasyCache: {"threshold": 0.7},
+    DiCache: {"threshold": 0.7},
 }
 """Flags that compile nothing."""
 PUBLISHED = {each.name: each for each in (TeaCache, MagCache)}

@@ -54,6 +54,7 @@ GATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "seacache": ({"threshold": 0.0}, {"threshold": 1e9, "retention_steps": 4}),
     "easycache": ({"threshold": 0.0}, {"threshold": 1e9, "retention_steps": 4}),
+    "dicache": ({"threshold": 0.0}, {"threshold": 1e9, "retention_ratio": 0.3}),
     "stepcache": (
         {"sim_thresholds": (2.0, 2.0)},
         {"sim_thresholds": (-2.0, -2.0), "skip_countdowns": (1, 1), "start": 0.5},
@@ -65,12 +66,13 @@ SPANS: dict[str, list[dict[str, Any]]] = {
     "dbcache": [
         {"fn_compute_blocks": first, "bn_compute_blocks": last}
         for first, last in ((1, 0), (2, 0), (1, 1))
-    ]
+    ],
+    "dicache": [{"probe_depth": 1}, {"probe_depth": 2}],
 }
 """The spans of those strategies that take flags for them."""
 
 COMPOSED = [(gate, span) for gate in GATES for span in SPANS.get(gate, [{}])]
-FITTED = {step: [1.5, -0.5] for step in range(STEPS)}
+FITTED = {step: [1.25, -0.25] for step in range(STEPS)}
 ALL: list[Any] = [*FORECASTS, FITTED]
 AS_DEEP_AS_THE_ONE_BEFORE = ("taylor", "hermite", "adams")
 """They share what is compiled, whatever weighs the residuals."""

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import hooks as peer
-from diffusers_models import CASES, sample
+from diffusers_models import CASES, HEIGHT, WIDTH
 from driving import computed, drive
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_same, of_diffusers, ours
 from torch import Tensor
 
-import omni_cache
 from omni_cache.strategies.base import Around
 from omni_cache.strategies.seacache import SeaCache
 from omni_cache.strategies.signals import FilteredL1
@@ -145,51 +145,27 @@ def test_decisions_are_the_published_ones(
 STEPS = 20
 
 
-def denoise(call: Any, case: Any) -> list[Tensor]:
-    """An Euler loop; the model is called with the step and its sigma."""
-    inputs, outputs = case.inputs(), []
-    begin = inputs["timestep"]
-    for step in range(STEPS):
-        outputs.append(sample(call(step, float(inputs["timestep"][0]) / 1000, inputs)))
-        moved = inputs["hidden_states"] - outputs[-1] / STEPS
-        timestep = begin * (1 - (step + 1) / STEPS)
-        inputs = {**inputs, "hidden_states": moved, "timestep": timestep}
-    return outputs
+def as_video(model: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The latents that the hooks filter, each (C, T, H, W), where a model takes them as tokens."""
+    tokens = kwargs["hidden_states"]
+    return [each.movedim(-1, 0).reshape(-1, 1, HEIGHT, WIDTH) for each in tokens]
 
 
-@pytest.mark.parametrize(("order", "most", "threshold"), [(1, 3, 0.1), (0, 2, 0.25), (1, 0, 0.08)])
-def test_it_is_that_of_diffusers(order: int, most: int, threshold: float) -> None:
-    case = CASES["wan"].deep
-    ours, theirs = case.build(), case.build()
+@pytest.mark.parametrize(
+    ("model", "order", "most", "threshold"),
+    [
+        ("wan", 1, 3, 0.1),
+        ("wan", 0, 2, 0.25),
+        ("wan", 1, 0, 0.08),
+        ("flux", 1, 3, 0.1),
+        ("flux", 0, 2, 0.25),
+        ("flux", 1, 0, 0.08),
+    ],
+)
+def test_it_is_that_of_diffusers(model: str, order: int, most: int, threshold: float) -> None:
+    case = CASES[model].deep
     limits = {"threshold": threshold, "max_consecutive_cached": most}
-    with torch.no_grad():
-        omni_cache.enable(
-            ours, cache="seacache", inner="eager", strict=True, forecast_order=order, **limits
-        )
-        with omni_cache.generation(STEPS), omni_cache.branch("cond"):
-            mine = denoise(lambda step, sigma, inputs: ours(**inputs), case)
-
-        computed_by_peer = [False] * STEPS
-        at = 0
-
-        def attended(*_: Any) -> None:
-            computed_by_peer[at] = True
-
-        theirs.blocks[-1].attn1.register_forward_hook(attended)
-        theirs.enable_cache(peer.SeaCacheConfig(residual_order=order, **limits))
-
-        def call(step: int, sigma: float, inputs: dict[str, Any]) -> Any:
-            nonlocal at
-            at = step
-            place = {"step_index": step, "sigma": sigma, "num_inference_steps": STEPS}
-            with theirs.cache_context("cond", **place):
-                return theirs(**inputs)
-
-        expected = denoise(call, case)
-
-    (trajectory,) = omni_cache.summary(ours).trajectories
-    schedule = [each.computed for each in trajectory.steps]
-    assert schedule == computed_by_peer
-    assert 5 <= sum(schedule) <= STEPS - 5
-    for one, other in zip(mine, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    grid, latents = ((HEIGHT, WIDTH), as_video) if model == "flux" else (None, None)
+    mine = ours(case, STEPS, cache="seacache", forecast_order=order, grid=grid, **limits)
+    hooks = peer.SeaCacheConfig(residual_order=order, raw_vision_callback=latents, **limits)
+    assert_same(mine, of_diffusers(case, STEPS, hooks), atol=1e-5)

@@ -27,10 +27,9 @@ def run(policy: Policy, entering: list[Tensor], results: list[Tensor], held: boo
         distance = None
         must = len(made) < 2 or gate.foretell(at, total) is not None
         if not must and gate.compares(state):
-            newest, older = made[:2]
-            pair = (newest, older) if held else (Made(entered, ()), Made(last, ()))
-            now, before = (each.residuals[0] if held else each.signal for each in pair)
-            measured = signal.measure(now, before, (), Around(None, made[:2]))  # type: ignore[arg-type]
+            past = signal.look_back(made[:2])
+            now, before = (past, past) if held else (entered, last)
+            measured = signal.measure(now, before, (), Around(past=past))  # type: ignore[arg-type]
             distance = signal.distance(measured.tolist())
         verdict = gate.decide(state, at, total, distance)
         reuse = verdict.reuse and not must

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from omni_cache.strategies.base import Forecast, is_count, require
+from omni_cache.strategies.forecasts.aligned import Aligned
 from omni_cache.strategies.forecasts.dmd import DMD
 from omni_cache.strategies.forecasts.fits import Chebyshev, Fitted
 from omni_cache.strategies.forecasts.multistep import Adams, FoCa
@@ -56,6 +57,7 @@ register_forecast("hermite", lambda order, axis: Hermite(_or(order, 1)), (1, 4))
 register_forecast("foca", lambda order, axis: FoCa())
 register_forecast("adams", lambda order, axis: Adams(_or(order, 2)), (1, 4))
 register_forecast("chebyshev", lambda order, axis: Chebyshev(_or(order, 4)), (1, 8))
+register_forecast("aligned", lambda order, axis: Aligned())
 register_forecast("dmd", lambda order, axis: DMD(order=_or(order, 1)), (1, 4))
 
 
@@ -94,6 +96,7 @@ __all__ = [
     "DMD",
     "FORECASTS",
     "Adams",
+    "Aligned",
     "Chebyshev",
     "Fitted",
     "FoCa",

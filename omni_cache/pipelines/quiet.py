@@ -1,6 +1,6 @@
 """Keeps what libraries say while they are imported and while they load weights off the terminal.
 
-Knows how diffusers and transformers report; nothing of the demo.
+Knows how diffusers and transformers report; nothing of who runs them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""Which plans are refined, and how far, within the loops that may be run.
+
+Knows budgets and targets; the refining itself is in refine.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from omni_cache.strategies.plans import Point
+from omni_cache.tuning.drafts import Drafts
+from omni_cache.tuning.judge import Target, played
+from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps
+
+_ITERATIONS = 4
+"""Gauss-Newton steps at most; the second one gains little, and the third hardly ever anything."""
+
+
+def spread(steps: int, least: int) -> list[int]:
+    """Numbers of computed steps from a seventh to six tenths of all, further apart as they grow."""
+    counts, count = [], max(least, round(steps / 7))
+    while count <= max(0.6 * steps, least):
+        counts.append(count)
+        count = max(count + 1, round(1.2 * count))
+    return counts
+
+
+def improved(
+    refiner: Refiner,
+    drafts: Drafts,
+    target: Target,
+    uncached_seconds: float,
+    done: Mapping[int, Point],
+    tell: Callable[[Point], None],
+) -> list[Point]:
+    """The frontier: a plan for each of several numbers of computed steps.
+
+    Args:
+        refiner: improves plans.
+        drafts: plans to start from.
+        target: near it refinement is spent.
+        uncached_seconds: of a whole ``generate``.
+        done: plans that were refined before, by their numbers of computed steps.
+        tell: is told of every plan that has been refined.
+    """
+    budget = refiner.rehearsal.budget
+    counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
+    while len(counts) > 2 and sum(counts) * playing > budget.left:
+        counts = counts[::2]
+    if target.computed_steps is not None:
+        asked = min(max(target.computed_steps, drafts.least), drafts.steps)
+        counts = sorted({*counts, asked})
+    points = {count: drafts.of(count)[0] for count in counts}
+    if budget.effort != "low":
+        points |= done
+        near = _near(refiner, points, target, uncached_seconds)
+        near = [count for count in near if count not in done]
+        reserve = sum({*points, *near}) * playing
+        for position, count in enumerate(near):
+            share = (budget.left - reserve) / (len(near) - position)
+            budget.begin(f"tries schedules of {count} computed steps")
+            before = budget.left
+            point = _best_draft(refiner, drafts.of(count), count / drafts.steps, share / 4)
+            budget.begin(f"refines the plan of {count} computed steps by what it leads to")
+            share -= before - budget.left
+            points[count] = _refined(refiner, point, drafts, share)
+            tell(points[count])
+    return [points[count] for count in sorted(points)]
+
+
+def _near(
+    refiner: Refiner, points: Mapping[int, Point], target: Target, uncached_seconds: float
+) -> list[int]:
+    """The numbers of computed steps among which the target will be met.
+
+    The first draft that meets a quality, and those below it, since refining gains some decibels.
+    """
+    counts = sorted(points)
+    if target.computed_steps is not None:
+        return [max(each for each in counts if each <= max(target.computed_steps, counts[0]))]
+    if target.psnr is None and target.ssim is None and target.speedup is None:
+        return counts
+    refiner.rehearsal.budget.begin("looks for the target")
+    for position, count in enumerate(counts):
+        found = played(refiner.rehearsal, points[count], refiner.samples, refiner.references)
+        if target.speedup is not None:
+            if uncached_seconds / found.seconds < target.speedup:
+                return counts[max(position - 1, 0) : position + 1]
+        elif target.is_met(found.fidelities, margin=True):
+            before = counts[max(position - 1, 0)]
+            return list(range(before, count + 1))
+    return counts[-1:]
+
+
+def _best_draft(refiner: Refiner, drafts: Sequence[Point], play: float, loops: float) -> Point:
+    """The draft that is best on as many samples as the loops allow, where that tells anything."""
+    samples = refiner.samples[: max(int(min(loops / (play * len(drafts)), 10**6)), 0)]
+    if len(drafts) == 1 or len(samples) < 2:
+        return drafts[0]
+    return min(drafts, key=lambda each: refiner.loss(each, samples))
+
+
+def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
+    """Gauss-Newton steps until the loops are spent or none helps.
+
+    The steps of a gap change together at first; at high effort, then each for itself.
+    """
+    efforts = (False, True) if refiner.rehearsal.budget.effort == "high" else (False,)
+    steps, play = drafts.steps, point.computed_steps / drafts.steps
+    for per_step in efforts:
+        for _ in range(_ITERATIONS):
+            ways = directions_of(point, refiner.grams, per_step)
+            differences = play + jacobian_steps(ways, point.actions) / steps
+            checking = 2 * play * len(refiner.samples)
+            learning = int(min((loops - checking) / differences, len(refiner.samples)))
+            if learning < 2:
+                return point
+            samples = refiner.samples[:learning]
+            better = refiner.gauss_newton(point, samples, per_step)
+            loops -= learning * differences + checking
+            if better is point:
+                break
+            point = better
+    return point

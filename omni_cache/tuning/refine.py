@@ -1,0 +1,243 @@
+"""Improves a plan by what it does to the final result: moved steps, and damped Gauss-Newton.
+
+Between two computed steps the model is not asked, so that all steps of such a gap move the latents
+in the same few directions: those of the kept residuals, and that of the input. Differences are
+taken along these, one for each gap and not for each weight, and run from the gap on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from omni_cache.planning import gram as forecasts
+from omni_cache.planning.gram import Gram
+from omni_cache.planning.newton import Normal, directions, output_directions
+from omni_cache.planning.search import COMPUTE, SKIP
+from omni_cache.strategies.plans import Point, Weights
+from omni_cache.tuning.gather import Grams
+from omni_cache.tuning.rehearse import Rehearsal
+from omni_cache.tuning.results import Result
+
+DAMPINGS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+_SMALLEST = 1e-3
+"""The smallest change worth a difference, in units of a mean residual: above rounding."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A way to change a plan: the weights of some steps of one branch, all alike.
+
+    Attributes:
+        transformer: whose weights.
+        branch: likewise.
+        steps: which, in order.
+        row: what is added to each of them for one unit of the Gram.
+        input_weight: what is added to their input weights.
+        size: how far a difference reaches: as far as the forecasts are off.
+    """
+
+    transformer: str
+    branch: str
+    steps: tuple[int, ...]
+    row: tuple[float, ...]
+    input_weight: float
+    size: float
+
+
+def directions_of(point: Point, grams: Grams, per_step: bool = False) -> list[Direction]:
+    """All directions in which the weights of a plan may change, in the order of their steps.
+
+    Input weights change where the plan has any.
+
+    Args:
+        point: the plan.
+        grams: of all transformers and branches.
+        per_step: whether the steps of a gap change each for itself.
+    """
+    return [
+        direction
+        for steps in _gaps(point.actions, per_step)
+        for transformer, branches in grams.items()
+        for branch, gram in branches.items()
+        if gram.present[steps[-1]]
+        for direction in _directions(point, transformer, branch, gram, steps)
+    ]
+
+
+def moved(point: Point, by: Sequence[tuple[Direction, float]]) -> Point:
+    """The plan with its weights changed along some directions."""
+    weights = {
+        transformer: {branch: dict(steps) for branch, steps in branches.items()}
+        for transformer, branches in point.weights.items()
+    }
+    for direction, amount in by:
+        own = weights[direction.transformer][direction.branch]
+        for step in direction.steps:
+            row, entered = own[step]
+            pairs = zip(row, direction.row, strict=True)
+            own[step] = Weights(
+                tuple(weight + amount * change for weight, change in pairs),
+                entered + amount * direction.input_weight,
+            )
+    return replace(point, weights=weights)
+
+
+def jacobian_steps(directions: Sequence[Direction], actions: Sequence[str]) -> int:
+    """How many computed steps the differences along some directions take, for one sample."""
+    return sum(actions[each.steps[0] :].count(COMPUTE) for each in directions)
+
+
+@dataclass(frozen=True)
+class Refiner:
+    """Improves plans on the calibration samples.
+
+    Attributes:
+        rehearsal: plays plans.
+        references: of each sample, what it returns uncached.
+        grams: of all transformers and branches.
+    """
+
+    rehearsal: Rehearsal
+    references: Sequence[Result]
+    grams: Grams
+
+    @property
+    def samples(self) -> range:
+        """All calibration samples."""
+        return range(len(self.references))
+
+    def errors(self, point: Point, samples: Sequence[int]) -> npt.NDArray[np.float64]:
+        """The mean squared error of each sample's result under a plan."""
+        return np.array(
+            [self._error(self.rehearsal.play(point, each).result, each) for each in samples]
+        )
+
+    def loss(self, point: Point, samples: Sequence[int]) -> float:
+        """The mean error in dB: less is better, and all samples count alike."""
+        return float(np.mean(decibels(self.errors(point, samples))))
+
+    def gauss_newton(
+        self,
+        point: Point,
+        samples: Sequence[int],
+        per_step: bool = False,
+    ) -> Point:
+        """One step on all weights, or the plan itself where none helps.
+
+        The damping is the one that helps a sample most whose differences were left out, by the
+        linear model, so that no run is spent on it and few samples are not followed too far.
+
+        Args:
+            point: the plan.
+            samples: whose differences are taken.
+            per_step: whether each step has weights of its own.
+        """
+        ways = directions_of(point, self.grams, per_step)
+        found: list[Normal] = []
+        for sample in samples if ways else ():
+            error, columns = self._differences(point, ways, sample)
+            if error.any():
+                found.append(Normal(len(ways)))
+                found[-1].add(error, columns)
+        if len(found) < 2:
+            return point
+        damping = min(DAMPINGS, key=lambda each: _left_out(found, each))
+        if _left_out(found, damping) >= 0:
+            return point
+        step = _sum(found).step(damping).tolist()
+        tried = moved(point, list(zip(ways, step, strict=True)))
+        is_better = self.loss(tried, self.samples) < self.loss(point, self.samples)
+        return tried if is_better else point
+
+    def _differences(
+        self, point: Point, ways: Sequence[Direction], sample: int
+    ) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float32]]]:
+        """How far the result of a sample is off, and its derivative along each direction."""
+        base = self.rehearsal.play(point, sample, records=True)
+        columns = []
+        for way in ways:
+            tried = moved(point, [(way, way.size)])
+            played = self.rehearsal.play(tried, sample, known=base.tape.before(way.steps[0]))
+            change = played.result.difference(base.result) / way.size
+            columns.append(change.astype(np.float32))
+        return base.result.difference(self.references[sample]), columns
+
+    def _error(self, result: Result, sample: int) -> float:
+        return float(np.mean(result.difference(self.references[sample]) ** 2))
+
+
+def _sum(normals: Sequence[Normal]) -> Normal:
+    """The normal equations of several samples."""
+    total = Normal(len(normals[0].vector))
+    for each in normals:
+        total.matrix += each.matrix
+        total.vector += each.vector
+        total.samples += each.samples
+    return total
+
+
+def _left_out(normals: Sequence[Normal], damping: float) -> float:
+    """The change of a sample's error in dB, by a step that was taken from the others: the mean."""
+    total, changes = _sum(normals), []
+    for each in normals:
+        others = Normal(len(total.vector))
+        others.matrix = total.matrix - each.matrix
+        others.vector = total.vector - each.vector
+        others.samples = total.samples - each.samples
+        left = max(1.0 - each.decrease(others.step(damping)), 1e-3)
+        changes.append(10 * math.log10(left))
+    return float(np.mean(changes))
+
+
+def decibels(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Squared errors on the scale on which they are judged."""
+    return 10 * np.log10(np.maximum(errors, 1e-20))
+
+
+def _gaps(actions: Sequence[str], per_step: bool) -> Iterator[tuple[int, ...]]:
+    """Runs of steps with one action, computed ones left out."""
+    for action, numbered in groupby(enumerate(actions), key=lambda each: each[1]):
+        steps = tuple(step for step, _ in numbered)
+        if action != COMPUTE:
+            yield from ((step,) for step in steps) if per_step else (steps,)
+
+
+def _directions(
+    point: Point,
+    transformer: str,
+    branch: str,
+    gram: Gram,
+    steps: tuple[int, ...],
+) -> list[Direction]:
+    last, with_input = steps[-1], point.weighs_inputs
+    row, entered = point.weights[transformer][branch][last]
+    computed = [
+        step
+        for step in reversed(range(last))
+        if point.actions[step] == COMPUTE and gram.present[step]
+    ]
+    kept = tuple(computed[: len(row)])
+    if point.actions[last] == SKIP:
+        error = forecasts.output_error_of(gram, kept, last, row)
+        columns, with_input = output_directions(gram, kept), False
+    else:
+        error = forecasts.error_of(gram, kept, last, row, entered)
+        columns = directions(gram, kept, last if with_input else None)
+    size = max(math.sqrt(error), _SMALLEST)
+    return [
+        Direction(
+            transformer,
+            branch,
+            steps,
+            tuple(column[: len(kept)]),
+            column[len(kept)] if with_input else 0.0,
+            size,
+        )
+        for column in columns.T.tolist()
+    ]

@@ -1,0 +1,156 @@
+"""What plans are made of is measured right, and refining lowers what a plan is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_tune import STEPS, denoised
+from toy_transformer import ToyTransformer
+
+from omni_cache.strategies import Guard
+from omni_cache.strategies.plans import Content, Made, Point, Weights
+from omni_cache.tuning.budget import Budget
+from omni_cache.tuning.calibrate import Calibrated, calibrate
+from omni_cache.tuning.drafts import Drafts
+from omni_cache.tuning.gather import mean
+from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps, moved
+from omni_cache.tuning.rehearse import Rehearsal, rehearsing
+from omni_cache.tuning.sensitivity import measure
+
+SAMPLES = range(3)
+MADE = Made("2026-11-26T12:00:00+00:00", "high", 3, 0, 0.0, None, {})
+
+
+@contextmanager
+def calibrated(
+    branches: tuple[str, ...] = ("cond",),
+) -> Iterator[tuple[Rehearsal, Calibrated, Drafts]]:
+    model = ToyTransformer()
+    budget = Budget("high", len(SAMPLES), lambda *_: None)
+    flags = {"inner": "eager"}
+    with rehearsing(
+        model,
+        lambda each: denoised(model, each, branches),
+        flags,
+        Guard(None, 3, inputs=True),
+        budget,
+    ) as rehearsal:
+        found = calibrate(rehearsal, SAMPLES)
+        ones = (1.0,) * STEPS
+        content = Content(found.signature, MADE, mean(found.grams), ones, ones, (), 0)
+        rehearsal.content = content
+        yield rehearsal, found, Drafts(content, 3)
+
+
+def test_inner_products_are_those_of_the_residuals() -> None:
+    with calibrated() as (_, found, _drafts):
+        gram = found.grams[0][""]["cond"]
+        model = ToyTransformer()
+        residuals, outputs = [], []
+        latents_of = model.embed.register_forward_hook(
+            lambda module, args, out: residuals.append([out])
+        )
+        after = model.project.register_forward_pre_hook(
+            lambda module, args: residuals[-1].append(args[0])
+        )
+        ends = model.register_forward_hook(lambda module, args, out: outputs.append(out))
+        denoised(model, 0)
+        for hook in (latents_of, after, ends):
+            hook.remove()
+        r = torch.stack([(out - into).flatten() for into, out in residuals]).double().numpy()
+        v = torch.stack([each.flatten() for each in outputs]).double().numpy()
+    for vectors, measured in ((r, gram.residuals), (v, gram.outputs)):
+        products = vectors @ vectors.T
+        assert measured == pytest.approx(products / np.diag(products).mean(), rel=1e-4, abs=1e-5)
+
+
+def test_a_mean_has_every_sample_count_alike() -> None:
+    with calibrated() as (_, found, _drafts):
+        for each in found.grams:
+            assert np.diag(each[""]["cond"].residuals).mean() == pytest.approx(1.0)
+        together = mean(found.grams)[""]["cond"]
+        stacked = np.mean([each[""]["cond"].residuals for each in found.grams], axis=0)
+        assert together.residuals == pytest.approx(stacked)
+
+
+def test_sensitivity_is_what_holding_a_step_does_to_the_end() -> None:
+    with calibrated() as (rehearsal, found, _drafts):
+        before = rehearsal.budget.loops
+        sensitivity = measure(rehearsal, found.grams, [[3, 7]])
+        # The uncached loop, and of each run the steps behind the one that is held.
+        assert rehearsal.budget.loops - before == pytest.approx(1 + (6 + 2) / STEPS)
+        held = Point(
+            tuple("reuse" if step == 3 else "compute" for step in range(STEPS)),
+            1,
+            {"": {"cond": {3: Weights((1.0,))}}},
+        )
+        reference = found.references[0]
+        final = np.mean(rehearsal.play(held, 0).result.difference(reference) ** 2)
+        g = found.grams[0][""]["cond"].residuals
+        own = g[3, 3] - 2 * g[3, 2] + g[2, 2]
+        # What was not measured lies between, or is as at the nearest step.
+        alone = measure(rehearsal, found.grams, [[3]])
+        assert alone.residuals == pytest.approx([final / own] * STEPS, rel=1e-3)
+        assert sensitivity.residuals[0] == pytest.approx(final / own, rel=1e-3)
+        assert np.ptp(np.sign(np.diff(sensitivity.residuals[2:9]))) <= 1
+
+
+def test_a_run_is_resumed_from_the_first_step_that_differs() -> None:
+    with calibrated() as (rehearsal, _, drafts):
+        (point, *_) = drafts.of(4)
+        base = rehearsal.play(point, 0, records=True)
+        assert base.ran == 4
+        (*_, way) = directions_of(point, drafts.content.grams)
+        tried = moved(point, [(way, 0.05)])
+        whole = rehearsal.play(tried, 0)
+        resumed = rehearsal.play(tried, 0, known=base.tape.before(way.steps[0]))
+        assert whole.result.difference(resumed.result).any() == False  # noqa: E712
+        assert whole.result.difference(base.result).any()
+        assert resumed.ran == jacobian_steps([way], point.actions)
+        assert whole.ran == 4 > resumed.ran
+
+
+@pytest.mark.parametrize("branches", [("cond",), ("cond", "uncond")])
+def test_gauss_newton_improves_weights_that_are_off(branches: tuple[str, ...]) -> None:
+    with calibrated(branches) as (rehearsal, found, drafts):
+        grams = drafts.content.grams
+        (point, *_) = drafts.of(4)
+        off = moved(point, [(each, each.size / 2) for each in directions_of(point, grams)])
+        refiner = Refiner(rehearsal, found.references, grams)
+        refined = refiner.gauss_newton(off, SAMPLES)
+        gained = refiner.loss(off, SAMPLES) - refiner.loss(refined, SAMPLES)
+        assert gained > 6.0
+        assert refined.actions == point.actions
+        for branch in branches:
+            assert refined.weights[""][branch] != off.weights[""][branch]
+
+
+def test_drafts_weigh_the_input_or_do_not() -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        weighs = {each.weighs_inputs: each for each in drafts.of(4)}
+        assert set(weighs) == {False, True}
+        ways = {each: directions_of(weighs[each], drafts.content.grams) for each in weighs}
+        assert not any(each.input_weight for each in ways[False])
+        assert any(each.input_weight for each in ways[True])
+        refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+        refined = refiner.gauss_newton(weighs[True], SAMPLES)
+        assert refiner.loss(refined, SAMPLES) <= refiner.loss(weighs[True], SAMPLES)
+
+
+def test_weights_that_nothing_improves_stay() -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        whole = Point(("compute",) * STEPS, 3, {"": {"cond": {}}})
+        refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+        assert refiner.gauss_newton(whole, SAMPLES) is whole
+
+
+def test_drafts_of_more_steps_forecast_better() -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+        losses: list[Any] = [refiner.loss(drafts.of(count)[0], SAMPLES) for count in (2, 4, 7)]
+        assert losses == sorted(losses, reverse=True)

@@ -1,0 +1,262 @@
+"""From a target to a plan on a toy: what is asked is met or said, and nothing is left behind."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from toy_transformer import CHANNELS, TOKENS, ToyTransformer, gaussian
+
+import omni_cache
+from omni_cache import tune
+from omni_cache.pipelines import enabled_flags, is_enabled
+from omni_cache.strategies.plans import Content
+
+STEPS = 10
+
+
+def denoised(
+    model: Any, sample: int, branches: tuple[str, ...] = ("cond",), steps: int = STEPS
+) -> Tensor:
+    """The latents at the end of a loop."""
+    latents = gaussian(sample, 1, TOKENS, CHANNELS)
+    prompts = {name: gaussian(f"{name} {sample}", 1, 5, CHANNELS) for name in branches}
+    with torch.no_grad(), omni_cache.generation(steps):
+        for step in range(steps):
+            timestep = torch.tensor([1000.0 * (1 - step / steps)])
+            noises = []
+            for name, prompt in prompts.items():
+                with omni_cache.branch(name):
+                    noises.append(model(latents, timestep, prompt))
+            latents = latents - torch.stack(noises).sum(0) / steps
+    return latents
+
+
+def tuned(model: Any, generate: Callable[[int], Any] | None = None, **arguments: Any) -> Any:
+    settings = {"samples": 3, "judged": 2, "inner": "eager", "progress": lambda *_: None}
+    return tune(model, generate or (lambda i: denoised(model, i)), **{**settings, **arguments})
+
+
+def test_a_plan_does_what_it_says() -> None:
+    model = ToyTransformer()
+    plan = tuned(model, computed_steps=4)
+    assert plan.point.computed_steps == 4
+    assert [each.computed_steps for each in plan.frontier] == sorted(
+        each.computed_steps for each in plan.frontier
+    )
+    samples = [3, 4]
+    uncached = [denoised(model, each) for each in samples]
+    omni_cache.enable(model, plan, guardrail=None, inner="eager")
+    followed = [denoised(model, each) for each in samples]
+    assert omni_cache.summary(model).computed_steps == 4
+    psnr = [
+        20 * math.log10(float(a.max() - a.min())) - 10 * math.log10(float(((a - b) ** 2).mean()))
+        for a, b in zip(uncached, followed, strict=True)
+    ]
+    assert plan.point.judged.psnr == pytest.approx(np.median(psnr), abs=1e-3)
+    assert plan.point.judged.ssim is None  # latents are no pictures
+
+
+def test_nothing_is_left_behind_on_a_model_that_was_not_enabled() -> None:
+    model = ToyTransformer()
+    before = denoised(model, 0)
+    tuned(model, effort="low")
+    assert not is_enabled(model)
+    assert torch.equal(denoised(model, 0), before)
+
+
+def test_an_enabled_model_keeps_its_cache_also_where_tuning_fails() -> None:
+    model = ToyTransformer()
+    flags = {"cache": "teacache", "coefficients": [1.0, 0.0], "inner": "eager"}
+    omni_cache.enable(model, **flags)
+    cached, found = denoised(model, 0), enabled_flags(model)
+
+    def failing(sample: int) -> Tensor:
+        if sample == 1:
+            raise InterruptedError
+        return denoised(model, sample)
+
+    with pytest.raises(InterruptedError):
+        tuned(model, failing)
+    assert enabled_flags(model) == found
+    assert torch.equal(denoised(model, 0), cached)
+    tuned(model, effort="low")
+    assert enabled_flags(model) == found
+    assert torch.equal(denoised(model, 0), cached)
+
+
+def test_a_generate_that_is_not_repeatable_is_refused() -> None:
+    model, calls = ToyTransformer(), []
+
+    def generate(sample: int) -> Tensor:
+        calls.append(sample)
+        return denoised(model, sample) + 0.25 * (len(calls) == 2)
+
+    with pytest.raises(ValueError, match=r"not repeatable: generate\(0\).*differ by up to 0\.25"):
+        tuned(model, generate)
+    assert calls == [0, 0]
+
+
+def test_numbers_that_are_not_finite_are_refused() -> None:
+    model = ToyTransformer()
+
+    def generate(sample: int) -> Tensor:
+        return denoised(model, sample) * (float("nan") if sample == 2 else 1.0)
+
+    with pytest.raises(ValueError, match=r"generate\(2\) returned numbers that are not finite"):
+        tuned(model, generate)
+
+    with torch.no_grad():
+        model.blocks[1].out.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="finite"):
+        tuned(model, lambda sample: denoised(model, sample).nan_to_num(0, 0, 0))
+
+
+def test_a_generate_that_runs_nothing_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="ran no step of the target through the cache"):
+        tuned(ToyTransformer(), lambda sample: torch.zeros(3))
+
+
+def test_loops_of_different_length_are_refused() -> None:
+    model = ToyTransformer()
+    with pytest.raises(ValueError, match=r"generate\(1\) runs another loop than generate\(0\)"):
+        tuned(model, lambda sample: denoised(model, sample, steps=STEPS + sample))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": 1}, "samples=1 is not allowed; samples must be an integer >= 2"),
+        ({"judged": 0}, "judged=0 is not allowed"),
+        ({"effort": "hihg"}, r"did you mean 'high'\?"),
+        ({"psnr": 40.0, "speedup": 2.0}, "psnr and speedup are given; give at most one of"),
+        ({"psnr": -1.0}, "psnr=-1.0 is not allowed"),
+        ({"ssim": 1.5}, "ssim=1.5 is not allowed"),
+        ({"speedup": 1.0}, "speedup=1.0 is not allowed; speedup must be a number above 1"),
+        ({"computed_steps": 2.5}, "computed_steps=2.5 is not allowed"),
+        ({"psnr": 40.0, "confidence": 1.0}, "confidence=1.0 is not allowed"),
+        ({"confidence": 0.9}, "confidence is given without psnr or ssim"),
+        ({"prompts": ["a fox"]}, "give either generate or, for a pipeline, prompts"),
+        ({"inner": "eager", "depht": 2}, "depht"),
+    ],
+)
+def test_arguments_that_are_not_allowed_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tuned(ToyTransformer(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("effort", "most", "samples", "target"),
+    [
+        ("low", 4, 2, {}),
+        ("low", 4, 4, {"computed_steps": 5}),
+        ("default", 25, 2, {"computed_steps": 4}),
+    ],
+)
+def test_the_budget_is_kept_and_counted(
+    effort: str, most: int, samples: int, target: dict[str, Any]
+) -> None:
+    model, told = ToyTransformer(), []
+    plan = tuned(
+        model,
+        **target,
+        effort=effort,
+        samples=samples,
+        progress=lambda stage, loops, planned: told.append((stage, loops, planned)),
+    )
+    assert told[0][1:] == (0.0, most * samples)
+    judging = next(loops for stage, loops, _ in told if stage.startswith("judges"))
+    assert judging <= most * samples
+    # One uncached loop for each judged sample, and the share that each plan computes.
+    shares = sum(each.computed_steps for each in plan.frontier) / STEPS
+    assert plan.content.made.loops >= judging + 2 * (1 + shares) - 1e-9
+    assert plan.content.made.effort == effort
+
+
+def test_guidance_branches_share_actions_and_have_weights_of_their_own() -> None:
+    model = ToyTransformer()
+    plan = tuned(
+        model, lambda sample: denoised(model, sample, ("cond", "uncond")), computed_steps=4
+    )
+    assert set(plan.point.weights[""]) == {"cond", "uncond"}
+    cond, uncond = plan.point.weights[""].values()
+    assert cond.keys() == uncond.keys()
+    assert cond != uncond
+    omni_cache.enable(model, plan, guardrail=None, inner="eager")
+    denoised(model, 0, ("cond", "uncond"))
+    assert omni_cache.summary(model).computed_steps == 8
+
+
+def test_a_quality_that_nothing_reaches_is_said() -> None:
+    model = ToyTransformer()
+    with pytest.warns(UserWarning, match="no plan reaches psnr=500; the one that computes most"):
+        plan = tuned(model, psnr=500.0, effort="low")
+    assert plan.point is plan.frontier[-1]
+
+
+def test_the_cheapest_plan_that_meets_a_quality_is_chosen() -> None:
+    model = ToyTransformer()
+    frontier = tuned(model, effort="low").frontier
+    wanted = (frontier[0].predicted.psnr + frontier[-1].predicted.psnr) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = tuned(model, psnr=wanted, effort="low")
+    assert plan.point.predicted.psnr >= wanted + 0.5
+    assert plan.point.judged.psnr >= wanted
+    assert plan.content.chosen > 0
+
+
+def test_pictures_are_judged_as_floats() -> None:
+    """As uint8, a difference of 255 levels would wrap around to 1, and read as 48 dB."""
+    model = ToyTransformer()
+
+    def generate(sample: int) -> Image.Image:
+        latents = denoised(model, sample)
+        wide = latents.abs().repeat(1, 8, 8)[0, :32, :30].reshape(32, 10, 3)
+        return Image.fromarray((wide.clamp(0, 1) * 255).byte().numpy())
+
+    plan = tuned(model, generate, computed_steps=2, effort="low")
+    assert plan.point.computed_steps == 2
+    assert plan.point.judged.ssim is not None
+    uncached = [np.asarray(generate(each), dtype=np.float64) / 255 for each in (3, 4)]
+    omni_cache.enable(model, plan, guardrail=None, inner="eager")
+    followed = [np.asarray(generate(each), dtype=np.float64) / 255 for each in (3, 4)]
+    pairs = zip(uncached, followed, strict=True)
+    psnr = [-10 * math.log10(((a - b) ** 2).mean()) for a, b in pairs]
+    assert plan.point.judged.psnr == pytest.approx(np.median(psnr), abs=0.05)
+
+
+def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    model, kept = ToyTransformer(), tmp_path / "plan.partial"
+    settings: dict[str, Any] = {"samples": 2, "resume": kept}
+
+    def until(stage: str, loops: float, planned: float) -> None:
+        if stage.startswith("refines the plan of 3"):
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        tuned(model, progress=until, **settings)
+    before = Content.load(kept)
+    assert [each.computed_steps for each in before.frontier] == [1, 2]
+
+    told: list[tuple[str, float]] = []
+    plan = tuned(model, progress=lambda stage, loops, _: told.append((stage, loops)), **settings)
+    stages = [stage for stage, _ in told]
+    assert not any("sensitive" in stage or "plan of 2" in stage for stage in stages)
+    assert any("plan of 3" in stage for stage in stages)
+    assert plan.content.made.loops > before.made.loops + 3
+    assert plan.frontier[0].actions == before.frontier[0].actions
+    assert plan.frontier[0].weights == before.frontier[0].weights
+    assert not kept.exists()
+
+    before.save(kept)
+    with pytest.raises(ValueError, match="of a tuning with another samples and targets"):
+        tuned(model, samples=3, psnr=40.0, resume=kept)
