@@ -18,7 +18,13 @@ from omni_cache.tuning.budget import Budget
 from omni_cache.tuning.calibrate import Calibrated, calibrate
 from omni_cache.tuning.drafts import Drafts
 from omni_cache.tuning.gather import mean
-from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps, moved
+from omni_cache.tuning.refine import (
+    Refiner,
+    directions_of,
+    first_difference,
+    jacobian_steps,
+    moved,
+)
 from omni_cache.tuning.rehearse import Rehearsal, rehearsing
 from omni_cache.tuning.sensitivity import measure
 
@@ -147,6 +153,33 @@ def test_weights_that_nothing_improves_stay() -> None:
         whole = Point(("compute",) * STEPS, 3, {"": {"cond": {}}})
         refiner = Refiner(rehearsal, found.references, drafts.content.grams)
         assert refiner.gauss_newton(whole, SAMPLES) is whole
+
+
+def actions(letters: str) -> tuple[str, ...]:
+    return tuple({"c": "compute", "r": "reuse"}[each] for each in letters)
+
+
+def test_moves_are_of_one_computed_step_by_one() -> None:
+    with calibrated() as (_, _found, drafts):
+        point = drafts.fitted(actions("crrcrcrrrc"), False)
+        found = {each.actions for each in drafts.moves(point)}
+        expected = ("crcrrcrrrc", "crrrccrrrc", "crrccrrrrc", "crrcrrcrrc", "crrcrcrrcr")
+        assert found == {actions(each) for each in expected}
+
+
+def test_the_best_of_several_moves_is_found_from_where_they_differ() -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+        point = drafts.fitted(actions("cccrrrrrrr"), False)
+        moves = drafts.moves(point)
+        before = rehearsal.budget.loops
+        best = refiner.best_move(point, moves, SAMPLES)
+        spent = rehearsal.budget.loops - before
+        assert [first_difference(point, each) for each in moves] == [2]
+        assert spent == pytest.approx(len(SAMPLES) * (3 + 1) / STEPS)
+        assert best is moves[0]
+        assert refiner.loss(best, SAMPLES) < refiner.loss(point, SAMPLES)
+        assert refiner.best_move(best, [point], SAMPLES) is best
 
 
 def test_drafts_of_more_steps_forecast_better() -> None:
