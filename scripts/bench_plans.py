@@ -180,9 +180,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Tuned plans of the pipeline {report['pipeline']!r}, effort {report['effort']!r}",
         "",
-        f"{STEPS} steps, tuned on {SAMPLES} samples, judged on {JUDGED} others: PSNR in dB, against "
-        "the uncached pipeline: median and, in brackets, 5th percentile. Beside it the same model "
-        "with only as many steps.",
+        f"{STEPS} steps, tuned on {SAMPLES} samples, judged on {JUDGED} others: PSNR in dB, "
+        "against the uncached pipeline: median and, in brackets, 5th percentile. Beside it the "
+        "same model with only as many steps.",
         "",
         "| asked for | computed | plan | predicted | SSIM | fewer steps | plan over fewer | "
         "reached by | loops | tuned in |",
