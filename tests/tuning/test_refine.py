@@ -111,14 +111,14 @@ def test_a_run_is_resumed_from_the_first_step_that_differs() -> None:
         (point, *_) = drafts.of(4)
         base = rehearsal.play(point, 0, records=True)
         assert base.ran == 4
-        (*_, way) = directions_of(point, drafts.content.grams)
+        way, *_ = directions_of(point, drafts.content.grams)
         tried = moved(point, [(way, 0.05)])
         whole = rehearsal.play(tried, 0)
         resumed = rehearsal.play(tried, 0, known=base.tape.before(way.steps[0]))
         assert whole.result.difference(resumed.result).any() == False  # noqa: E712
         assert whole.result.difference(base.result).any()
         assert resumed.ran == jacobian_steps([way], point.actions)
-        assert whole.ran == 4 > resumed.ran
+        assert whole.ran == 4 > resumed.ran > 0
 
 
 @pytest.mark.parametrize("branches", [("cond",), ("cond", "uncond")])
