@@ -105,11 +105,9 @@ def _near(
 
 
 def _best_draft(refiner: Refiner, drafts: Sequence[Point], play: float, loops: float) -> Point:
-    """The draft that is best on as many samples as the loops allow, where that tells anything."""
-    samples = refiner.samples[: max(int(min(loops / (play * len(drafts)), 10**6)), 0)]
-    if len(drafts) == 1 or len(samples) < 2:
-        return drafts[0]
-    return min(drafts, key=lambda each: refiner.loss(each, samples))
+    """The draft that is best on as many samples as the loops allow, or else the first."""
+    allowed = min(loops / (play * len(drafts)), len(refiner.samples))
+    return refiner.best_move(drafts[0], drafts[1:], refiner.samples[: max(int(allowed), 0)])
 
 
 def _moved(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
