@@ -270,7 +270,7 @@ class Step:
         recall, place = getattr(current_observer.get(), "recall", None), self._place
         if recall is None or not isinstance(place, Place):
             return None
-        known: Computed | None = recall(place.course.name, place.at)
+        known: Computed | None = recall(self._guarded.region, place.course.name, place.at)
         return known
 
     def commit(

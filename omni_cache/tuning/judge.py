@@ -159,7 +159,8 @@ class Candidate:
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """From the one that computes least to the one that computes most: each is better than before.
 
-    Seconds are noisy, so that the numbers of computed and of reused steps say what is cheaper.
+    Seconds are noisy, so that the numbers of computed and of reused steps say what is cheaper. What
+    is better the judged samples say, since a prediction flatters the plans that were refined.
     """
     kept: list[Candidate] = []
     cheapest_first = sorted(
@@ -216,4 +217,4 @@ def choose(
 
 
 def _decibels(candidate: Candidate) -> float:
-    return candidate.predicted.quality.psnr
+    return candidate.judged.quality.psnr

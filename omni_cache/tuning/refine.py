@@ -25,6 +25,8 @@ from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+FIRST_SAMPLES = 6
+"""Samples that all moves are tried on."""
 _SMALLEST = 1e-3
 """The smallest change worth a difference, in units of a mean residual: above rounding."""
 
@@ -122,6 +124,35 @@ class Refiner:
         """The mean error in dB: less is better, and all samples count alike."""
         return float(np.mean(decibels(self.errors(point, samples))))
 
+    def best_move(self, point: Point, moves: Sequence[Point], samples: Sequence[int]) -> Point:
+        """The best of plans that differ a little from a plan, or the plan where none is better.
+
+        After a few samples only the best quarter goes on. What is better by chance alone does not
+        count: the mean gain has to be larger than its standard error.
+
+        Args:
+            point: the plan.
+            moves: the others.
+            samples: what they are tried on.
+        """
+        alive = list(range(len(moves)))
+        gains: list[list[float]] = [[] for _ in moves]
+        for number, sample in enumerate(samples):
+            if number == FIRST_SAMPLES:
+                ranked = sorted(alive, key=lambda each: -float(np.mean(gains[each])))
+                alive = ranked[: max(len(moves) // 4, 1)]
+            base = self.rehearsal.play(point, sample, records=True)
+            before = decibels(self._error(base.result, sample))
+            for each in alive:
+                known = base.tape.before(first_difference(point, moves[each]))
+                result = self.rehearsal.play(moves[each], sample, known=known).result
+                gains[each].append(float(before - decibels(self._error(result, sample))))
+        if not alive or len(samples) < 2:
+            return point
+        best = max(alive, key=lambda each: float(np.mean(gains[each])))
+        chance = float(np.std(gains[best], ddof=1)) / math.sqrt(len(gains[best]))
+        return moves[best] if np.mean(gains[best]) > chance else point
+
     def gauss_newton(
         self,
         point: Point,
@@ -195,9 +226,23 @@ def _left_out(normals: Sequence[Normal], damping: float) -> float:
     return float(np.mean(changes))
 
 
-def decibels(errors: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def decibels(errors: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Squared errors on the scale on which they are judged."""
-    return 10 * np.log10(np.maximum(errors, 1e-20))
+    found: npt.NDArray[np.float64] = 10 * np.log10(np.maximum(errors, 1e-20))
+    return found
+
+
+def first_difference(one: Point, other: Point) -> int:
+    """The first step at which two plans do not do the same."""
+
+    def done(point: Point, step: int) -> object:
+        weights = [
+            steps.get(step) for branches in point.weights.values() for steps in branches.values()
+        ]
+        return point.actions[step], weights
+
+    steps = range(len(one.actions))
+    return next((each for each in steps if done(one, each) != done(other, each)), len(steps))
 
 
 def _gaps(actions: Sequence[str], per_step: bool) -> Iterator[tuple[int, ...]]:

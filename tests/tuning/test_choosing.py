@@ -104,8 +104,13 @@ def test_a_frontier_rises() -> None:
         (6, 0),
         (8, 0),
     ]
-    psnr = [each.predicted.quality.psnr for each in found]
+    psnr = [each.judged.quality.psnr for each in found]
     assert psnr == sorted(psnr)
+
+
+def test_a_plan_that_was_refined_pushes_none_out_by_its_prediction() -> None:
+    refined, other = candidate(6, 51.0, 47.0), candidate(8, 50.0, 48.0)
+    assert undominated([refined, other]) == [refined, other]
 
 
 @pytest.mark.parametrize(
