@@ -219,9 +219,9 @@ class Plan(Strategy):
                 or _others("sigmas", signature.sigmas, schedule.sigmas)
                 or _others("guidance", _listed(signature.guidance), _listed(schedule.guidance))
             )
-        if refusal is None and found.at.value is not None and signature.timesteps is not None:
-            planned, value = signature.timesteps[found.at.index], found.at.value
-            refusal = _others(f"timesteps[{found.at.index}]", (planned,), (value,))
+        index, value, known = found.at.index, found.at.value, signature.timesteps
+        if refusal is None and value is not None and known is not None and index < steps:
+            refusal = _others(f"timesteps[{index}]", (known[index],), (value,))
         if refusal is None and size is not None:
             refusal = _differs("size", signature.size, size) if size != signature.size else None
         if refusal is None and found.dtype not in (None, signature.dtype):
