@@ -737,5 +737,6 @@ def test_a_module_may_have_a_config_of_any_kind(config: Any) -> None:
     model = ToyTransformer()
     model.config = config
     omni_cache.enable(model, inner="eager", **TEACACHE)
-    Loop().run(model)
+    with torch.no_grad():
+        Loop().run(model)
     assert omni_cache.summary(model).trajectories
