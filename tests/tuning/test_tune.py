@@ -292,3 +292,28 @@ def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="of a tuning with another generate, prompts or seed"):
         tuned(model, lambda sample: denoised(model, sample + 50), **settings)
+
+
+class InPieces(ToyTransformer):
+    """Two block loops with a graph break between them: each is a region of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=4)
+        self.more, self.blocks = self.blocks[2:], self.blocks[:2]
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        x, time = self.embed(x), self.embed_prompt(prompt).mean(1)
+        for block in self.blocks:
+            x = block(x, time + timestep[:, None] / 500, None)
+        torch._dynamo.graph_break()
+        for block in self.more:
+            x = block(x, time, None)
+        return self.project(x)
+
+
+def test_a_model_in_pieces_follows_what_was_tuned_on_it() -> None:
+    model = InPieces()
+    plan = tuned(model, computed_steps=4, effort="low")
+    omni_cache.enable(model, plan, guardrail=None, inner="eager")
+    denoised(model, 4)
+    assert [each.computed_steps for each in omni_cache.summary(model).trajectories] == [4, 4]
