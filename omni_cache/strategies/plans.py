@@ -330,7 +330,7 @@ def _read_made(fields: Fields) -> Made:
         fields.count("samples"),
         fields.count("judged", least=0),
         fields.number("loops"),
-        fields.optional("seconds", fields.number),
+        fields.optional("seconds", fields.positive),
         {name: targets.number(name) for name in targets.content},
         verified,
     )
@@ -342,7 +342,7 @@ def _read_gram(fields: Fields, steps: int) -> Gram:
         given = fields[each.name]
         try:
             matrix = np.array(given, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             matrix = np.zeros(())
         name, allowed = fields.name_of(each.name), f"{steps} rows of {steps} numbers"
         require(matrix.shape == (steps, steps), name, given, allowed)
@@ -378,7 +378,7 @@ def _read_point(fields: Fields, signature: Signature, grams: Mapping[str, Any]) 
         weights,
         _read_quality(fields, "predicted"),
         _read_quality(fields, "judged"),
-        fields.optional("seconds", fields.number),
+        fields.optional("seconds", fields.positive),
     )
 
 

@@ -209,10 +209,13 @@ def choose(
         if predicted and target.is_met(each.judged.fidelities):
             return place, None
     wanted = f"psnr={target.psnr:g}" if target.psnr is not None else f"ssim={target.ssim:g}"
-    reached = target.reached(candidates[last].judged.fidelities)
+    played = (candidates[last].predicted.fidelities, candidates[last].judged.fidelities)
+    known = (target.reached(each) for each in played)
+    predicted_, judged_ = ("equals uncached" if each is None else f"{each:.4g}" for each in known)
     return last, (
-        f"no plan reaches {wanted}; the one that computes most, {candidates[last].computed} steps, "
-        f"is chosen, and reaches {reached:.4g} on the judged samples"
+        f"no plan reaches {wanted} with a margin; the one that computes most, "
+        f"{candidates[last].computed} steps, is chosen, and reaches {predicted_} on the samples "
+        f"that made it and {judged_} on the judged ones"
     )
 
 

@@ -198,7 +198,8 @@ def _drawing(
     seed: int,
 ) -> Generate:
     """What draws sample i with its prompt and noise."""
-    require(len(prompts) > 0, "prompts", prompts, "a list of at least one string")
+    fits = not isinstance(prompts, str) and len(prompts) > 0
+    require(fits, "prompts", prompts, "a list of at least one string")
     folder = Folder(Path(), arguments)
 
     def generate(sample: int) -> Any:

@@ -82,7 +82,11 @@ def test_the_best_that_is_fast_enough_or_computes_no_more() -> None:
 @pytest.mark.parametrize(
     ("target", "place", "message"),
     [
-        ({"psnr": 60.0}, 3, "no plan reaches psnr=60.*8 steps.*reaches 52 on the judged"),
+        (
+            {"psnr": 60.0},
+            3,
+            "no plan reaches psnr=60.*8 steps.*reaches 52 on the .* and 52 on the judged",
+        ),
         ({"ssim": 0.999}, 3, "no plan reaches ssim=0.999"),
         ({"speedup": 9.0}, 0, "no plan is 9 times as fast as uncached; the fastest, 5.00 times"),
         ({"computed_steps": 1}, 0, "no plan computes only 1 steps; 2 is the least"),
@@ -93,6 +97,14 @@ def test_what_nothing_meets_is_said(target: dict[str, float], place: int, messag
     assert found == place
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(warning)
+
+
+def test_judged_results_that_equal_uncached_ones_do_not_hide_a_prediction_that_is_short() -> None:
+    equal = Played((Fidelity(None, None),) * 3, 1.0)
+    found, warning = choose([Candidate(FRONTIER[1].point, around(44.0), equal)], Target(45.0), 1.0)
+    assert found == 0
+    assert warning is not None
+    assert "reaches 44 on the samples that made it and equals uncached on the judged" in warning
 
 
 def test_a_frontier_rises() -> None:
