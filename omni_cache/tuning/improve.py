@@ -55,11 +55,14 @@ def improved(
     """
     budget = refiner.rehearsal.budget
     counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
-    while len(counts) > 2 and sum(counts) * playing > budget.left:
-        counts = counts[::2]
+    asked: set[int] = set()
     if target.computed_steps is not None:
-        asked = min(max(target.computed_steps, drafts.least), drafts.steps)
-        counts = sorted({*counts, asked})
+        asked = {min(max(target.computed_steps, drafts.least), drafts.steps)}
+    while len(counts) > 1 and sum({*counts, *asked}) * playing > budget.left:
+        counts = counts[::2]
+    if asked and sum({*counts, *asked}) * playing > budget.left:
+        counts = []
+    counts = sorted({*counts, *asked})
     points = {count: drafts.of(count)[0] for count in counts}
     if budget.effort != "low":
         points |= done

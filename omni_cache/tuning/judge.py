@@ -114,6 +114,18 @@ class Played:
         psnr, low = (math.inf if each.psnr is None else each.psnr for each in (median_, fifth))
         return Quality(psnr, low, median_.ssim, fifth.ssim)
 
+    def less(self, decibels: float) -> Played:
+        """What it would be if all results were off by so much more; SSIM falls with the error."""
+        factor = 10 ** (decibels / 10)
+        fidelities = tuple(
+            Fidelity(
+                None if each.psnr is None else each.psnr - decibels,
+                None if each.ssim is None else 1 - factor * (1 - each.ssim),
+            )
+            for each in self.fidelities
+        )
+        return replace(self, fidelities=fidelities)
+
 
 def played(
     rehearsal: Rehearsal, point: Point, samples: Sequence[int], references: Sequence[Result]

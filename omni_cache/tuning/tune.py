@@ -168,7 +168,8 @@ class _Tuning:
         points = improved(refiner, drafts, self._target, calibrated.seconds, dict(done), keep)
         budget.begin("plays every plan on the samples that made it")
         predicted = [
-            played(self._rehearsal, each, self._samples, calibrated.references) for each in points
+            played(self._rehearsal, each, self._samples, calibrated.references).less(each.optimism)
+            for each in points
         ]
         budget.begin("judges every plan on other samples", judges=True)
         uncached = [self._rehearsal.play(None, each) for each in self._others]

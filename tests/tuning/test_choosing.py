@@ -181,3 +181,11 @@ def test_a_video_is_judged_frame_by_frame() -> None:
 def test_what_has_no_numbers_is_refused(returned: object) -> None:
     with pytest.raises(TypeError, match="it has to return what quality is judged on"):
         Result.of(returned)
+
+
+def test_a_prediction_is_less_by_its_optimism() -> None:
+    found = around(44.0).less(10 * math.log10(2))
+    assert found.quality.psnr == pytest.approx(44.0 - 3.0103)
+    assert found.quality.ssim == pytest.approx(1 - 2 * (1 - 0.44))
+    assert Played((Fidelity(None, 1.0),), 1.0).less(3.0).fidelities == (Fidelity(None, 1.0),)
+    assert around(44.0).less(0.0).quality == pytest.approx(around(44.0).quality)

@@ -210,6 +210,39 @@ def test_the_budget_is_kept_and_counted(
     assert plan.content.made.effort == effort
 
 
+@pytest.mark.parametrize("computed_steps", [None, 28])
+def test_low_effort_keeps_its_budget_on_a_long_loop(computed_steps: int | None) -> None:
+    """Counted by what runs: each computed step has one part that holds both blocks."""
+    model, ran, judging_from = ToyTransformer(), [0], []
+
+    def counting(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        attends = any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes)
+
+        def run(*args: Any) -> Any:
+            ran[0] += attends
+            return gm.forward(*args)
+
+        return run
+
+    def told(stage: str, loops: float, planned: float) -> None:
+        if stage.startswith("judges") and not judging_from:
+            judging_from.append((ran[0] / 28, loops, planned))
+
+    tuned(
+        model,
+        lambda sample: denoised(model, sample, steps=28),
+        effort="low",
+        computed_steps=computed_steps,
+        samples=2,
+        inner=counting,
+        progress=told,
+    )
+    ((counted, loops, planned),) = judging_from
+    assert planned == 8
+    assert counted == pytest.approx(loops)
+    assert counted <= planned
+
+
 def test_guidance_branches_share_actions_and_have_weights_of_their_own() -> None:
     model = ToyTransformer()
     plan = tuned(
