@@ -53,7 +53,7 @@ def tune(
     resume: str | Path | None = None,
     **flags: Any,
 ) -> Plan:
-    """Make a plan: for each step of the loop whether to compute, to reuse or to skip, and how.
+    """Make a plan: for each step of the loop whether to compute or to reuse, and by what weights.
 
     At most one of ``psnr``, ``ssim``, ``speedup`` and ``computed_steps`` is given; without any the
     whole frontier is made alike, and the plan that computes most is chosen.
