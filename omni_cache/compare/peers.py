@@ -43,8 +43,7 @@ def switch_on(
     if family == "omni-cache":
         enable(pipe, inner=inner, **flags)
         return lambda: fmean(
-            sum(step.computed for step in each.steps)
-            for each in summary(pipe).trajectories
+            sum(step.computed for step in each.steps) for each in summary(pipe).trajectories
         )
     count = (
         _cache_dit(name, flags, pipe, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,11 +31,9 @@ def _digest(module: nn.Module) -> str:
     A configuration says more than the shapes of the weights, where a module has one. Adapters add
     weights, and quantised ones have other shapes: such a model is another one.
     """
-    config = {
-        str(key): value
-        for key, value in dict(getattr(module, "config", {}) or {}).items()
-        if not str(key).startswith("_")
-    }
+    given: Any = getattr(module, "config", None)  # of anybody's model, it may be of any kind
+    named = given.items() if isinstance(given, Mapping) else ()
+    config = {str(key): value for key, value in named if not str(key).startswith("_")}
     shapes = {key: list(each.shape) for key, each in module.named_parameters()}
     text = json.dumps([config, shapes], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -80,10 +80,10 @@ class Observed(NamedTuple):
 class Observer(Protocol):
     """Who is shown the calls of a context.
 
-    One that has a method ``recall(branch: str, at: Time) -> Computed | None`` is asked for what a
-    computed step makes, and spares the model's blocks and all behind them where it knows. What it
-    returns is kept and handed to the caller as if the model had made it: new tensors, where the
-    model would have made them.
+    One that has a method ``recall(region, branch: str, at: Time) -> Computed | None`` is asked for
+    what a computed step makes, and spares the model's blocks and all behind them where it knows.
+    What it returns is kept and handed to the caller as if the model had made it: new tensors, where
+    the model would have made them.
     """
 
     def __call__(self, step: Observed, /) -> None:

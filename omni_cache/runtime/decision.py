@@ -270,7 +270,7 @@ class Step:
         recall, place = getattr(current_observer.get(), "recall", None), self._place
         if recall is None or not isinstance(place, Place):
             return None
-        known: Computed | None = recall(place.course.name, place.at)
+        known: Computed | None = recall(self._guarded.region, place.course.name, place.at)
         return known
 
     def commit(
@@ -389,9 +389,10 @@ class Step:
             return None
         loop, name = place.called.loop, place.course.name
         schedule = None if loop is None else loop.schedule
-        # A rank's part of the result may be of any size.
+        # A rank's part of the result may be of any size; of a model in pieces each has its own.
+        pieces = {region for _, region in place.run.trajectories}
         size = None if self._guarded.groups else trajectory.size
-        result = size, trajectory.dtype
+        result = (size, trajectory.dtype) if len(pieces) < 2 else (None, None)
         return self._policy.refuses(Found(place.at, total, name, schedule, *result))
 
     def _read(self, view: _View | None) -> tuple[_View | None, Sequence[float], float | None]:

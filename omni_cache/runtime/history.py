@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,18 @@ class Kept:
             self.is_finite = bool(self.finite)
 
 
+class _Compared(NamedTuple):
+    """When a residual was computed, and its inner products with those before it."""
+
+    at: Time
+    products: Reading | None
+
+    @classmethod
+    def of(cls, kept: Kept) -> _Compared:
+        """Of an entry, without its tensors."""
+        return cls(kept.at, kept.products)
+
+
 class History:
     """A ring of the last ``depth`` computed steps.
 
@@ -75,6 +87,9 @@ class History:
         self.kept: list[Kept] = []
         self._per_sample = per_sample
         self._measures = measures and (forecast.reads_products or forecast.checks)
+        # A forecast is checked by all that it would have weighed, the entry that goes included.
+        self._width = depth + 1 if forecast.checks else depth
+        self._compared: list[_Compared] = []
 
     def push(
         self,
@@ -97,9 +112,11 @@ class History:
         older = self.kept[: self.depth - 1]
         if self.forecast.feeds_back and older:
             older = [older[0], self._forecast(at._replace(index=at.index - 1, value=None))]
-        products = self._products(residuals, older) if self._measures else None
-        if products is not None and not self.forecast.reads_products:
+        compared = older if self._width == self.depth else self.kept
+        products = self._products(residuals, compared) if self._measures else None
+        if products is not None and self.forecast.checks:
             products.fetch()
+            self._compared = [_Compared(at, products), *map(_Compared.of, compared)]
         device = self.device or self.home
         moved, came = (
             tuple([_moved(each, device) for each in tensors]) for tensors in (residuals, entered)
@@ -138,7 +155,7 @@ class History:
         readings = [each.products for each in kept if each.products is not None]
         if self.forecast.reads_products and len(readings) == len(kept):
             read(readings)
-            rows = self.forecast.rows(times, now, _matrices(readings, self.depth))
+            rows = self.forecast.rows(times, now, _matrices(readings, self._width))
         else:
             rows = [self.forecast.weights(times, now)]
         return [(*row, *[0.0] * (count - len(kept))) for row in rows]
@@ -165,13 +182,14 @@ class History:
 
         None where nothing tells, or where the host does not know it yet.
         """
-        readings = [each.products for each in self.kept if each.products is not None]
-        comes = self.forecast.checks and len(readings) == len(self.kept)
-        if not comes or not all(each.has_come for each in readings):
+        compared = self._compared if self.kept else []
+        readings = [each.products for each in compared if each.products is not None]
+        if not compared or len(readings) < len(compared):
             return None
-        times = [each.at for each in self.kept]
-        matrices = _matrices(readings, self.depth) if readings else []
-        checked = (self.forecast.check(times, each) for each in matrices)
+        if not all(each.has_come for each in readings):
+            return None
+        times = [each.at for each in compared]
+        checked = (self.forecast.check(times, each) for each in _matrices(readings, self._width))
         known = [each for each in checked if each is not None]
         return max(known, key=lambda each: each.excess, default=None)
 
@@ -203,7 +221,7 @@ class History:
         return Kept(now, tuple(_moved(each, self.device or self.home) for each in numbers), finite)
 
     def _products(self, residuals: Sequence[Tensor], older: Sequence[Kept]) -> Reading:
-        """For each sample ``depth`` numbers: the newest's products with itself and older ones.
+        """For each sample a row of numbers: the newest's products with itself and older ones.
 
         Streams add up: a sample is one vector, whatever its streams.
         """
@@ -216,7 +234,7 @@ class History:
             for place, each in zip(places, new, strict=True)
         ]
         total = reduce(torch.add, (each.to(found[0].device) for each in found))
-        missing = self.depth - 1 - len(older)
+        missing = self._width - 1 - len(older)
         return Reading(torch.nn.functional.pad(total.view(samples, -1), (0, missing)).view(-1))
 
     def _at_home(self, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -304,7 +305,7 @@ def one_of(flag: str, given: Any, allowed: Sequence[Any], also: str = "") -> Non
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real, finite number; a bool is not."""
-    return _is_a(value, Real) and math.isfinite(value)
+    return _is_a(value, Real) and abs(value) <= sys.float_info.max
 
 
 def is_count(value: Any, least: int) -> bool:

@@ -79,6 +79,12 @@ class Fields:
         require(is_number(given), self.name_of(key), given, "a finite number")
         return float(given)
 
+    def positive(self, key: str) -> float:
+        """A field that is a finite number above 0."""
+        given = self.number(key)
+        require(given > 0, self.name_of(key), given, "a number > 0")
+        return given
+
     def numbers(self, key: str) -> tuple[float, ...]:
         """A field that is a list of at least one finite number."""
         given = self[key]

@@ -150,8 +150,14 @@ class Plan(Strategy):
             ValueError: it is another one than the plan was made on, and ``on_mismatch`` says so.
         """
         known = self.content.signature.transformers
-        name = next(iter(known)) if len(known) == 1 else owner.name
+        # A module that was tuned alone has no name, nor has one that is enabled alone.
+        is_only = len(known) == 1 and "" in (owner.name, *known)
+        name = next(iter(known)) if is_only else owner.name
         refusal = None
+        if name not in known and owner.name and len(known) == 1:
+            # One that no loop of the tuning ran: it may be there, and is refused when it runs.
+            refusal = f"transformers are {', '.join(known)} in the plan, and the run has {name!r}"
+            return replace(self, component=name, refusal=refusal)
         if name not in known:
             refusal = f"transformers are {', '.join(known)} in the plan, and this is {name!r}"
         elif known[name][0] not in owner.classes:
@@ -208,7 +214,7 @@ class Plan(Strategy):
         refusal, schedule, size = self.refusal, found.schedule, found.size
         steps, branches = signature.num_inference_steps, self._grams
         if refusal is not None:
-            return refusal
+            return self._refused(refusal)
         if found.total != steps:
             refusal = _differs("num_inference_steps", steps, found.total)
         elif found.branch not in branches:
@@ -219,9 +225,9 @@ class Plan(Strategy):
                 or _others("sigmas", signature.sigmas, schedule.sigmas)
                 or _others("guidance", _listed(signature.guidance), _listed(schedule.guidance))
             )
-        if refusal is None and found.at.value is not None and signature.timesteps is not None:
-            planned, value = signature.timesteps[found.at.index], found.at.value
-            refusal = _others(f"timesteps[{found.at.index}]", (planned,), (value,))
+        index, value, known = found.at.index, found.at.value, signature.timesteps
+        if refusal is None and value is not None and known is not None and index < steps:
+            refusal = _others(f"timesteps[{index}]", (known[index],), (value,))
         if refusal is None and size is not None:
             refusal = _differs("size", signature.size, size) if size != signature.size else None
         if refusal is None and found.dtype not in (None, signature.dtype):

@@ -64,9 +64,11 @@ class Point:
         actions: "compute", "reuse" or "skip" for each step.
         depth: how many residuals are weighed at most.
         weights: by transformer, branch and step.
-        predicted: on the samples that it was made from.
+        predicted: on the samples that it was made from, less the optimism.
         judged: on others; None where there were none.
         seconds: of one generation, median; None where nobody has measured it.
+        optimism: by how many decibels it does better, in the mean, on the samples that it was
+            refined by than it is expected to do on others.
     """
 
     actions: tuple[str, ...]
@@ -75,6 +77,7 @@ class Point:
     predicted: Quality | None = None
     judged: Quality | None = None
     seconds: float | None = None
+    optimism: float = 0.0
 
     @property
     def computed_steps(self) -> int:
@@ -261,6 +264,7 @@ def _point(point: Point, owners: Sequence[str]) -> dict[str, Any]:
         "predicted": _quality(point.predicted),
         "judged": _quality(point.judged),
         "seconds": point.seconds,
+        "optimism": point.optimism,
         "steps": steps,
     }
 
@@ -330,7 +334,7 @@ def _read_made(fields: Fields) -> Made:
         fields.count("samples"),
         fields.count("judged", least=0),
         fields.number("loops"),
-        fields.optional("seconds", fields.number),
+        fields.optional("seconds", fields.positive),
         {name: targets.number(name) for name in targets.content},
         verified,
     )
@@ -342,7 +346,7 @@ def _read_gram(fields: Fields, steps: int) -> Gram:
         given = fields[each.name]
         try:
             matrix = np.array(given, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             matrix = np.zeros(())
         name, allowed = fields.name_of(each.name), f"{steps} rows of {steps} numbers"
         require(matrix.shape == (steps, steps), name, given, allowed)
@@ -378,7 +382,8 @@ def _read_point(fields: Fields, signature: Signature, grams: Mapping[str, Any]) 
         weights,
         _read_quality(fields, "predicted"),
         _read_quality(fields, "judged"),
-        fields.optional("seconds", fields.number),
+        fields.optional("seconds", fields.positive),
+        fields.number("optimism"),
     )
 
 

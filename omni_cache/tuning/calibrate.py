@@ -76,6 +76,7 @@ def calibrate(rehearsal: Rehearsal, samples: Sequence[int]) -> Calibrated:
                 f"{len(signature.owners)} with {signature.size}; a plan is for loops that are alike"
             )
         grams.append(vectors.products(names, len(signature.owners)))
+        _check_branches(grams[0], grams[-1], f"generate({sample})")
         references.append(played.result)
         seconds.append(played.seconds)
     assert signature is not None  # there is a sample
@@ -92,7 +93,31 @@ def _check_repeatable(rehearsal: Rehearsal, sample: int, result: Result) -> None
         )
 
 
+def _check_branches(first: Grams, found: Grams, called: str) -> None:
+    """Raise ValueError where a loop has other branches than the first, or one of a part of it."""
+    branches, others = (
+        {name: sorted(each) for name, each in one.items()} for one in (found, first)
+    )
+    if branches != others:
+        raise ValueError(
+            f"{called} has the branches {branches}, where the first loop has {others}; a plan is "
+            "for loops that are alike"
+        )
+    for grams in found.values():
+        counts = {name: int(gram.present.sum()) for name, gram in grams.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"{called} runs its branches for different numbers of steps, {counts}; a plan is "
+                "for loops whose branches run together"
+            )
+
+
 def _signature(target: Any, vectors: Vectors, names: Mapping[Any, str]) -> Signature:
+    if len(set(names.values())) < len(names):
+        raise ValueError(
+            f"generate runs {len(names)} loops for a sample; a plan is for one, so let generate "
+            "run one, with a batch where it makes several results"
+        )
     owners: dict[int, str] = {
         step: names[run]
         for run, branches in vectors.runs.items()

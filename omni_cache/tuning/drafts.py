@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omni_cache.planning.search import Schedule, frontier
+from omni_cache.planning.search import COMPUTE, Schedule, frontier
 from omni_cache.strategies.plans import Content, Point
 from omni_cache.strategies.retiming import fitted, priced
 
@@ -46,6 +46,20 @@ class Drafts:
         }
         points = [self.fitted(*each) for each in found]
         return [each for place, each in enumerate(points) if each not in points[:place]]
+
+    def moves(self, point: Point) -> list[Point]:
+        """The plans with one computed step moved by one, and with fitted weights."""
+        actions, owners = point.actions, self.content.signature.owners
+        firsts = {owners.index(each) for each in owners}
+        found = []
+        for step in range(1, self.steps):
+            other = step - 1
+            is_one = (actions[step] == COMPUTE) != (actions[other] == COMPUTE)
+            if is_one and owners[step] == owners[other] and not {step, other} & firsts:
+                swapped = list(actions)
+                swapped[step], swapped[other] = actions[other], actions[step]
+                found.append(self.fitted(tuple(swapped), point.weighs_inputs))
+        return found
 
     def fitted(self, actions: tuple[str, ...], with_input: bool) -> Point:
         """A plan with these actions."""

@@ -56,7 +56,7 @@ class Vectors:
         self.size, self.dtype = tuple(step.output.shape[1:]), str(step.output.dtype)
         residuals = [each for each in step.residuals if _is_weighed(each)]
         call.residuals += map(_on_host, residuals)
-        call.inputs += map(_on_host, _partners(residuals, getattr(step, "entered", ())))
+        call.inputs += map(_on_host, _partners(residuals, step.entered))
         call.outputs = [_on_host(each) for each in step.result if _is_weighed(each)]
 
     def products(self, names: Mapping[Run, str], steps: int) -> Grams:

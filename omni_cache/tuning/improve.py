@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from omni_cache.planning.search import COMPUTE
 from omni_cache.strategies.plans import Point
 from omni_cache.tuning.drafts import Drafts
 from omni_cache.tuning.judge import Target, played
-from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps
+from omni_cache.tuning.refine import (
+    FIRST_SAMPLES,
+    Refiner,
+    directions_of,
+    first_difference,
+    jacobian_steps,
+)
 
 _ITERATIONS = 4
 """Gauss-Newton steps at most; the second one gains little, and the third hardly ever anything."""
+
+_ROUNDS = 6
+"""Of moves, one step each."""
 
 
 def spread(steps: int, least: int) -> list[int]:
@@ -45,11 +55,14 @@ def improved(
     """
     budget = refiner.rehearsal.budget
     counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
-    while len(counts) > 2 and sum(counts) * playing > budget.left:
-        counts = counts[::2]
+    asked: set[int] = set()
     if target.computed_steps is not None:
-        asked = min(max(target.computed_steps, drafts.least), drafts.steps)
-        counts = sorted({*counts, asked})
+        asked = {min(max(target.computed_steps, drafts.least), drafts.steps)}
+    while len(counts) > 1 and sum({*counts, *asked}) * playing > budget.left:
+        counts = counts[::2]
+    if asked and sum({*counts, *asked}) * playing > budget.left:
+        counts = []
+    counts = sorted({*counts, *asked})
     points = {count: drafts.of(count)[0] for count in counts}
     if budget.effort != "low":
         points |= done
@@ -61,6 +74,8 @@ def improved(
             budget.begin(f"tries schedules of {count} computed steps")
             before = budget.left
             point = _best_draft(refiner, drafts.of(count), count / drafts.steps, share / 4)
+            budget.begin(f"moves single steps of the plan of {count} computed steps")
+            point = _moved(refiner, point, drafts, (share - before + budget.left) / 2)
             budget.begin(f"refines the plan of {count} computed steps by what it leads to")
             share -= before - budget.left
             points[count] = _refined(refiner, point, drafts, share)
@@ -93,11 +108,27 @@ def _near(
 
 
 def _best_draft(refiner: Refiner, drafts: Sequence[Point], play: float, loops: float) -> Point:
-    """The draft that is best on as many samples as the loops allow, where that tells anything."""
-    samples = refiner.samples[: max(int(min(loops / (play * len(drafts)), 10**6)), 0)]
-    if len(drafts) == 1 or len(samples) < 2:
-        return drafts[0]
-    return min(drafts, key=lambda each: refiner.loss(each, samples))
+    """The draft that is best on as many samples as the loops allow, or else the first."""
+    allowed = min(loops / (play * len(drafts)), len(refiner.samples))
+    return refiner.best_move(drafts[0], drafts[1:], refiner.samples[: max(int(allowed), 0)])
+
+
+def _moved(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
+    """Move single computed steps as long as that helps and loops are left."""
+    samples = refiner.samples
+    for _ in range(_ROUNDS):
+        moves = drafts.moves(point)
+        later = [each.actions[first_difference(point, each) :].count(COMPUTE) for each in moves]
+        first, rest = min(len(samples), FIRST_SAMPLES), max(len(samples) - FIRST_SAMPLES, 0)
+        tried = first * sum(later) + rest * sum(sorted(later)[-max(len(moves) // 4, 1) :])
+        cost = (len(samples) * point.computed_steps + tried) / drafts.steps
+        if cost > loops:
+            return point
+        better = refiner.best_move(point, moves, samples)
+        if better is point:
+            return point
+        point, loops = better, loops - cost
+    return point
 
 
 def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:

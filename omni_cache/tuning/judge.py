@@ -114,6 +114,18 @@ class Played:
         psnr, low = (math.inf if each.psnr is None else each.psnr for each in (median_, fifth))
         return Quality(psnr, low, median_.ssim, fifth.ssim)
 
+    def less(self, decibels: float) -> Played:
+        """What it would be if all results were off by so much more; SSIM falls with the error."""
+        factor = 10 ** (decibels / 10)
+        fidelities = tuple(
+            Fidelity(
+                None if each.psnr is None else each.psnr - decibels,
+                None if each.ssim is None else 1 - factor * (1 - each.ssim),
+            )
+            for each in self.fidelities
+        )
+        return replace(self, fidelities=fidelities)
+
 
 def played(
     rehearsal: Rehearsal, point: Point, samples: Sequence[int], references: Sequence[Result]
@@ -159,7 +171,8 @@ class Candidate:
 def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
     """From the one that computes least to the one that computes most: each is better than before.
 
-    Seconds are noisy, so that the numbers of computed and of reused steps say what is cheaper.
+    Seconds are noisy, so that the numbers of computed and of reused steps say what is cheaper. What
+    is better the judged samples say, since a prediction flatters the plans that were refined.
     """
     kept: list[Candidate] = []
     cheapest_first = sorted(
@@ -208,12 +221,15 @@ def choose(
         if predicted and target.is_met(each.judged.fidelities):
             return place, None
     wanted = f"psnr={target.psnr:g}" if target.psnr is not None else f"ssim={target.ssim:g}"
-    reached = target.reached(candidates[last].judged.fidelities)
+    played = (candidates[last].predicted.fidelities, candidates[last].judged.fidelities)
+    known = (target.reached(each) for each in played)
+    predicted_, judged_ = ("equals uncached" if each is None else f"{each:.4g}" for each in known)
     return last, (
-        f"no plan reaches {wanted}; the one that computes most, {candidates[last].computed} steps, "
-        f"is chosen, and reaches {reached:.4g} on the judged samples"
+        f"no plan reaches {wanted} with a margin; the one that computes most, "
+        f"{candidates[last].computed} steps, is chosen, and reaches {predicted_} on the samples "
+        f"that made it and {judged_} on the judged ones"
     )
 
 
 def _decibels(candidate: Candidate) -> float:
-    return candidate.predicted.quality.psnr
+    return candidate.judged.quality.psnr

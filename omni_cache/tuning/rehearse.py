@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omni_cache.lowering.program import Computed
 from omni_cache.pipelines.enable import as_it_was, enable, refresh, states_of
-from omni_cache.runtime.contexts import Observed, Run, observing
+from omni_cache.runtime.contexts import Observed, Region, Run, observing
 from omni_cache.strategies import Guard, Plan, Policy, Strategy, Time
 from omni_cache.strategies.plans import Content, Point
 from omni_cache.strategies.schedules import Compute, Reuse
@@ -45,15 +45,28 @@ class Played(NamedTuple):
     tape: Tape
 
 
+class Spot(NamedTuple):
+    """A call of one region."""
+
+    region: Region
+    branch: str
+    step: int
+
+
 @dataclass
 class Tape:
-    """What the computed steps of one run made, by branch and step, on the host."""
+    """What the computed steps of one run made, on the host."""
 
-    calls: dict[tuple[str, int], Computed] = field(default_factory=dict)
+    calls: dict[Spot, Computed] = field(default_factory=dict)
+
+    def results(self, branch: str, step: int) -> Any:
+        """What the last region of a call returned, flat."""
+        spots = [spot for spot in self.calls if spot[1:] == (branch, step)]
+        return self.calls[spots[-1]].result
 
     def before(self, step: int) -> Tape:
         """The part of it before a step, from which a run that differs there may be resumed."""
-        return Tape({place: made for place, made in self.calls.items() if place[1] < step})
+        return Tape({spot: made for spot, made in self.calls.items() if spot.step < step})
 
 
 @dataclass(frozen=True)
@@ -173,29 +186,30 @@ class _Watch:
 
     def __init__(self, known: Tape, records: bool, also: Callable[[Observed], None] | None) -> None:
         self._known, self._records, self._also = known, records, also
-        self._recalled: set[tuple[str, int]] = set()
+        self._recalled: set[Spot] = set()
         self.tape = Tape()
         self.ran = 0
 
     def __call__(self, step: Observed) -> None:
-        place = step.branch, step.at.index
-        if step.finite is not None and place in self._recalled:
-            self.tape.calls[place] = self._known.calls[place]
+        spot = Spot(step.region, step.branch, step.at.index)
+        if step.finite is not None and spot in self._recalled:
+            self.tape.calls[spot] = self._known.calls[spot]
         elif step.finite is not None:
             self.ran += 1
             if self._records:
                 residuals = tuple(map(_on_host, step.residuals))
                 results = [_on_host(each, copies=True) for each in step.result]
-                self.tape.calls[place] = Computed(results, residuals, step.finite)
+                self.tape.calls[spot] = Computed(results, residuals, step.finite)
         if self._also is not None:
             self._also(step)
 
-    def recall(self, branch: str, at: Time) -> Computed | None:
+    def recall(self, region: Region, branch: str, at: Time) -> Computed | None:
         """What a computed step makes, where a run before has told."""
-        made = self._known.calls.get((branch, at.index))
+        spot = Spot(region, branch, at.index)
+        made = self._known.calls.get(spot)
         if made is None:
             return None
-        self._recalled.add((branch, at.index))
+        self._recalled.add(spot)
         device = made.finite.device
         residuals = tuple(each.to(device) for each in made.residuals)
         # Callers may write into results.

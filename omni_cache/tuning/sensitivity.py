@@ -76,7 +76,7 @@ def measure(
             last = int(before[-1])
             own = sum(error_of(gram, (last,), step, (1.0,)) for gram in branches.values())
             off = sum(
-                _squared(results, uncached.tape.calls[branch, step].result) / units[branch]
+                _squared(results, uncached.tape.results(branch, step)) / units[branch]
                 for branch, results in seen.results.items()
             )
             if own > 0 and off > 0 and final > 0:
@@ -100,8 +100,8 @@ class _Results:
 def _output_units(tape: Tape) -> dict[str, float]:
     """The mean squared norm of each branch's outputs."""
     squares: dict[str, list[float]] = {}
-    for (branch, _), made in tape.calls.items():
-        squares.setdefault(branch, []).append(_squared(_floats(made.result)))
+    for _, branch, step in tape.calls:
+        squares.setdefault(branch, []).append(_squared(_floats(tape.results(branch, step))))
     return {branch: float(np.mean(each)) for branch, each in squares.items()}
 
 

@@ -53,7 +53,7 @@ def tune(
     resume: str | Path | None = None,
     **flags: Any,
 ) -> Plan:
-    """Make a plan: for each step of the loop whether to compute, to reuse or to skip, and how.
+    """Make a plan: for each step of the loop whether to compute or to reuse, and by what weights.
 
     At most one of ``psnr``, ``ssim``, ``speedup`` and ``computed_steps`` is given; without any the
     whole frontier is made alike, and the plan that computes most is chosen.
@@ -168,7 +168,8 @@ class _Tuning:
         points = improved(refiner, drafts, self._target, calibrated.seconds, dict(done), keep)
         budget.begin("plays every plan on the samples that made it")
         predicted = [
-            played(self._rehearsal, each, self._samples, calibrated.references) for each in points
+            played(self._rehearsal, each, self._samples, calibrated.references).less(each.optimism)
+            for each in points
         ]
         budget.begin("judges every plan on other samples", judges=True)
         uncached = [self._rehearsal.play(None, each) for each in self._others]
@@ -198,7 +199,8 @@ def _drawing(
     seed: int,
 ) -> Generate:
     """What draws sample i with its prompt and noise."""
-    require(len(prompts) > 0, "prompts", prompts, "a list of at least one string")
+    fits = not isinstance(prompts, str) and len(prompts) > 0
+    require(fits, "prompts", prompts, "a list of at least one string")
     folder = Folder(Path(), arguments)
 
     def generate(sample: int) -> Any:

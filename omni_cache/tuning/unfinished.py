@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from omni_cache.strategies.plans import Content
 
 
@@ -37,6 +39,8 @@ class Unfinished:
             )
             if one != other
         ]
+        if not differing and not _are_close(found, content):
+            differing = ["generate, prompts or seed"]  # or other weights
         if differing:
             raise ValueError(
                 f"resume={str(self.path)!r} is of a tuning with another {' and '.join(differing)}; "
@@ -55,3 +59,16 @@ class Unfinished:
         """The tuning has ended."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _are_close(one: Content, other: Content) -> bool:
+    """Whether the inner products of the same samples' loops are the same, but for rounding."""
+    if {name: each.keys() for name, each in one.grams.items()} != {
+        name: each.keys() for name, each in other.grams.items()
+    }:
+        return False
+    return all(
+        np.allclose(gram.residuals, other.grams[name][branch].residuals, 1e-2, equal_nan=True)
+        for name, branches in one.grams.items()
+        for branch, gram in branches.items()
+    )

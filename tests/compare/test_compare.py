@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from omni_cache.cli import app
-from omni_cache.compare import command
+from omni_cache.compare import collect, command
 from omni_cache.compare.command import table
 from omni_cache.compare.figure import plot
 from omni_cache.compare.kinds import (
@@ -163,7 +163,7 @@ def test_one_run_leaves_page_plot_table_and_calibrations(
 ) -> None:
     for name, stand_in in SMALL.items():
         monkeypatch.setattr(command, name, stand_in)
-    monkeypatch.setattr(command, "in_its_own_process", in_this_process)
+    monkeypatch.setattr(collect, "in_its_own_process", in_this_process)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle on a blue background\na green square on a red background\n")
     arguments = ["compare", "demo", "--prompts", str(prompts), "--steps", "6", "--peers"]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 240
+TIMEOUT = 600
 """Seconds after which ranks count as hanging; generous, because a busy machine compiles slowly."""
 
 

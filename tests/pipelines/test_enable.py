@@ -7,6 +7,7 @@ import itertools
 import pickle
 import threading
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -729,3 +730,13 @@ def test_of_two_graphs_with_blocks_the_one_with_the_models_largest_list_is_cache
     Loop().run(model)
 
     assert computed(model) == [[True] + [False] * 7]
+
+
+@pytest.mark.parametrize("config", [SimpleNamespace(depth=2), "tiny", {"depth": 2}, object(), None])
+def test_a_module_may_have_a_config_of_any_kind(config: Any) -> None:
+    model = ToyTransformer()
+    model.config = config
+    omni_cache.enable(model, inner="eager", **TEACACHE)
+    with torch.no_grad():
+        Loop().run(model)
+    assert omni_cache.summary(model).trajectories

@@ -203,3 +203,14 @@ def test_experts_have_steps_and_weights_of_their_own() -> None:
         ValueError, match=r"transformers are transformer, transformer_2 in the plan"
     ):
         omni_cache.enable(ToyModel(), followed, inner="eager")
+
+
+def test_an_expert_that_the_plan_does_not_know_is_refused_when_it_runs() -> None:
+    pipe = TwoExperts()
+    enabled(planned(), pipe)  # it may be one that no loop runs
+    with pytest.raises(ValueError, match="the run has 'transformer_2'"):
+        pipe()
+    enabled(replace(planned(), on_mismatch="compute"), pipe)
+    with pytest.warns(UserWarning, match="the run has 'transformer_2'"):
+        pipe()
+    assert set(computed(pipe)["transformer_2 cond"]) == {True}

@@ -219,6 +219,17 @@ def test_a_loop_that_begins_in_the_middle_fits_its_weights_to_what_it_has() -> N
     assert computed(model) == [[True, True, False, False]]
 
 
+def test_a_call_after_the_last_step_is_computed() -> None:
+    model = enabled(plan(ACTIONS))
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        for step in range(8):
+            moment = torch.tensor([LOOP.timesteps[step]])
+            model(torch.ones(1, 6, 4) * step, moment, torch.ones(1, 5, 4))
+        with pytest.warns(UserWarning, match="after the last of 8 steps, and is computed"):
+            model(torch.ones(1, 6, 4), torch.tensor([1.0]), torch.ones(1, 5, 4))
+    assert computed(model) == [[*SCHEDULE, True]]
+
+
 def surprising(model: ToyTransformer, step: int, size: float) -> Callable[..., Tensor]:
     """The model, given latents at a step that no other step comes near."""
     calls = 0

@@ -42,7 +42,7 @@ class Recorder:
             made = Computed(results, step.residuals, step.finite)
             self.known[step.branch, step.at.index] = made
 
-    def recall(self, branch: str, at: Time) -> Computed | None:
+    def recall(self, region: object, branch: str, at: Time) -> Computed | None:
         self.asked.append((branch, at.index))
         return self.known[branch, at.index] if at.index < self.until else None
 

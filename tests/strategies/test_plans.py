@@ -90,6 +90,13 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("frontier.0.steps.2.weights", {}, f"{STEP}.weights.cond is missing"),
     ("frontier.0.steps.2.weights.cond.row", [1, 2, 3], f"{STEP}.weights.cond.row=(1.0, 2.0, 3.0)"),
     ("frontier.0.steps.2.weights.cond.row", [float("nan")], f"{STEP}.weights.cond.row=[nan]"),
+    (
+        "frontier.0.seconds",
+        0,
+        "frontier[0].seconds=0.0 is not allowed; frontier[0].seconds must be",
+    ),
+    ("made.loops", 10**400, "made.loops must be a finite number"),
+    ("grams..cond.cross", [[10**400]], "cross"),
     ("frontier.0.steps", [], "frontier[0].steps=[]"),
     ("frontier.0.judged.psnr", "good", "frontier[0].judged.psnr='good'"),
 ]

@@ -82,7 +82,11 @@ def test_the_best_that_is_fast_enough_or_computes_no_more() -> None:
 @pytest.mark.parametrize(
     ("target", "place", "message"),
     [
-        ({"psnr": 60.0}, 3, "no plan reaches psnr=60.*8 steps.*reaches 52 on the judged"),
+        (
+            {"psnr": 60.0},
+            3,
+            "no plan reaches psnr=60.*8 steps.*reaches 52 on the .* and 52 on the judged",
+        ),
         ({"ssim": 0.999}, 3, "no plan reaches ssim=0.999"),
         ({"speedup": 9.0}, 0, "no plan is 9 times as fast as uncached; the fastest, 5.00 times"),
         ({"computed_steps": 1}, 0, "no plan computes only 1 steps; 2 is the least"),
@@ -95,6 +99,14 @@ def test_what_nothing_meets_is_said(target: dict[str, float], place: int, messag
         raise AssertionError(warning)
 
 
+def test_judged_results_that_equal_uncached_ones_do_not_hide_a_prediction_that_is_short() -> None:
+    equal = Played((Fidelity(None, None),) * 3, 1.0)
+    found, warning = choose([Candidate(FRONTIER[1].point, around(44.0), equal)], Target(45.0), 1.0)
+    assert found == 0
+    assert warning is not None
+    assert "reaches 44 on the samples that made it and equals uncached on the judged" in warning
+
+
 def test_a_frontier_rises() -> None:
     worse, cheaper = candidate(7, 45.0), candidate(4, 45.2, skipped=3)
     found = undominated([*FRONTIER[::-1], worse, cheaper])
@@ -104,8 +116,13 @@ def test_a_frontier_rises() -> None:
         (6, 0),
         (8, 0),
     ]
-    psnr = [each.predicted.quality.psnr for each in found]
+    psnr = [each.judged.quality.psnr for each in found]
     assert psnr == sorted(psnr)
+
+
+def test_a_plan_that_was_refined_pushes_none_out_by_its_prediction() -> None:
+    refined, other = candidate(6, 51.0, 47.0), candidate(8, 50.0, 48.0)
+    assert undominated([refined, other]) == [refined, other]
 
 
 @pytest.mark.parametrize(
@@ -164,3 +181,11 @@ def test_a_video_is_judged_frame_by_frame() -> None:
 def test_what_has_no_numbers_is_refused(returned: object) -> None:
     with pytest.raises(TypeError, match="it has to return what quality is judged on"):
         Result.of(returned)
+
+
+def test_a_prediction_is_less_by_its_optimism() -> None:
+    found = around(44.0).less(10 * math.log10(2))
+    assert found.quality.psnr == pytest.approx(44.0 - 3.0103)
+    assert found.quality.ssim == pytest.approx(1 - 2 * (1 - 0.44))
+    assert Played((Fidelity(None, 1.0),), 1.0).less(3.0).fidelities == (Fidelity(None, 1.0),)
+    assert around(44.0).less(0.0).quality == pytest.approx(around(44.0).quality)

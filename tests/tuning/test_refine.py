@@ -18,7 +18,13 @@ from omni_cache.tuning.budget import Budget
 from omni_cache.tuning.calibrate import Calibrated, calibrate
 from omni_cache.tuning.drafts import Drafts
 from omni_cache.tuning.gather import mean
-from omni_cache.tuning.refine import Refiner, directions_of, jacobian_steps, moved
+from omni_cache.tuning.refine import (
+    Refiner,
+    directions_of,
+    first_difference,
+    jacobian_steps,
+    moved,
+)
 from omni_cache.tuning.rehearse import Rehearsal, rehearsing
 from omni_cache.tuning.sensitivity import measure
 
@@ -28,9 +34,9 @@ MADE = Made("2026-11-26T12:00:00+00:00", "high", 3, 0, 0.0, None, {})
 
 @contextmanager
 def calibrated(
-    branches: tuple[str, ...] = ("cond",),
+    branches: tuple[str, ...] = ("cond",), seed: int = 0
 ) -> Iterator[tuple[Rehearsal, Calibrated, Drafts]]:
-    model = ToyTransformer()
+    model = ToyTransformer(seed)
     budget = Budget("high", len(SAMPLES), lambda *_: None)
     flags = {"inner": "eager"}
     with rehearsing(
@@ -105,14 +111,14 @@ def test_a_run_is_resumed_from_the_first_step_that_differs() -> None:
         (point, *_) = drafts.of(4)
         base = rehearsal.play(point, 0, records=True)
         assert base.ran == 4
-        (*_, way) = directions_of(point, drafts.content.grams)
+        way, *_ = directions_of(point, drafts.content.grams)
         tried = moved(point, [(way, 0.05)])
         whole = rehearsal.play(tried, 0)
         resumed = rehearsal.play(tried, 0, known=base.tape.before(way.steps[0]))
         assert whole.result.difference(resumed.result).any() == False  # noqa: E712
         assert whole.result.difference(base.result).any()
         assert resumed.ran == jacobian_steps([way], point.actions)
-        assert whole.ran == 4 > resumed.ran
+        assert whole.ran == 4 > resumed.ran > 0
 
 
 @pytest.mark.parametrize("branches", [("cond",), ("cond", "uncond")])
@@ -149,8 +155,62 @@ def test_weights_that_nothing_improves_stay() -> None:
         assert refiner.gauss_newton(whole, SAMPLES) is whole
 
 
+def actions(letters: str) -> tuple[str, ...]:
+    return tuple({"c": "compute", "r": "reuse"}[each] for each in letters)
+
+
+def test_moves_are_of_one_computed_step_by_one() -> None:
+    with calibrated() as (_, _found, drafts):
+        point = drafts.fitted(actions("crrcrcrrrc"), False)
+        found = {each.actions for each in drafts.moves(point)}
+        expected = ("crcrrcrrrc", "crrrccrrrc", "crrccrrrrc", "crrcrrcrrc", "crrcrcrrcr")
+        assert found == {actions(each) for each in expected}
+
+
+def test_the_best_of_several_moves_is_found_from_where_they_differ() -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+        point = drafts.fitted(actions("cccrrrrrrr"), False)
+        moves = drafts.moves(point)
+        before = rehearsal.budget.loops
+        best = refiner.best_move(point, moves, SAMPLES)
+        spent = rehearsal.budget.loops - before
+        assert [first_difference(point, each) for each in moves] == [2]
+        assert spent == pytest.approx(len(SAMPLES) * (3 + 1) / STEPS)
+        assert (best.actions, best.weights) == (moves[0].actions, moves[0].weights)
+        assert refiner.loss(best, SAMPLES) < refiner.loss(point, SAMPLES)
+        assert refiner.best_move(best, [point], SAMPLES) is best
+
+
 def test_drafts_of_more_steps_forecast_better() -> None:
     with calibrated() as (rehearsal, found, drafts):
         refiner = Refiner(rehearsal, found.references, drafts.content.grams)
         losses: list[Any] = [refiner.loss(drafts.of(count)[0], SAMPLES) for count in (2, 4, 7)]
         assert losses == sorted(losses, reverse=True)
+
+
+def test_what_was_chosen_by_samples_is_not_predicted_to_do_as_well_on_others() -> None:
+    """The mean over several models of how much better refined plans do on their own samples."""
+    seen, predicted = [], []
+    others = range(len(SAMPLES), len(SAMPLES) + 6)
+    for seed in (1, 2, 3, 5):
+        with calibrated(seed=seed) as (rehearsal, found, drafts):
+            refiner = Refiner(rehearsal, found.references, drafts.content.grams)
+            judge = Refiner(
+                rehearsal,
+                [*found.references, *(rehearsal.play(None, each).result for each in others)],
+                drafts.content.grams,
+            )
+            (draft, *_) = drafts.of(3)
+            assert draft.optimism == 0.0
+            point = refiner.best_move(draft, drafts.moves(draft), SAMPLES)
+            point = refiner.gauss_newton(point, SAMPLES)
+            point = refiner.gauss_newton(point, SAMPLES)
+
+            def gained(samples: range) -> float:
+                return judge.loss(draft, samples) - judge.loss(point, samples)  # noqa: B023
+
+            seen.append(gained(SAMPLES) - gained(others))
+            predicted.append(point.optimism)
+    assert np.mean(seen) > 0.7
+    assert np.mean(predicted) == pytest.approx(np.mean(seen), abs=1.0)

@@ -131,6 +131,35 @@ def test_loops_of_different_length_are_refused() -> None:
         tuned(model, lambda sample: denoised(model, sample, steps=STEPS + sample))
 
 
+def test_loops_with_other_branches_are_refused() -> None:
+    model, both = ToyTransformer(), ("cond", "uncond")
+    for more in (0, 1):
+        with pytest.raises(ValueError, match=r"generate\(1\) has the branches .* first loop has"):
+            tuned(model, lambda i, more=more: denoised(model, i, both if i == more else both[:1]))
+
+
+def test_a_branch_of_a_part_of_the_loop_is_refused() -> None:
+    model = ToyTransformer()
+
+    def generate(sample: int) -> Tensor:
+        latents, prompt = gaussian(sample, 1, TOKENS, CHANNELS), gaussian("p", 1, 5, CHANNELS)
+        with torch.no_grad(), omni_cache.generation(4):
+            for step in range(4):
+                for name in ("cond", "uncond")[: 1 + (step < 2)]:
+                    with omni_cache.branch(name):
+                        latents = latents - model(latents, torch.tensor([900.0 - step]), prompt)
+        return latents
+
+    with pytest.raises(ValueError, match=r"different numbers of steps, {'cond': 4, 'uncond': 2}"):
+        tuned(model, generate)
+
+
+def test_two_loops_for_a_sample_are_refused() -> None:
+    model = ToyTransformer()
+    with pytest.raises(ValueError, match="generate runs 2 loops for a sample"):
+        tuned(model, lambda sample: [denoised(model, sample), denoised(model, sample + 9)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -181,6 +210,39 @@ def test_the_budget_is_kept_and_counted(
     assert plan.content.made.effort == effort
 
 
+@pytest.mark.parametrize("computed_steps", [None, 28])
+def test_low_effort_keeps_its_budget_on_a_long_loop(computed_steps: int | None) -> None:
+    """Counted by what runs: each computed step has one part that holds both blocks."""
+    model, ran, judging_from = ToyTransformer(), [0], []
+
+    def counting(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        attends = any("scaled_dot_product" in str(node.target) for node in gm.graph.nodes)
+
+        def run(*args: Any) -> Any:
+            ran[0] += attends
+            return gm.forward(*args)
+
+        return run
+
+    def told(stage: str, loops: float, planned: float) -> None:
+        if stage.startswith("judges") and not judging_from:
+            judging_from.append((ran[0] / 28, loops, planned))
+
+    tuned(
+        model,
+        lambda sample: denoised(model, sample, steps=28),
+        effort="low",
+        computed_steps=computed_steps,
+        samples=2,
+        inner=counting,
+        progress=told,
+    )
+    ((counted, loops, planned),) = judging_from
+    assert planned == 8
+    assert counted == pytest.approx(loops)
+    assert counted <= planned
+
+
 def test_guidance_branches_share_actions_and_have_weights_of_their_own() -> None:
     model = ToyTransformer()
     plan = tuned(
@@ -197,7 +259,7 @@ def test_guidance_branches_share_actions_and_have_weights_of_their_own() -> None
 
 def test_a_quality_that_nothing_reaches_is_said() -> None:
     model = ToyTransformer()
-    with pytest.warns(UserWarning, match="no plan reaches psnr=500; the one that computes most"):
+    with pytest.warns(UserWarning, match="no plan reaches psnr=500 with a margin; the one that"):
         plan = tuned(model, psnr=500.0, effort="low")
     assert plan.point is plan.frontier[-1]
 
@@ -260,3 +322,31 @@ def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     before.save(kept)
     with pytest.raises(ValueError, match="of a tuning with another samples and targets"):
         tuned(model, samples=3, psnr=40.0, resume=kept)
+
+    with pytest.raises(ValueError, match="of a tuning with another generate, prompts or seed"):
+        tuned(model, lambda sample: denoised(model, sample + 50), **settings)
+
+
+class InPieces(ToyTransformer):
+    """Two block loops with a graph break between them: each is a region of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=4)
+        self.more, self.blocks = self.blocks[2:], self.blocks[:2]
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        x, time = self.embed(x), self.embed_prompt(prompt).mean(1)
+        for block in self.blocks:
+            x = block(x, time + timestep[:, None] / 500, None)
+        torch._dynamo.graph_break()
+        for block in self.more:
+            x = block(x, time, None)
+        return self.project(x)
+
+
+def test_a_model_in_pieces_follows_what_was_tuned_on_it() -> None:
+    model = InPieces()
+    plan = tuned(model, computed_steps=4, effort="low")
+    omni_cache.enable(model, plan, guardrail=None, inner="eager")
+    denoised(model, 4)
+    assert [each.computed_steps for each in omni_cache.summary(model).trajectories] == [4, 4]
