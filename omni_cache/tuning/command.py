@@ -24,6 +24,8 @@ from omni_cache.compare.measure import Task
 from omni_cache.compare.report import Comparison
 from omni_cache.pipelines.folder import Folder
 from omni_cache.strategies import Plan
+from omni_cache.strategies.base import require
+from omni_cache.strategies.named import PLAN_SUFFIX
 from omni_cache.tuning.report import Shown, write_report
 from omni_cache.tuning.tune import tune
 
@@ -63,6 +65,8 @@ def run(
     Raises:
         ValueError: an argument is wrong.
     """
+    # By its ending a path is known for a plan's.
+    require(output.suffix == PLAN_SUFFIX, "output", str(output), f"a path with {PLAN_SUFFIX}")
     console = Console()
     output.parent.mkdir(parents=True, exist_ok=True)
     pipe = pipeline.load()

@@ -28,10 +28,10 @@ ARGUMENTS = (
 )
 
 
-def tune(folder: Path, *arguments: str, prompts: str = "a red circle on a blue background") -> str:
-    (folder / "prompts.txt").write_text(prompts)
+def tune(folder: Path, *arguments: str, name: str = "plan.json") -> str:
+    (folder / "prompts.txt").write_text("a red circle on a blue background")
     given = ["tune", "demo", "--prompts", str(folder / "prompts.txt"), *ARGUMENTS, *arguments]
-    result = CliRunner().invoke(app, [*given, "--output", str(folder / "out" / "plan.json")])
+    result = CliRunner().invoke(app, [*given, "--output", str(folder / "out" / name)])
     assert isinstance(result.exception, (SystemExit, type(None)))
     return re.sub(r"[\s\u2502]+", " ", result.output)
 
@@ -66,6 +66,12 @@ def test_what_is_wrong_is_told_in_a_line(
 ) -> None:
     assert message in tune(tmp_path, *arguments)
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_file_that_would_not_be_known_for_a_plan_is_not_written(tmp_path: Path) -> None:
+    words = tune(tmp_path, name="plan.html")
+    assert "output must be a path with .json" in words
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_page_has_the_frontier_the_timeline_and_what_it_was_compared_with(
