@@ -484,9 +484,12 @@ def _partners(guarded: GuardedGraph) -> dict[Node, str]:
     partners = {
         pair.output: pair.partner.node.name for pair in pairs if isinstance(pair.partner, Leaf)
     }
-    # The prologue composes the others, and returns them last.
+    # The prologue composes the others, and returns them last, before a signal that it makes.
     composed = [pair.output for pair in pairs if not pair.held and pair.output not in partners]
-    made = guarded.prologue.outputs[len(guarded.prologue.outputs) - len(composed) :]
+    signal = guarded.analysis.signal
+    outputs = guarded.prologue.outputs
+    outputs = outputs[:-1] if signal is not None and signal.minus is not None else outputs
+    made = outputs[len(outputs) - len(composed) :]
     return {**partners, **dict(zip(composed, made, strict=True))}
 
 

@@ -142,6 +142,16 @@ def test_a_composed_partner_is_written_out_in_the_prologue() -> None:
     assert lines(after, "residual = x_3 - partner") or lines(after, "- partner")
 
 
+def test_a_composed_partner_is_written_out_beside_a_signal_that_is_made() -> None:
+    """The prologue makes both: what enters the region, and what the first blocks have added."""
+    model = made_up.WholeJointStream()
+    after = trace(model, signal="first_blocks", first=1, **inputs()).after
+    prologue = after.split("if gate")[0]
+    assert lines(prologue, "partner = cat([")
+    assert lines(prologue, "signal = ", " - ")
+    assert lines(prologue, "out: ", "partner", "signal")
+
+
 def test_a_slice_and_a_view_read_like_python() -> None:
     after = trace(made_up.PiecesAcrossTheCut(), **inputs()).after
     assert lines(after, "partner = linear[:, :2]")

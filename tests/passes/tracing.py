@@ -83,6 +83,7 @@ def trace(
     depth: int = 1,
     history_dtype: torch.dtype | None = None,
     per_sample: bool = False,
+    first: int = 0,
     **kwargs: Any,
 ) -> Trace:
     """Capture ``model(*args, **kwargs)`` as one graph, and analyse and split it.
@@ -96,7 +97,9 @@ def trace(
     def backend(gm: GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
         try:
             before = graph_text(gm.graph)
-            analysis = analyse(gm.graph, region=region, signal=signal, parameters=parameters)
+            analysis = analyse(
+                gm.graph, region=region, signal=signal, parameters=parameters, first=first
+            )
             guarded = split(gm, analysis, depth, history_dtype, per_sample)
             traces.append(Trace(gm, guarded, before, guarded_text(guarded), {}))
         except RegionError as error:
