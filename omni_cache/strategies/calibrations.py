@@ -6,13 +6,12 @@ through the fields. Knows nothing of how numbers are measured.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from omni_cache.strategies.base import is_number, require
-from omni_cache.strategies.fields import Fields
+from omni_cache.strategies.fields import Fields, read_file, write_file
 
 FORMAT = "omni-cache calibration 1"
 CALIBRATED = ("teacache", "magcache")
@@ -76,8 +75,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write the file."""
-        content = {"format": FORMAT, **asdict(self)}
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+        write_file(path, FORMAT, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -87,15 +85,7 @@ class Calibration:
             OSError: the file cannot be read.
             ValueError: it is broken; the message names the field.
         """
-        text = Path(path).read_text("utf-8", errors="replace")
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is cut off or no JSON: {error}") from None
-        try:
-            return _read(Fields(content, what=f"a JSON object with the format {FORMAT!r}"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return read_file(path, FORMAT, _read)
 
     @property
     def classes(self) -> list[str]:
@@ -129,7 +119,6 @@ class Calibration:
 
 
 def _read(fields: Fields) -> Calibration:
-    require(fields["format"] == FORMAT, "format", fields["format"], repr(FORMAT))
     strategy = fields["strategy"]
     require(strategy in CALIBRATED, "strategy", strategy, " or ".join(map(repr, CALIBRATED)))
     versions = fields.object("versions")

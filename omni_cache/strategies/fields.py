@@ -1,13 +1,46 @@
-"""Reads the fields of a JSON object; errors name the field. Knows nothing of what they mean."""
+"""Reads and writes files of one JSON object; errors name the field. Knows nothing of meanings."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omni_cache.strategies.base import is_count, is_number, require
 
 T = TypeVar("T")
+
+
+def read_file(path: str | Path, form: str, read: Callable[[Fields], T]) -> T:
+    """Read a file that `write_file` has written.
+
+    Args:
+        path: of the file.
+        form: the format, with its version, that the file has to name.
+        read: makes something of the fields.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is broken; the message names the file and the field.
+    """
+    text = Path(path).read_text("utf-8", errors="replace")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is cut off or no JSON: {error}") from None
+    try:
+        fields = Fields(content, what=f"a JSON object with the format {form!r}")
+        require(fields["format"] == form, "format", fields["format"], repr(form))
+        return read(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_file(path: str | Path, form: str, content: Mapping[str, Any]) -> None:
+    """Write fields that JSON has, no NaN among them, below the name of their format."""
+    text = json.dumps({"format": form, **content}, indent=1, allow_nan=False)
+    Path(path).write_text(text + "\n", "utf-8")
 
 
 class Fields:

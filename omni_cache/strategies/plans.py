@@ -6,7 +6,6 @@ of the file. Knows nothing of how plans are made, nor of how they are followed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from omni_cache.planning.gram import Gram
 from omni_cache.planning.search import COMPUTE, REUSE, SKIP
 from omni_cache.strategies.base import Row, is_count, require
-from omni_cache.strategies.fields import Fields
+from omni_cache.strategies.fields import Fields, read_file, write_file
 
 FORMAT = "omni-cache plan 1"
 EQUAL = "equal"
@@ -193,8 +192,7 @@ class Content:
 
     def save(self, path: str | Path) -> None:
         """Write the file."""
-        text = json.dumps(_jsonable(self), indent=1, allow_nan=False)
-        Path(path).write_text(text + "\n", "utf-8")
+        write_file(path, FORMAT, _jsonable(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Content:
@@ -204,15 +202,7 @@ class Content:
             OSError: the file cannot be read.
             ValueError: it is broken; the message names the field.
         """
-        text = Path(path).read_text("utf-8", errors="replace")
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is cut off or no JSON: {error}") from None
-        try:
-            return _read(Fields(content, what=f"a JSON object with the format {FORMAT!r}"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return read_file(path, FORMAT, _read)
 
 
 def _jsonable(content: Content) -> dict[str, Any]:
@@ -224,7 +214,6 @@ def _jsonable(content: Content) -> dict[str, Any]:
         for transformer, branches in content.grams.items()
     }
     return {
-        "format": FORMAT,
         "made": asdict(content.made),
         "signature": {
             **asdict(content.signature),
@@ -277,7 +266,6 @@ def _quality(quality: Quality | None) -> dict[str, float | str | None] | None:
 
 
 def _read(fields: Fields) -> Content:
-    require(fields["format"] == FORMAT, "format", fields["format"], repr(FORMAT))
     signature = _read_signature(fields.object("signature"))
     steps = signature.num_inference_steps
     grams = {
