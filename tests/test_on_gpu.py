@@ -1,0 +1,106 @@
+"""A tiny FLUX on a GPU, through Inductor: outputs, copies of the history, CUDA graphs, reads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers_models import CASES
+from torch import Tensor
+
+import omni_cache
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 8
+EVERY_OTHER: dict[str, Any] = {
+    "cache": "magcache",
+    "mag_ratios": [1.0] * STEPS,
+    "retention_ratio": 0.0,
+    "max_skip_steps": 1,
+    "num_inference_steps": STEPS,
+}
+TEACACHE: dict[str, Any] = {"cache": "teacache", "coefficients": [1.0, 0.0], "rel_l1_thresh": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.no_grad():
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+def on_gpu(step: int) -> dict[str, Any]:
+    """Inputs of a step; what stays is copied once, as a loop has it."""
+    inputs = CASES["flux"].inputs(step)
+    return {k: v.cuda() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def generation(flags: dict[str, Any], generations: int = 1) -> tuple[list[Tensor], list[bool]]:
+    """Outputs and computed steps of the last one; CUDA graphs are replayed from the third on."""
+    model: Any = CASES["flux"].build().cuda()
+    omni_cache.enable(model, strict=True, **flags)
+    calls = [on_gpu(step) for step in range(STEPS)]
+    for _ in range(generations):
+        outputs = []
+        with omni_cache.generation(STEPS):
+            for call in calls:
+                with omni_cache.branch("cond"):
+                    outputs.append(model(**call)[0].clone())
+    (trajectory,) = omni_cache.summary(model).trajectories
+    return outputs, [step.computed for step in trajectory.steps]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_inductor_computes_and_reuses_what_eager_does() -> None:
+    expected, schedule = generation({**EVERY_OTHER, "inner": "eager"})
+    found, own = generation(EVERY_OTHER)
+    assert own == schedule == [True, False] * (STEPS // 2)
+    assert_near(found, expected)
+
+
+def test_a_history_on_the_host_gives_the_same_bits() -> None:
+    flags = {**EVERY_OTHER, "inner": "eager"}
+    expected, _ = generation(flags)
+    found, schedule = generation({**flags, "history_device": "cpu"})
+    assert schedule == [True, False] * (STEPS // 2)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("flags", [EVERY_OTHER, TEACACHE], ids=["magcache", "teacache"])
+def test_cuda_graphs_leave_the_history_alone(flags: dict[str, Any]) -> None:
+    expected, schedule = generation({**flags, "inner": "eager"}, generations=3)
+    found, own = generation({**flags, "mode": "reduce-overhead"}, generations=3)
+    assert own == schedule
+    assert 0 < sum(schedule) < STEPS
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"), [(EVERY_OTHER, 0), (TEACACHE, 1)], ids=["magcache", "teacache"]
+)
+def test_a_call_waits_for_the_device_as_rarely_as_it_can(flags: dict[str, Any], most: int) -> None:
+    model: Any = CASES["flux"].build().cuda()
+    omni_cache.enable(model, inner="eager", strict=True, **flags)
+    calls = [on_gpu(step) for step in range(STEPS)]
+    for is_warm in (False, True):
+        with omni_cache.generation(STEPS):
+            for call in calls:
+                with warnings.catch_warnings(record=True) as caught, omni_cache.branch("cond"):
+                    warnings.simplefilter("always")
+                    torch.cuda.set_sync_debug_mode("warn" if is_warm else "default")
+                    try:
+                        model(**call)
+                    finally:
+                        torch.cuda.set_sync_debug_mode("default")
+                waits = [each for each in caught if "synchronizing" in str(each.message)]
+                assert len(waits) <= most, [str(each.message) for each in waits]
