@@ -18,6 +18,9 @@ from omni_cache.pipelines import disable, enable, refresh
 from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls
 from omni_cache.strategies import Strategy
 
+TRANSFORMERS = ("transformer", "transformer_2", "denoising_transformer")
+"""Names under which pipelines keep their denoising transformers."""
+
 _attached: weakref.WeakKeyDictionary[nn.Module, Guidance] = weakref.WeakKeyDictionary()
 
 
@@ -56,6 +59,20 @@ def detach(module: nn.Module) -> None:
     """Leave a module as it was before; one that is not attached is left alone."""
     disable(module)
     _attached.pop(own_module(module), None)
+
+
+def transformers_of(pipeline: Any) -> list[nn.Module]:
+    """The denoising transformers of a pipeline: those that it names itself, else the usual ones.
+
+    A pipeline names them, as dotted paths, in ``_dit_modules``.
+    """
+    found, named = [], getattr(pipeline, "_dit_modules", None)
+    for path in named if isinstance(named, tuple | list) and named else TRANSFORMERS:
+        part = pipeline
+        for name in path.split("."):
+            part = getattr(part, name, None)
+        found.append(own_module(part))
+    return list(dict.fromkeys(each for each in found if isinstance(each, nn.Module)))
 
 
 def own_module(module: Any) -> Any:

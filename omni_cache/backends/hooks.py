@@ -6,6 +6,7 @@ A hook here attaches itself to the module (see ``attach``); nothing wraps ``forw
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -75,19 +76,33 @@ class ModelHook:
 
 
 class HookRegistry:
-    """The hooks of one module, by name, in its attribute ``_hook_registry``."""
+    """The hooks of one module, by name, in its attribute ``_hook_registry``.
+
+    Copies of the module have none, since nothing is attached to them.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        # By weak reference: a module that owned itself would be freed by the cycle collector only.
+        self._weak = weakref.ref(module)
         self._hooks: dict[str, ModelHook] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    @property
+    def module(self) -> nn.Module:
+        """The one that they are attached to."""
+        module = self._weak()
+        assert module is not None  # it owns this
+        return module
 
     @classmethod
     def get_or_create(cls, module: nn.Module) -> HookRegistry:
         """The registry of a module, made where it has none."""
         registry = getattr(module, "_hook_registry", None)
         if not isinstance(registry, cls):
-            # Past nn.Module's own __setattr__, which would look for parameters.
-            registry = vars(module)["_hook_registry"] = cls(module)
+            registry = cls(module)
+            vars(module)["_hook_registry"] = registry
         return registry
 
     def register_hook(self, name: str, hook: ModelHook) -> None:
@@ -99,7 +114,7 @@ class HookRegistry:
         others = [each for each in self._hooks if each != name]
         if others:
             raise RuntimeError(
-                f"{type(self._module).__name__} has the hook {others[0]!r}, and can have one that "
+                f"{type(self.module).__name__} has the hook {others[0]!r}, and can have one that "
                 f"takes the place of forward; remove_hook({others[0]!r}) before {name!r}"
             )
         if name in self._hooks:
@@ -107,7 +122,7 @@ class HookRegistry:
             self.remove_hook(name)
         self._hooks[name] = hook
         try:
-            hook.initialize_hook(self._module)
+            hook.initialize_hook(self.module)
         except BaseException:
             del self._hooks[name]
             raise
@@ -116,7 +131,7 @@ class HookRegistry:
         """Detach a hook; a name that is not there is left alone."""
         hook = self._hooks.pop(name, None)
         if hook is not None:
-            hook.remove_hook(self._module)
+            hook.remove_hook(self.module)
 
     def get_hook(self, name: str) -> ModelHook | None:
         """A hook; None where there is none of the name."""
@@ -126,8 +141,8 @@ class HookRegistry:
         """Forget what a hook has kept; a name that is not there is left alone."""
         hook = self._hooks.get(name)
         if hook is not None:
-            hook.reset_state(self._module)
+            hook.reset_state(self.module)
 
     def dispatch(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, its hooks included."""
-        return self._module(*args, **kwargs)
+        return self.module(*args, **kwargs)

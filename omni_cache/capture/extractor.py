@@ -92,9 +92,9 @@ def _check(context: CacheContext, may_lack: Sequence[str] = ("encoder_hidden_sta
         given = getattr(context, name)
         if not callable(given):
             raise TypeError(_refusal(name, type(given).__name__, "callable"))
-    if not isinstance(context.extra_states, dict | None):
-        given = type(context.extra_states).__name__
-        raise TypeError(_refusal("extra_states", given, "a dict or None"))
+    extra: Any = context.extra_states
+    if not isinstance(extra, dict | None):
+        raise TypeError(_refusal("extra_states", type(extra).__name__, "a dict or None"))
     for name, arguments in callables.items():
         given = getattr(context, name)
         if not _takes(given, arguments):
