@@ -32,6 +32,8 @@ class Guidance:
     def begin(self, num_inference_steps: int | None) -> None:
         """Begin a request of so many steps, None where nobody knows."""
         self.calls = 0
+        self._step = 0
+        self._called: frozenset[str] = frozenset()
         self._generation = Generation(num_inference_steps)
 
     @contextmanager
@@ -47,11 +49,20 @@ class Guidance:
             generation = named_generation.get() or self._generation
             token = named_generation.set(generation)
             try:
-                with _named(name or self._by_order(call.module)):
+                with self._counted(name or self._by_order(call.module)):
                     yield
             finally:
                 named_generation.reset(token)
         self.calls += 1
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """A branch that is called for again is at the next step."""
+        is_again = name in self._called
+        step = self._step + is_again
+        with branch(name, step):
+            yield
+        self._step, self._called = step, (frozenset() if is_again else self._called) | {name}
 
     def _by_order(self, module: nn.Module) -> str:
         is_second = getattr(module, "do_true_cfg", False) and self.calls % 2 == 1

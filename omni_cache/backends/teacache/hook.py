@@ -153,7 +153,8 @@ class _BranchStates:
 
 def _state(trajectory: Trajectory) -> TeaCacheState:
     kept = trajectory.history.kept
-    residuals = trajectory.history.at_home(kept[0]) if kept else ()
+    made = trajectory.history.at_home(kept[0]) if kept else ()
+    residuals = [each for each in made if each.numel()]  # others only tell the dtype of a stream
     hidden, encoder = [*residuals, None, None][:2]
     change = trajectory.state.change
     return TeaCacheState(len(trajectory.steps), change, trajectory.signal, hidden, encoder)
