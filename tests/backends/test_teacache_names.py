@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -97,6 +98,15 @@ def test_every_known_type_has_its_published_coefficients(transformer_type: str) 
     assert config.rel_l1_thresh == (0.17 if transformer_type == "MiniMaxH3DiTModel" else 0.2)
     config.coefficients[0] = 0.0  # nobody else's
     assert TeaCacheConfig(transformer_type=transformer_type).coefficients[0] != 0.0
+
+
+def test_z_image_has_the_numbers_of_0_30_0_and_is_told_of_better_ones() -> None:
+    with pytest.warns(UserWarning, match="after 0.30.0"):
+        config = TeaCacheConfig(transformer_type="ZImageTransformer2DModel")
+    assert config.coefficients == TeaCacheConfig().coefficients
+    tuned = teacache_table("ZImageTransformer2DModel", "Z-Image (after 0.30.0)")
+    assert tuned is not None
+    assert tuned.coefficients != tuple(TeaCacheConfig().coefficients)
 
 
 def test_defaults() -> None:
@@ -264,6 +274,28 @@ def test_calls_with_and_without_guidance_do_not_swap_stamped_branches() -> None:
         runs.append(module.runs)
     # Only the branch that has missed a step is computed when it is back.
     assert runs == [1, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_stamp_may_be_any_name() -> None:
+    hook, module = make_hook()
+    for _ in range(2):
+        for stamp, signal in (("text", 1.0), ("image", 5.0), ("none", 25.0)):
+            module.cfg_branch = stamp
+            hook.new_forward(module, torch.zeros(4), torch.full((4,), signal))
+    assert module.runs == 3
+
+
+def test_the_runner_of_vllm_omni_may_name_the_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(cfg_branch_id=0)
+    theirs = SimpleNamespace(
+        is_forward_context_available=lambda: True, get_forward_context=lambda: context
+    )
+    monkeypatch.setitem(sys.modules, "vllm_omni.diffusion.forward_context", theirs)
+    hook, module = make_hook()
+    for _ in range(2):
+        for context.cfg_branch_id, signal in enumerate((1.0, 5.0, 25.0)):
+            hook.new_forward(module, torch.zeros(4), torch.full((4,), signal))
+    assert module.runs == 3
 
 
 def test_an_extractor_names_the_branch_over_a_stamp() -> None:
