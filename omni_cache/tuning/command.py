@@ -16,13 +16,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import omni_cache
 from omni_cache.compare.collect import collect
 from omni_cache.compare.command import calibrate_all
 from omni_cache.compare.kinds import plan_kind, strategy_kinds
 from omni_cache.compare.measure import Task
 from omni_cache.compare.report import Comparison
+from omni_cache.pipelines import disable, enable
 from omni_cache.pipelines.folder import Folder
+from omni_cache.runtime.contexts import generation
 from omni_cache.strategies import Plan
 from omni_cache.strategies.base import require
 from omni_cache.strategies.named import PLAN_SUFFIX
@@ -123,14 +124,14 @@ def _pictures(
     num_inference_steps: int,
     inner: str,
 ) -> list[Shown]:
-    omni_cache.enable(pipe, plan, inner=inner)
+    enable(pipe, plan, inner=inner)
     shown = []
     for prompt, seed in own:
-        with omni_cache.generation(cache="none"):
+        with generation(cache="none"):
             uncached, _ = pipeline.draw(pipe, prompt, seed, num_inference_steps)
         planned, _ = pipeline.draw(pipe, prompt, seed, num_inference_steps)
         shown.append(Shown(prompt, uncached, planned))
-    omni_cache.disable(pipe)
+    disable(pipe)
     return shown
 
 
