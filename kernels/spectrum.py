@@ -24,24 +24,37 @@ def distances(
     current: Tensor, previous: Tensor, sigmas: Tensor, axes: Sequence[int], power: float
 ) -> Tensor:
     """Return the distance of each sample, (B,) float32; arguments as in `ops`."""
-    both = torch.stack((current, previous)).float()
-    dims = [axis + 1 for axis in axes]
-    spectra = torch.fft.fftn(both, dim=dims) * _gains(both, sigmas, dims, power)
+    both = torch.stack((current, previous))
     # The releases compare in the dtype of the latents.
-    now, before = torch.fft.ifftn(spectra, dim=dims).real.to(current.dtype).float().flatten(2)
+    now, before = filtered(both, sigmas, [axis + 1 for axis in axes], power).float().flatten(2)
     moved: Tensor = (now - before).abs().mean(1)
     size: Tensor = before.abs().mean(1)
     return moved / (size + _EPSILON)
 
 
-def _gains(both: Tensor, sigmas: Tensor, dims: Sequence[int], power: float) -> Tensor:
-    """Return the filter of each of the two, of size 1 where it does not filter."""
-    noise = sigmas.float().view(2, *[1] * (both.dim() - 1))
+def filtered(latents: Tensor, sigmas: Tensor, axes: Sequence[int], power: float) -> Tensor:
+    """Return latents without their noise, in their own shape and dtype.
+
+    Args:
+        latents: (N, ...), each of N with a sigma of its own.
+        sigmas: (N,), from 0 to 1.
+        axes: which dimensions are filtered, those of space and time.
+        power: exponent of the power that clean latents have at a frequency.
+    """
+    spectra = torch.fft.fftn(latents.float(), dim=list(axes)) * _gains(latents, sigmas, axes, power)
+    kept: Tensor = torch.fft.ifftn(spectra, dim=list(axes)).real.to(latents.dtype)
+    return kept
+
+
+def _gains(latents: Tensor, sigmas: Tensor, axes: Sequence[int], power: float) -> Tensor:
+    """Return the filter of each of them, of size 1 where it does not filter."""
+    noise = sigmas.float().view(len(latents), *[1] * (latents.dim() - 1))
     signal = (1.0 - sigmas).float().view_as(noise)
     gains = torch.ones_like(noise)
-    for dim in dims:
-        frequency = torch.fft.fftfreq(both.shape[dim], device=both.device, dtype=torch.float32)
+    for axis in axes:
+        size, device = latents.shape[axis], latents.device
+        frequency = torch.fft.fftfreq(size, device=device, dtype=torch.float32)
         spectrum = 1.0 / (frequency.abs().pow(power) + _EPSILON)
-        spectrum = spectrum.view(-1, *[1] * (both.dim() - 1 - dim))
+        spectrum = spectrum.view(-1, *[1] * (latents.dim() - 1 - axis))
         gains = gains * (signal * spectrum / (signal**2 * spectrum + noise**2 + _EPSILON))
-    return gains / gains.mean(list(range(1, both.dim())), keepdim=True)
+    return gains / gains.mean(list(range(1, latents.dim())), keepdim=True)

@@ -75,6 +75,19 @@ def transformers_of(pipeline: Any) -> list[nn.Module]:
     return list(dict.fromkeys(each for each in found if isinstance(each, nn.Module)))
 
 
+def first_transformer(pipeline: Any) -> nn.Module:
+    """The first of `transformers_of`, for backends that cache no second one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = transformers_of(pipeline)
+    if not found:
+        listed = ", ".join(TRANSFORMERS)
+        raise ValueError(f"{type(pipeline).__name__} has no transformer: none of {listed}")
+    return found[0]
+
+
 def own_module(module: Any) -> Any:
     """The module itself, where it is one that ``torch.compile`` has wrapped."""
     return getattr(module, "_orig_mod", module)

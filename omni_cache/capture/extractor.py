@@ -232,6 +232,9 @@ class ExtractedModel:
         try:
             if torch.is_grad_enabled():
                 raise RegionError(NO_GRADIENTS)
+            context = extract(self._extractor, module, *args, **kwargs)
+            if self._signal == _LATENTS:
+                _check_latents(context.extra_states or {})
             if not self._executors:
                 groups = groups_of_module(module, self._flags.process_group)
                 for streams in (_STREAMS[:1], _STREAMS):
@@ -244,7 +247,6 @@ class ExtractedModel:
                 message = f"{type(module).__name__} runs uncached: {error}"
                 warnings.warn(message, UncachedWarning, stacklevel=2)
             return module.forward(*args, **kwargs)
-        context = extract(self._extractor, module, *args, **kwargs)
         states, call = context.extra_states or {}, bound_call.get()
         if call is not None:
             call.agree = states.get("synchronize_cache_decision")
@@ -265,7 +267,7 @@ class ExtractedModel:
         inputs = list(dict.fromkeys(inputs))
 
         def prologue(context: CacheContext) -> list[Any]:
-            return [getattr(context, name) for name in inputs]
+            return [_read(context, name) for name in inputs]
 
         def body(context: CacheContext, *entered: Tensor) -> list[Tensor]:
             before = [each.clone() for each in entered]  # blocks may write into them
@@ -340,6 +342,27 @@ class ExtractedModel:
         return Executor(program, placement)
 
 
+def _check_latents(states: Mapping[str, Any]) -> None:
+    """Refuse a call that gives no latents to compare, or none with noise."""
+    given = states.get(_LATENTS)
+    latents = given if isinstance(given, list) else []
+    if not latents or not all(isinstance(each, Tensor) and each.dim() == 5 for each in latents):
+        raise RegionError(f"the extractor gives no list of 5-D tensors as {_LATENTS!r}")
+    if any(each.shape != latents[-1].shape for each in latents):
+        raise RegionError(f"the tensors of {_LATENTS!r} have several shapes")
+    mask = states.get("sea_cache_noisy_frame_mask")
+    if isinstance(mask, Tensor) and not mask.any():
+        raise RegionError("no frame of the latents is noisy")
+
+
+def _read(context: CacheContext, name: str) -> Tensor:
+    """What enters the blocks or is compared; several latents as one batch."""
+    if name == _LATENTS:
+        return torch.cat((context.extra_states or {})[name])
+    found: Tensor = getattr(context, name)
+    return found
+
+
 def _run_first_stream_by(context: CacheContext, run_both: Callable[..., Any]) -> None:
     """Have a context's blocks run by a function of both streams, of which the first one counts."""
     encoder = context.encoder_hidden_states
@@ -352,7 +375,8 @@ def _run_first_stream_by(context: CacheContext, run_both: Callable[..., Any]) ->
 
 
 _STREAMS = ("hidden_states", "encoder_hidden_states")
-_SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb"}
+_LATENTS = "sea_cache_latents"
+_SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb", "latents": _LATENTS}
 _ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,6 +33,7 @@ class Branch(NamedTuple):
 
     name: str
     step_index: int | None = None
+    timestep: float | None = None
 
 
 class Observed(NamedTuple):
@@ -136,20 +138,26 @@ def generation(
 
 
 @contextmanager
-def branch(name: str, step_index: int | None = None) -> Iterator[None]:
+def branch(
+    name: str, step_index: int | None = None, timestep: float | None = None
+) -> Iterator[None]:
     """Name the guidance branch that the model is called for: ``"cond"``, ``"uncond"``, ...
 
     Args:
         name: the branch's name.
         step_index: the step of the denoising loop, from 0, where the caller knows it.
+        timestep: the timestep or sigma, where it is another one than the model is given; it is then
+            not read from the device. Of NaN every distance that depends on it is NaN.
 
     Raises:
-        ValueError: the name is empty or the step index negative.
+        ValueError: the name is empty, the step index negative or the timestep no number.
     """
     require(isinstance(name, str) and name != "", "name", name, "a non-empty string")
     known = step_index is None or is_count(step_index, 0)
     require(known, "step_index", step_index, "an integer >= 0 or None")
-    token = named_branch.set(Branch(name, step_index))
+    known = timestep is None or isinstance(timestep, Real)
+    require(known, "timestep", timestep, "a number or None")
+    token = named_branch.set(Branch(name, step_index, timestep))
     try:
         yield
     finally:

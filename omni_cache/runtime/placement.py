@@ -71,12 +71,13 @@ class Placement:
         tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
         if self.by_call and call is not None:
             timestep, tensors = call.timestep, call.inputs
-        guarded = self.guarded
+        guarded, named = self.guarded, named_branch.get()
+        said = None if named is None else named.timestep
         called = Called(
             generation,
-            named_branch.get(),
+            named,
             None if call is None else call.loop,
-            host_value(timestep),
+            host_value(timestep) if said is None else said,
             Inputs(tensors, not guarded.groups, guarded.is_shared(policy), timestep),
             guarded.computation,
         )

@@ -13,6 +13,9 @@ from torch import Tensor
 from omni_cache.kernels import number_dtype, rel_l1, sea_distance
 from omni_cache.strategies.base import NOTHING, Around, Made, require
 
+LEAST_SIGMA = 1e-6
+"""SeaCache's filter takes sigmas for no less than this, and for no more than 1 less this."""
+
 
 class OfTwoCalls:
     """What signals have in common, unless they say otherwise: they compare two calls."""
@@ -172,4 +175,6 @@ def _comparable(signal: Tensor) -> Tensor:
 def _sigmas(times: Tensor) -> Tensor:
     """The noise of two calls, (2,), from their timesteps."""
     values = torch.where(times.max() > 1.0, times / 1000.0, times)
-    return torch.where(values[0] > values[1], 1.0 - values, values).clamp(1e-6, 1.0 - 1e-6)
+    return torch.where(values[0] > values[1], 1.0 - values, values).clamp(
+        LEAST_SIGMA, 1.0 - LEAST_SIGMA
+    )
