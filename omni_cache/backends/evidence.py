@@ -3,7 +3,8 @@
     module -> its modules and tensors: which objects, where their data lie, how often written to
 
 It cannot see what leaves no trace in a tensor's version counter: a write through ``.data``, through
-memory shared with NumPy or DLPack, or by a kernel that does not report it.
+memory shared with NumPy or DLPack, or by a kernel that does not report it. Forward hooks are not
+looked at: libraries register some of their own while a module runs.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ def evidence_of(module: nn.Module, may_move: bool = False) -> Evidence:
     unversioned = False
     for child in children:
         inside = vars(child)
-        hooks = (*child._forward_pre_hooks, *child._forward_hooks)  # their ids are given out once
         merged = tuple(inside.get("merged_adapters") or ())
         quantisation = identity(inside.get("quant_method"))
-        found.append((identity(child), child.training, hooks, merged, quantisation))
+        found.append((identity(child), child.training, merged, quantisation))
         switches += [
             plain_or(inside[name], id(inside[name])) for name in _SWITCHES if name in inside
         ]
