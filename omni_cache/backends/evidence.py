@@ -114,7 +114,7 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among them; of one that wraps others, such as a DTensor, those."""
     found: list[Tensor] = []
     for value in values:
-        if is_traceable_wrapper_subclass(value):
+        if type(value) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()
             found += _tensors(getattr(value, name) for name in names)
         elif isinstance(value, Tensor):
