@@ -7,6 +7,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from omni_cache import calibration
     from omni_cache.backend import omni_cache_backend
+    from omni_cache.backends.base import CacheBackend
+    from omni_cache.backends.teacache import (
+        TeaCacheBackend,
+        TeaCacheConfig,
+        apply_teacache_hook,
+    )
     from omni_cache.capture.extractor import CacheContext, register_extractor
     from omni_cache.errors import UncachedWarning
     from omni_cache.explanation import Explanation, explain
@@ -31,63 +37,81 @@ if TYPE_CHECKING:
 
 # Loaded on first use: importing the package costs little more than importing torch.
 _HOMES = {
+    "CacheBackend": "omni_cache.backends.base",
     "CacheContext": "omni_cache.capture.extractor",
     "DBCache": "omni_cache.strategies",
     "DiCache": "omni_cache.strategies",
     "EasyCache": "omni_cache.strategies",
+    "ExactProjectionCache": "omni_cache.backends.exact_projection_cache",
     "Explanation": "omni_cache.explanation",
     "FirstBlockCache": "omni_cache.strategies",
     "MagCache": "omni_cache.strategies",
     "Plan": "omni_cache.strategies",
+    "PromptEmbedCache": "omni_cache.backends.prompt_embed_cache",
     "RegionError": "omni_cache.passes",
     "SeaCache": "omni_cache.strategies",
     "StepCache": "omni_cache.strategies",
     "TaylorSeer": "omni_cache.strategies",
     "TeaCache": "omni_cache.strategies",
+    "TeaCacheBackend": "omni_cache.backends.teacache",
+    "TeaCacheConfig": "omni_cache.backends.teacache",
     "UncachedWarning": "omni_cache.errors",
+    "apply_teacache_hook": "omni_cache.backends.teacache",
     "branch": "omni_cache.runtime.contexts",
     "calibration": "omni_cache.calibration",
     "disable": "omni_cache.pipelines",
     "enable": "omni_cache.pipelines",
     "explain": "omni_cache.explanation",
     "generation": "omni_cache.runtime.contexts",
+    "install_prompt_embed_cache": "omni_cache.backends.prompt_embed_cache",
     "omni_cache_backend": "omni_cache.backend",
     "refresh": "omni_cache.pipelines",
     "register_extractor": "omni_cache.capture.extractor",
     "register_forecast": "omni_cache.strategies.forecasts",
     "register_strategy": "omni_cache.strategies",
+    "resolve_prompt_embed_cache_config": "omni_cache.backends.prompt_embed_cache",
     "summary": "omni_cache.pipelines",
     "tune": "omni_cache.tuning",
+    "uninstall_prompt_embed_cache": "omni_cache.backends.prompt_embed_cache",
 }
 
 __all__ = [
+    "CacheBackend",
     "CacheContext",
     "DBCache",
     "DiCache",
     "EasyCache",
+    "ExactProjectionCache",
     "Explanation",
     "FirstBlockCache",
     "MagCache",
     "Plan",
+    "PromptEmbedCache",
     "RegionError",
     "SeaCache",
     "StepCache",
     "TaylorSeer",
     "TeaCache",
+    "TeaCacheBackend",
+    "TeaCacheConfig",
     "UncachedWarning",
+    "apply_teacache_hook",
     "branch",
     "calibration",
     "disable",
     "enable",
     "explain",
     "generation",
+    "install_prompt_embed_cache",
     "omni_cache_backend",
     "refresh",
     "register_extractor",
     "register_forecast",
     "register_strategy",
+    "resolve_prompt_embed_cache_config",
     "summary",
     "tune",
+    "uninstall_prompt_embed_cache",
 ]
 
 

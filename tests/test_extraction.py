@@ -569,13 +569,14 @@ def test_hidream_is_cached_by_an_extractor(registered: Any) -> None:
 # --- what is refused -----------------------------------------------------------------------------
 
 X = torch.zeros(2, 3, 4)
-CONTEXT = CacheContext(X, X, None, None, lambda: (X,), lambda x: x)
+CONTEXT = CacheContext(X, X, None, X, lambda: (X,), lambda x: x)
 
 WRONG = {
     "modulated_input": (TypeError, "list", {"modulated_input": [1.0]}),
     "hidden_states": (TypeError, "NoneType", {"hidden_states": None}),
     "encoder_hidden_states": (TypeError, "tuple", {"encoder_hidden_states": (X,)}),
     "temb": (TypeError, "float", {"temb": 1.0}),
+    "no temb": (TypeError, "NoneType", {"temb": None}),
     "extra_states": (TypeError, "list", {"extra_states": []}),
     "run_transformer_blocks": (TypeError, "Tensor", {"run_transformer_blocks": X}),
     "postprocess": (TypeError, "NoneType", {"postprocess": None}),
@@ -584,7 +585,7 @@ WRONG = {
     "postprocess with two": (RuntimeError, "(x, y)", {"postprocess": lambda x, y: x}),
     "batch sizes": (ValueError, "(1, 3, 4)", {"modulated_input": X[:1]}),
     "integers": (ValueError, "torch.int64", {"hidden_states": X.long()}),
-    "a vector": (ValueError, "(4,)", {"hidden_states": X[0, 0]}),
+    "a number": (ValueError, "()", {"hidden_states": X[0, 0, 0]}),
     "devices": (ValueError, "on meta", {"temb": X.to("meta")}),
 }
 

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omni_cache.backends.base import CacheBackend
+    from omni_cache.backends.teacache import (
+        TeaCacheBackend,
+        TeaCacheConfig,
+        apply_teacache_hook,
+    )
     from omni_cache.capture.extractor import CacheContext
 
 # Loaded on first use, like the names of the package above.

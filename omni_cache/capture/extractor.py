@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -29,6 +31,8 @@ from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
 from omni_cache.passes import FINITE, Entered, RegionError
+from omni_cache.runtime.calls import bound_call
+from omni_cache.runtime.contexts import branch
 from omni_cache.runtime.decision import Guarded
 from omni_cache.runtime.executor import Executor
 from omni_cache.runtime.placement import Placement
@@ -42,13 +46,18 @@ class CacheContext:
         modulated_input: the signal, what the first block's attention reads: (B, ...).
         hidden_states: what enters the blocks: (B, S, D).
         encoder_hidden_states: the second stream that enters them, None where there is one stream.
-        temb: the timestep embedding; None where the blocks take none.
+        temb: the timestep embedding; an extractor may leave it out (None) where the blocks take
+            none.
         run_transformer_blocks: runs them on what enters, and returns the streams that leave them
             as a tuple ``(hidden_states,)`` or ``(hidden_states, encoder_hidden_states)``, in the
             shapes in which they entered. It may write into these streams, unless one of them is
             ``modulated_input`` too.
         postprocess: from the first stream that leaves the blocks to what the model returns.
-        extra_states: what else an extractor wants to carry; nothing here reads it.
+        extra_states: what else an extractor wants to carry. These keys are read:
+            "run_flux2_full_transformer_with_single", a function from both streams to both streams,
+            takes the place of ``run_transformer_blocks``, and the residual of the first one alone
+            is kept; "synchronize_cache_decision", a function from whether this rank computes to
+            whether all do, has the last word; "teacache_branch" names the guidance branch.
     """
 
     modulated_input: Tensor
@@ -60,91 +69,110 @@ class CacheContext:
     extra_states: dict[str, Any] | None = None
 
     def validate(self) -> None:
-        """Check the fields.
+        """Check the fields: the types of all first.
 
         Raises:
-            TypeError: a field is not of its type.
-            ValueError: batch sizes or devices disagree, or the hidden states are no floating-point
-                tensor with a batch and a last dimension.
+            TypeError: a field is not of its type. ``temb`` has to be a tensor.
             RuntimeError: a callable does not take the arguments that it will be called with.
+            ValueError: batch sizes or devices disagree, or the hidden states are no floating-point
+                tensor with a batch.
         """
-        for name, kind, optional in (
-            ("modulated_input", Tensor, False),
-            ("hidden_states", Tensor, False),
-            ("encoder_hidden_states", Tensor, True),
-            ("temb", Tensor, True),
-            ("extra_states", dict, True),
-        ):
-            given = getattr(self, name)
-            if not isinstance(given, kind) and not (optional and given is None):
-                allowed = f"a {kind.__name__}{' or None' if optional else ''}"
-                raise TypeError(_refusal(name, type(given).__name__, allowed))
-        for name, arguments in (("run_transformer_blocks", ()), ("postprocess", (None,))):
-            given = getattr(self, name)
-            if not callable(given):
-                raise TypeError(_refusal(name, type(given).__name__, "callable"))
-            if not _takes(given, arguments):
-                count = "no argument" if not arguments else "one argument, the hidden states"
-                signature = inspect.signature(given)
-                raise RuntimeError(_refusal(name, str(signature), f"callable with {count}"))
-        states = self.hidden_states
-        if states.dim() < 2 or not states.is_floating_point():
-            given = f"{states.dtype} of shape {tuple(states.shape)}"
-            raise ValueError(
-                _refusal("hidden_states", given, "a floating-point tensor of shape (B, ..., D)")
-            )
-        for name in ("modulated_input", "encoder_hidden_states", "temb"):
-            given = getattr(self, name)
-            if given is not None and given.device != states.device:
-                allowed = f"on the device of hidden_states, {states.device}"
-                raise ValueError(_refusal(name, f"on {given.device}", allowed))
-        batch = self.modulated_input.shape[:1]
-        if batch != states.shape[:1]:
-            given = f"of shape {tuple(self.modulated_input.shape)}"
-            allowed = f"of the batch size of hidden_states, {states.shape[0]}"
-            raise ValueError(_refusal("modulated_input", given, allowed))
+        _check(self)
+
+
+def _check(context: CacheContext, may_lack: Sequence[str] = ("encoder_hidden_states",)) -> None:
+    """Check a context, in which some tensors may be None."""
+    for name in ("modulated_input", "hidden_states", "encoder_hidden_states", "temb"):
+        given = getattr(context, name)
+        if not isinstance(given, Tensor) and not (name in may_lack and given is None):
+            allowed = "a Tensor or None" if name in may_lack else "a Tensor"
+            raise TypeError(_refusal(name, type(given).__name__, allowed))
+    callables = {"run_transformer_blocks": (), "postprocess": (None,)}
+    for name in callables:
+        given = getattr(context, name)
+        if not callable(given):
+            raise TypeError(_refusal(name, type(given).__name__, "callable"))
+    extra: Any = context.extra_states
+    if not isinstance(extra, dict | None):
+        raise TypeError(_refusal("extra_states", type(extra).__name__, "a dict or None"))
+    for name, arguments in callables.items():
+        given = getattr(context, name)
+        if not _takes(given, arguments):
+            count = "no argument" if not arguments else "one argument, the hidden states"
+            signature = str(inspect.signature(given))
+            raise RuntimeError(_refusal(name, signature, f"callable with {count}"))
+    states = context.hidden_states
+    if states.dim() < 1 or not states.is_floating_point():
+        given = f"{states.dtype} of shape {tuple(states.shape)}"
+        raise ValueError(
+            _refusal("hidden_states", given, "a floating-point tensor of shape (B, ..., D)")
+        )
+    if context.modulated_input.shape[:1] != states.shape[:1]:
+        given = f"of shape {tuple(context.modulated_input.shape)}"
+        allowed = f"of the batch size of hidden_states, {states.shape[0]}"
+        raise ValueError(_refusal("modulated_input", given, allowed))
+    for name in ("modulated_input", "encoder_hidden_states", "temb"):
+        given = getattr(context, name)
+        if given is not None and given.device != states.device:
+            allowed = f"on the device of hidden_states, {states.device}"
+            raise ValueError(_refusal(name, f"on {given.device}", allowed))
 
 
 Extractor = Callable[..., CacheContext]
 
-_extractors: dict[str, Extractor] = {}
+EXTRACTORS: dict[str, Extractor] = {}
+"""The extractors of model classes, by the name of the class."""
+
+_of_modules: weakref.WeakKeyDictionary[nn.Module, Extractor] = weakref.WeakKeyDictionary()
 
 
-def register_extractor(model_class: str | type[nn.Module], extractor: Extractor | None) -> None:
+def register_extractor(
+    model_class: str | type[nn.Module] | nn.Module, extractor: Extractor | None
+) -> None:
     """Say how calls of a model class are taken apart, for models whose blocks no graph holds.
 
     It counts for models that are enabled from then on, in place of what a graph would tell.
 
     Args:
-        model_class: the class, or its name; subclasses of it are meant too.
+        model_class: the class, or its name; subclasses of it are meant too. A module means that
+            one alone, and comes before its class.
         extractor: called as ``extractor(module, *args, **kwargs)`` with the arguments of the
             module's ``forward``; None takes back what was registered.
 
     Raises:
-        TypeError: ``model_class`` is neither a class nor a name, or ``extractor`` is not callable.
+        TypeError: ``model_class`` is neither a module, a class nor a name, or ``extractor`` is not
+            callable.
     """
+    if extractor is not None and not callable(extractor):
+        raise TypeError(_refusal("extractor", repr(extractor), "callable or None"))
+    registry: Any = _of_modules if isinstance(model_class, nn.Module) else EXTRACTORS
+    key = model_class if isinstance(model_class, nn.Module) else _name(model_class)
+    if extractor is None:
+        registry.pop(key, None)
+    else:
+        registry[key] = extractor
+
+
+def _name(model_class: Any) -> str:
     name = model_class if isinstance(model_class, str) else getattr(model_class, "__name__", None)
     if name is None:
         raise TypeError(_refusal("model_class", repr(model_class), "a class or its name"))
-    if extractor is None:
-        _extractors.pop(name, None)
-    elif callable(extractor):
-        _extractors[name] = extractor
-    else:
-        raise TypeError(_refusal("extractor", repr(extractor), "callable or None"))
+    return str(name)
 
 
 def find_extractor(module: nn.Module) -> Extractor | None:
-    """The extractor that is registered for a module's class or the nearest of its bases."""
+    """The extractor that is registered for a module, its class or the nearest of its bases."""
+    own = _of_modules.get(module)
     names = (each.__name__ for each in type(module).__mro__)
-    return next((_extractors[name] for name in names if name in _extractors), None)
+    return own or next((EXTRACTORS[name] for name in names if name in EXTRACTORS), None)
 
 
 def extract(extractor: Extractor, module: nn.Module, *args: Any, **kwargs: Any) -> CacheContext:
     """A call's context, checked.
 
     Raises:
-        TypeError: the extractor returns something else, or see :meth:`CacheContext.validate`.
+        TypeError: the extractor returns something else, or see :meth:`CacheContext.validate`,
+            which wants a ``temb`` as well.
         ValueError: see there.
         RuntimeError: see there.
     """
@@ -155,7 +183,7 @@ def extract(extractor: Extractor, module: nn.Module, *args: Any, **kwargs: Any) 
             f"the extractor of {type(module).__name__} returned a {type(context).__name__}; it "
             "must return an omni_cache.CacheContext"
         )
-    context.validate()
+    _check(context, ("encoder_hidden_states", "temb"))
     return context
 
 
@@ -217,9 +245,17 @@ class ExtractedModel:
                 warnings.warn(message, UncachedWarning, stacklevel=2)
             return module.forward(*args, **kwargs)
         context = extract(self._extractor, module, *args, **kwargs)
+        states, call = context.extra_states or {}, bound_call.get()
+        if call is not None:
+            call.agree = states.get("synchronize_cache_decision")
+        name = states.get("teacache_branch")
+        run_both = states.get("run_flux2_full_transformer_with_single")
+        if run_both is not None:
+            _run_first_stream_by(context, run_both)
         has_one = context.encoder_hidden_states is None
         executor = self._executors[_STREAMS[:1] if has_one else _STREAMS]
-        return executor(context)[-1]
+        with nullcontext() if name is None else branch(str(name)):
+            return executor(context)[-1]
 
     def _executor(self, streams: Sequence[str], groups: Sequence[Any]) -> Executor:
         made = [f"{stream}_made" for stream in streams]
@@ -302,6 +338,17 @@ class ExtractedModel:
             guarded, self._model_class, *compiled_for, None, None, inputs=(), by_call=True
         )
         return Executor(program, placement)
+
+
+def _run_first_stream_by(context: CacheContext, run_both: Callable[..., Any]) -> None:
+    """Have a context's blocks run by a function of both streams, of which the first one counts."""
+    encoder = context.encoder_hidden_states
+
+    def run_transformer_blocks() -> tuple[Tensor, ...]:
+        hidden: Tensor = run_both(context.hidden_states, encoder)[0]
+        return (hidden,)
+
+    context.run_transformer_blocks, context.encoder_hidden_states = run_transformer_blocks, None
 
 
 _STREAMS = ("hidden_states", "encoder_hidden_states")

@@ -16,7 +16,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,18 @@ def is_enabled(target: Any) -> bool:
     return any(module in _enabled for module in models_of(target).values())
 
 
+def around_calls(
+    module: nn.Module, context: Callable[[Call], AbstractContextManager[None]]
+) -> None:
+    """Enter a context around every call of an enabled module, such as one that names its branch.
+
+    Args:
+        module: enabled; the context goes when other flags are enabled or it is disabled.
+        context: makes it for a call.
+    """
+    _enabled[module].context = context
+
+
 def enabled_flags(module: nn.Module) -> dict[str, Any] | None:
     """The flags that a module is enabled with; None where it is not."""
     call = _enabled.get(getattr(module, "_orig_mod", module))
@@ -234,6 +246,7 @@ class _CachedCall:
         )
         self._has_warned = False
         self.blocks: list[WatchedBlock] = []
+        self.context: Callable[[Call], AbstractContextManager[None]] = lambda call: nullcontext()
 
     def is_for(
         self, module: nn.Module, options: dict[str, Any], compile_flags: dict[str, Any]
@@ -279,7 +292,7 @@ class _CachedCall:
         names = [*self._parameters, *map("*{}".format, range(len(args)))]  # *0, *1, ... of *args
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = Call(module, self.state, arguments, self._loop(module))
-        with bind(call):
+        with self.context(call), bind(call):
             result = run(first, *args, **kwargs)
         if call.refusals or call.in_pieces:
             self._say_what_is_uncached(call)

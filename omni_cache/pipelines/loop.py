@@ -185,7 +185,9 @@ def _owners(module: nn.Module, frame: FrameType | None) -> Iterator[Any]:
         if code.co_argcount and not code.co_filename.startswith(_TORCH):
             owner = frame.f_locals.get(code.co_varnames[0])
             parts = getattr(owner, "__dict__", {})
-            if "scheduler" in parts and any(_is(parts.get(name), module) for name in TRANSFORMERS):
+            # Some pipelines are modules, which keep their parts apart.
+            parts = {**parts, **(parts.get("_modules") or {})} if "scheduler" in parts else {}
+            if any(_is(each, module) for each in parts.values()):
                 yield owner
         frame = frame.f_back
 

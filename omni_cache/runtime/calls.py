@@ -26,6 +26,8 @@ class Call:
         arguments: what its ``forward`` is called with, by name.
         loop: the announced loop that it belongs to, None where there is none.
         place: where it lies, once one of its graphs has found out.
+        agree: has the last word on whether the call computes, given whether it would; None where
+            nobody else has to be asked.
         commits: what is to be done when the call has ended well.
         in_pieces: whether Dynamo was asked for the pieces between graph breaks.
         refusals: why those of the pieces that have run uncached are not cached.
@@ -37,6 +39,7 @@ class Call:
     arguments: Mapping[str, Any]
     loop: Loop | None = None
     place: Place | None = None
+    agree: Callable[[bool], bool] | None = None
     commits: list[Callable[[], None]] = field(default_factory=list)
     in_pieces: bool = False
     refusals: list[RegionError] = field(default_factory=list)

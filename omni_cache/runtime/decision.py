@@ -216,8 +216,11 @@ class Step:
             called = self._called if value is None else self._called._replace(value=value)
             self._place = locate(self._state, called)
         place = self._place
+        agree = None if self._call is None else self._call.agree
         if isinstance(place, str):
             self._tell(place)
+            if agree is not None:  # who waits for this rank has to hear of it
+                agree(True)
             return False
         if not is_known:
             # Where the call was expected, what was measured counts.
@@ -240,6 +243,13 @@ class Step:
         verdict = gate.decide(state, place.at, view.total, distance)
         if view.must is not None:
             verdict = verdict._replace(reuse=False, reason=view.must)
+        if agree is not None:
+            reuse = not agree(not verdict.reuse) and len(view.kept) > 0
+            if reuse != verdict.reuse:
+                # Either way as if it had been computed: nothing has accumulated.
+                verdict = verdict._replace(
+                    reuse=reuse, reason="agreed", if_reused=verdict.if_computed
+                )
         self._view, self._verdict = view, verdict
         return verdict.reuse
 

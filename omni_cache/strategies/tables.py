@@ -13,13 +13,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TeaCacheTable:
-    """A published rescaling polynomial. ``signal`` is the flag's value that selects its signal."""
+    """A published rescaling polynomial.
+
+    ``signal`` is the flag's value that selects its signal, ``rel_l1_thresh`` the threshold that is
+    published with it, None where the source has none for this class alone.
+    """
 
     transformer_class: str
     variant: str
     coefficients: tuple[float, ...]
     signal: str
     source: str
+    rel_l1_thresh: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,14 @@ def teacache_table(model_class: str | None, variant: str | None = None) -> TeaCa
         tuple(entry["coefficients"]),
         entry["signal"],
         entry["source"],
+        entry.get("rel_l1_thresh"),
     )
+
+
+def teacache_classes() -> list[str]:
+    """The names of the model classes that have a published polynomial."""
+    entries = load_table("teacache_coefficients")
+    return list(dict.fromkeys(each["transformer_class"] for each in entries))
 
 
 def magcache_table(model_class: str | None, variant: str | None = None) -> MagCacheTable | None:

@@ -1,0 +1,92 @@
+"""A strategy on one module of a pipeline: put it on, begin a request, take it off.
+
+All backends go through here, and through `omni_cache.enable` from here. Which strategy it is, and
+which modules a pipeline has, is theirs to know.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from omni_cache.backends.guidance import Guidance
+from omni_cache.options import FLAGS
+from omni_cache.pipelines import disable, enable, refresh
+from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls
+from omni_cache.strategies import Strategy
+
+TRANSFORMERS = ("transformer", "transformer_2", "denoising_transformer")
+"""Names under which pipelines keep their denoising transformers."""
+
+_attached: weakref.WeakKeyDictionary[nn.Module, Guidance] = weakref.WeakKeyDictionary()
+
+
+def attach(module: nn.Module, strategy: Strategy, flags: Mapping[str, Any] | None = None) -> None:
+    """Have a module's calls follow a strategy, with nothing kept from before.
+
+    Args:
+        module: a denoising transformer, or what ``torch.compile`` made of one.
+        strategy: what decides.
+        flags: further ones for ``omni_cache.enable``, such as ``inner``.
+
+    Raises:
+        ValueError: as ``omni_cache.enable``.
+    """
+    enable(module, strategy, **(flags or {}))
+    own, guidance = own_module(module), Guidance()
+    around_calls(own, guidance)
+    _attached[own] = guidance
+    refresh(module)
+
+
+def begin(module: nn.Module, num_inference_steps: int | None) -> None:
+    """Begin a request: forget all that is kept. 0 and None steps are an unknown number.
+
+    Raises:
+        ValueError: the number is no integer >= 0.
+    """
+    steps = num_inference_steps or None
+    refresh(module, steps)
+    guidance = _attached.get(own_module(module))
+    if guidance is not None:
+        guidance.begin(steps)
+
+
+def detach(module: nn.Module) -> None:
+    """Leave a module as it was before; one that is not attached is left alone."""
+    disable(module)
+    _attached.pop(own_module(module), None)
+
+
+def transformers_of(pipeline: Any) -> list[nn.Module]:
+    """The denoising transformers of a pipeline: those that it names itself, else the usual ones.
+
+    A pipeline names them, as dotted paths, in ``_dit_modules``.
+    """
+    found, named = [], getattr(pipeline, "_dit_modules", None)
+    for path in named if isinstance(named, tuple | list) and named else TRANSFORMERS:
+        part = pipeline
+        for name in path.split("."):
+            part = getattr(part, name, None)
+        found.append(own_module(part))
+    return list(dict.fromkeys(each for each in found if isinstance(each, nn.Module)))
+
+
+def own_module(module: Any) -> Any:
+    """The module itself, where it is one that ``torch.compile`` has wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
+def guidance_of(module: nn.Module) -> Guidance | None:
+    """What names the branches of a module; None where it is not attached."""
+    return _attached.get(own_module(module))
+
+
+def extra_flags(config: Any) -> dict[str, Any]:
+    """Flags of ``omni_cache.enable`` among the keys of a configuration that are no field of it."""
+    keys = getattr(config, "_extra_params", {})
+    flags = {*FLAGS, *COMPILE_FLAGS, *Strategy.field_names()} - {"cache"}
+    return {name: value for name, value in keys.items() if name in flags}
