@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from omni_cache.backends.attach import extra_flags, transformers_of
 from omni_cache.backends.base import CacheBackend
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
 from omni_cache.backends.cachedit.engines import (
@@ -25,13 +26,9 @@ from omni_cache.backends.cachedit.model_specific import (
     CacheDiTEnableResult,
     Recipe,
     Refresh,
-    dit_modules,
-    present,
     recipe_of_modules,
 )
 from omni_cache.backends.config import DiffusionCacheConfig
-from omni_cache.options import FLAGS
-from omni_cache.pipelines.enable import COMPILE_FLAGS
 
 __all__ = [
     "CUSTOM_DIT_ENABLERS",
@@ -63,7 +60,7 @@ class CacheDiTBackend(CacheBackend):
             cache_config = DiffusionCacheConfig.from_dict(cache_config)
         super().__init__(cache_config)
         name = getattr(cache_config, "engine", "graph") if engine is None else engine
-        self.engine: Engine = make_engine(name, _flags(cache_config))
+        self.engine: Engine = make_engine(name, extra_flags(cache_config))
         self._installed = ExitStack()
         self._refresh: Refresh | None = None
 
@@ -131,7 +128,7 @@ def cache_summary(pipeline: Any, details: bool = True) -> None:
     """
     targets = getattr(pipeline, "_cache_dit_targets", None)
     if targets is None:
-        targets = present(pipeline, dit_modules(pipeline))
+        targets = tuple(transformers_of(pipeline))
     engines: tuple[Engine, ...] = (GraphEngine(), LibraryEngine())
     found = [any(engine.summary(each, details) for engine in engines) for each in targets]
     if not any(found):
@@ -173,7 +170,7 @@ def enable_cache_for_dit(
         blocks = replace(blocks, cached_adapter_cls=adapter_cls)
     recipe = Recipe((replace(target, blocks=blocks),))
     with ExitStack() as stack:
-        begin = _install(pipeline, recipe, make_engine(engine, _flags(cache_config)), stack)
+        begin = _install(pipeline, recipe, make_engine(engine, extra_flags(cache_config)), stack)
         stack.pop_all()
     return begin
 
@@ -206,9 +203,3 @@ def _declared(adapter: Any) -> CacheDiTAdapterConfig:
     blocks = dict(zip(names, patterns, strict=True))
     checks = adapter.check_forward_pattern
     return CacheDiTAdapterConfig(blocks, adapter.has_separate_cfg, check_forward_pattern=checks)
-
-
-def _flags(config: Any) -> dict[str, Any]:
-    """Flags of ``omni_cache.enable`` among the keys of a configuration that are no field of it."""
-    extra = getattr(config, "_extra_params", {})
-    return {key: extra[key] for key in (*FLAGS, *COMPILE_FLAGS) if key in extra and key != "cache"}

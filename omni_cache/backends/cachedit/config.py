@@ -10,6 +10,7 @@ from typing import Any
 
 from omni_cache.strategies import DBCache
 from omni_cache.strategies.base import is_count, require
+from omni_cache.strategies.forecasts import Taylor
 from omni_cache.strategies.masks import PRESETS, preset
 
 
@@ -110,7 +111,8 @@ class CacheDiTConfig:
         Raises:
             ValueError: a field has a value that is not allowed.
         """
-        mask = self.mask(num_inference_steps)
+        mask, order = self.mask(num_inference_steps), self.taylorseer_order
+        require(is_count(order, 0), "taylorseer_order", order, "an integer >= 0")
         return DBCache(
             fn_compute_blocks=self.Fn_compute_blocks,
             bn_compute_blocks=self.Bn_compute_blocks,
@@ -122,8 +124,8 @@ class CacheDiTConfig:
             steps_computation_policy="dynamic" if mask is None else self.scm_steps_policy,
             force_refresh_step_hint=self.force_refresh_step_hint,
             force_refresh_step_policy=self.force_refresh_step_policy,
-            forecast="taylor" if self.enable_taylorseer else "hold",
-            forecast_order=self.taylorseer_order if self.enable_taylorseer else None,
+            # Within DBCache the first three steps of cache-dit's have no differences.
+            forecast=Taylor(order, first=3) if self.enable_taylorseer else "hold",
             num_inference_steps=num_inference_steps,
         )
 

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from omni_cache.backends.attach import attach, begin, detach
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
-from omni_cache.pipelines import disable, enable, is_enabled, refresh, summary
+from omni_cache.pipelines import is_enabled, summary
 from omni_cache.strategies.base import one_of
 
 _log = getLogger(__name__)
@@ -107,13 +108,12 @@ class GraphEngine:
         flags = dict(self.flags)
         if target.declared is not None:
             flags.setdefault("region", tuple(target.declared.block_forward_patterns))
-        strategy = target.config.to_strategy(num_inference_steps)
-        enable(target.transformer, strategy, **flags)
-        refresh(target.transformer, num_inference_steps)
+        attach(target.transformer, target.config.to_strategy(num_inference_steps), flags)
+        begin(target.transformer, num_inference_steps)
 
     def remove(self, transformer: Any) -> None:
         """As `Engine`."""
-        disable(transformer)
+        detach(transformer)
 
     def summary(self, transformer: Any, details: bool) -> bool:
         """As `Engine`."""

@@ -11,11 +11,9 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
-from torch import nn
-
+from omni_cache.backends.attach import transformers_of
 from omni_cache.backends.cachedit.config import CacheDiTConfig
 from omni_cache.backends.cachedit.engines import Target
 
@@ -59,49 +57,25 @@ Enabler = Callable[[Any, Any], "Recipe | CacheDiTEnableResult | Refresh"]
 """Called with a pipeline and a ``DiffusionCacheConfig``."""
 
 
-def recipe_of_modules(
-    pipeline: Any, cache_config: Any, names: Sequence[str] | None = None
-) -> Recipe:
+def recipe_of_modules(pipeline: Any, cache_config: Any, name: str | None = None) -> Recipe:
     """All denoising transformers of a pipeline, with all steps each.
 
     Args:
         pipeline: the pipeline.
         cache_config: a ``DiffusionCacheConfig``.
-        names: dotted paths of attributes, those of ``_dit_modules`` where none are given.
+        name: of the only one, where it has a name that tells nobody; None for those that the
+            pipeline names in ``_dit_modules``, else the usual ones.
 
     Raises:
-        ValueError: the pipeline has none of them.
+        ValueError: the pipeline has none.
     """
-    paths = dit_modules(pipeline) if names is None else names
-    config = CacheDiTConfig.from_diffusion_config(cache_config)
-    targets = tuple(Target(each, config) for each in present(pipeline, paths))
-    if not targets:
+    found = transformers_of(pipeline) if name is None else [getattr(pipeline, name)]
+    if not found:
         raise ValueError(
-            f"{type(pipeline).__name__} has no module at {', '.join(paths)}; name its denoising "
-            "transformers in _dit_modules"
+            f"{type(pipeline).__name__} has no denoising transformer; name it in _dit_modules"
         )
-    return Recipe(targets)
-
-
-def dit_modules(pipeline: Any) -> tuple[str, ...]:
-    """Where a pipeline says that its denoising transformers lie."""
-    paths = getattr(pipeline, "_dit_modules", None)
-    if not isinstance(paths, list | tuple):
-        return ("transformer",)
-    return tuple(each for each in paths if isinstance(each, str))
-
-
-def present(pipeline: Any, paths: Sequence[str]) -> list[nn.Module]:
-    """The modules that a pipeline has of those at dotted paths."""
-    found = []
-    for path in paths:
-        try:
-            module = attrgetter(path)(pipeline)
-        except AttributeError:
-            continue
-        if module is not None:
-            found.append(module)
-    return found
+    config = CacheDiTConfig.from_diffusion_config(cache_config)
+    return Recipe(tuple(Target(each, config) for each in found))
 
 
 def enable_cache_for_wan22(pipeline: Any, cache_config: Any) -> Recipe:
@@ -110,12 +84,12 @@ def enable_cache_for_wan22(pipeline: Any, cache_config: Any) -> Recipe:
     Each counts its own steps. The one for low noise comes late, where little changes: two steps of
     warm-up do for it, and it reuses 20 at most.
     """
+    if getattr(pipeline, "transformer_2", None) is None:
+        return recipe_of_modules(pipeline, cache_config, "transformer")
     config = CacheDiTConfig.from_diffusion_config(cache_config)
     low = replace(config, max_warmup_steps=2, max_cached_steps=20)
-    experts = present(pipeline, ("transformer", "transformer_2"))
-    if len(experts) < 2:
-        return recipe_of_modules(pipeline, cache_config, ("transformer", "transformer_2"))
-    return Recipe((Target(experts[0], config), Target(experts[1], low)), steps_of_experts)
+    experts = Target(pipeline.transformer, config), Target(pipeline.transformer_2, low)
+    return Recipe(experts, steps_of_experts)
 
 
 def steps_of_experts(pipeline: Any, num_inference_steps: int) -> tuple[int, int]:
@@ -138,6 +112,6 @@ CUSTOM_DIT_ENABLERS: dict[str, Enabler] = {
     "Wan22I2VPipeline": enable_cache_for_wan22,
     "Wan22TI2VPipeline": enable_cache_for_wan22,
     "Wan22VACEPipeline": enable_cache_for_wan22,
-    "MammothModa2DiTPipeline": partial(recipe_of_modules, names=("gen_transformer",)),
+    "MammothModa2DiTPipeline": partial(recipe_of_modules, name="gen_transformer"),
 }
 """Enablers by the name of the pipeline's class; others may be added."""
