@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class Point:
 
     actions: tuple[str, ...]
     depth: int
-    weights: Mapping[str, Mapping[str, Mapping[int, Weights]]]
+    weights: Mapping[str, Mapping[str, Mapping[int, Weights]]] = field(hash=False)
     predicted: Quality | None = None
     judged: Quality | None = None
     seconds: float | None = None
@@ -84,9 +84,9 @@ class Point:
         return self.actions.count(COMPUTE)
 
     @property
-    def skips(self) -> bool:
-        """Whether it skips a step."""
-        return SKIP in self.actions
+    def skipped_steps(self) -> int:
+        """How many steps run nothing of the model."""
+        return self.actions.count(SKIP)
 
     @property
     def weighs_inputs(self) -> bool:
@@ -120,7 +120,7 @@ class Signature:
         versions: of torch, diffusers and omni-cache. They may differ.
     """
 
-    transformers: Mapping[str, tuple[str, str]]
+    transformers: Mapping[str, tuple[str, str]] = field(hash=False)
     scheduler: str | None
     sigmas: tuple[float, ...] | None
     timesteps: tuple[float, ...] | None
@@ -128,7 +128,7 @@ class Signature:
     size: tuple[int, ...]
     dtype: str
     guidance: float | None
-    versions: Mapping[str, str]
+    versions: Mapping[str, str] = field(hash=False)
 
     @property
     def num_inference_steps(self) -> int:
@@ -157,7 +157,7 @@ class Made:
     judged: int
     loops: float
     seconds: float | None
-    targets: Mapping[str, float]
+    targets: Mapping[str, float] = field(hash=False)
     verified: bool = True
 
 
@@ -179,7 +179,7 @@ class Content:
 
     signature: Signature
     made: Made
-    grams: Mapping[str, Mapping[str, Gram]]
+    grams: Mapping[str, Mapping[str, Gram]] = field(hash=False)
     sensitivity: tuple[float, ...]
     output_sensitivity: tuple[float, ...]
     frontier: tuple[Point, ...]
@@ -249,6 +249,7 @@ def _point(point: Point, owners: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "computed_steps": point.computed_steps,
+        "skipped_steps": point.skipped_steps,
         "depth": point.depth,
         "predicted": _quality(point.predicted),
         "judged": _quality(point.judged),
@@ -364,6 +365,9 @@ def _read_point(fields: Fields, signature: Signature, grams: Mapping[str, Any]) 
             found = Weights(given.numbers("row"), given.number("input"))
             require(len(found.row) <= depth, given.name_of("row"), found.row, f"{depth} at most")
             weights.setdefault(owner, {}).setdefault(branch, {})[step] = found
+    for key, kind in (("computed_steps", COMPUTE), ("skipped_steps", SKIP)):
+        said, expected = fields.count(key, least=0), actions.count(kind)
+        require(said == expected, fields.name_of(key), said, f"{expected}, as its steps say")
     return Point(
         tuple(actions),
         depth,

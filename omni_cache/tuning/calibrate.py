@@ -104,11 +104,11 @@ def _check_branches(first: Grams, found: Grams, called: str) -> None:
             "for loops that are alike"
         )
     for grams in found.values():
-        counts = {name: int(gram.present.sum()) for name, gram in grams.items()}
-        if len(set(counts.values())) > 1:
+        ran = {name: np.flatnonzero(gram.present).tolist() for name, gram in grams.items()}
+        if len({tuple(steps) for steps in ran.values()}) > 1:
             raise ValueError(
-                f"{called} runs its branches for different numbers of steps, {counts}; a plan is "
-                "for loops whose branches run together"
+                f"{called} runs its branches at different steps, {ran}; a plan is for loops whose "
+                "branches run together"
             )
 
 

@@ -46,9 +46,9 @@ def tune(
     judged: int = 16,
     effort: Effort = "default",
     prompts: Sequence[str] | None = None,
-    num_inference_steps: int = DEFAULT_STEPS,
+    num_inference_steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
     **flags: Any,
@@ -76,9 +76,9 @@ def tune(
             long as that helps.
         prompts: for a pipeline, in place of ``generate``: sample i is drawn with prompt
             ``i % len(prompts)`` from the noise of ``seed + i``.
-        num_inference_steps: steps of a loop, with ``prompts``.
-        arguments: what the pipeline's call gets besides, with ``prompts``.
-        seed: of the noise, with ``prompts``.
+        num_inference_steps: steps of a loop, with ``prompts`` alone; 50 where it is left out.
+        arguments: what the pipeline's call gets besides, with ``prompts`` alone.
+        seed: of the noise, with ``prompts`` alone; 0 where it is left out.
         progress: is told of every run; by default a line on stderr says what is being done.
         resume: a file that is kept while plans are refined. Where it is there, from the same
             arguments, its plans are taken over. It is removed at the end.
@@ -101,7 +101,14 @@ def tune(
     if (generate is None) == (prompts is None):
         raise ValueError("give either generate or, for a pipeline, prompts")
     if generate is None:
-        generate = _drawing(target, prompts or (), num_inference_steps, arguments or {}, seed)
+        steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+        require(is_count(steps, 1), "num_inference_steps", steps, "an integer >= 1")
+        generate = _drawing(target, prompts or (), steps, arguments or {}, seed or 0)
+    else:
+        drawing = {"num_inference_steps": num_inference_steps, "arguments": arguments, "seed": seed}
+        for name, given in drawing.items():
+            allowed = "left out with generate, which runs the loop itself"
+            require(given is None, name, given, allowed)
     budget = Budget(effort, samples, progress or _Lines())
     compiled_for = Guard(None, DEPTH, inputs=True)
     with rehearsing(target, generate, flags, compiled_for, budget) as rehearsal:
@@ -132,6 +139,11 @@ class _Tuning:
         budget = self._budget
         budget.begin(f"calibrates: {budget.announcement}")
         calibrated = calibrate(self._rehearsal, self._samples)
+        if self._target.ssim is not None and not calibrated.references[0].is_picture:
+            raise ValueError(
+                f"ssim={self._target.ssim!r} is asked of what is no picture: generate has to "
+                "return RGB pictures with numbers in [0, 1], or ask for psnr"
+            )
         grams = mean(calibrated.grams)
         made = Made(
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -214,3 +214,19 @@ def test_an_expert_that_the_plan_does_not_know_is_refused_when_it_runs() -> None
     with pytest.warns(UserWarning, match="the run has 'transformer_2'"):
         pipe()
     assert set(computed(pipe)["transformer_2 cond"]) == {True}
+
+
+def test_a_configuration_that_holds_objects_is_the_same_in_every_process() -> None:
+    class Rotary:
+        pass
+
+    class Configured(ToyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"rope": Rotary(), "act": lambda x: x, "kinds": {"a", "b", "c"}}
+
+    one, other = owner_of("", Configured()), owner_of("", Configured())
+    assert one.digest == other.digest
+    changed = Configured()
+    changed.config["kinds"] = {"a", "b"}
+    assert owner_of("", changed).digest != one.digest

@@ -150,8 +150,34 @@ def test_a_branch_of_a_part_of_the_loop_is_refused() -> None:
                         latents = latents - model(latents, torch.tensor([900.0 - step]), prompt)
         return latents
 
-    with pytest.raises(ValueError, match=r"different numbers of steps, {'cond': 4, 'uncond': 2}"):
+    with pytest.raises(
+        ValueError, match=r"different steps, {'cond': \[0, 1, 2, 3\], 'uncond': \[0, 1\]}"
+    ):
         tuned(model, generate)
+
+
+def test_guidance_by_a_batch_of_two_that_ends_in_the_middle_is_refused() -> None:
+    model = ToyTransformer()
+
+    def generate(sample: int) -> Tensor:
+        latents, prompt = gaussian(sample, 1, TOKENS, CHANNELS), gaussian("p", 1, 5, CHANNELS)
+        with torch.no_grad(), omni_cache.generation(4):
+            for step in range(4):
+                size, moment = 2 if step < 2 else 1, torch.tensor([900.0 - step])
+                given = (each.repeat(size, 1, 1) for each in (latents, prompt))
+                entered, asked = given
+                with omni_cache.branch("cond"):
+                    noise = model(entered, moment.repeat(size), asked)
+                latents = latents - noise[:1]
+        return latents
+
+    with pytest.raises(ValueError, match=r"step 2 of the model, cond, adds tensors of the shapes"):
+        tuned(model, generate)
+
+
+def test_ssim_is_not_asked_of_latents() -> None:
+    with pytest.raises(ValueError, match=r"ssim=0\.9 is asked of what is no picture"):
+        tuned(ToyTransformer(), ssim=0.9)
 
 
 def test_two_loops_for_a_sample_are_refused() -> None:
@@ -173,6 +199,9 @@ def test_two_loops_for_a_sample_are_refused() -> None:
         ({"computed_steps": 2.5}, "computed_steps=2.5 is not allowed"),
         ({"psnr": 40.0, "confidence": 1.0}, "confidence=1.0 is not allowed"),
         ({"confidence": 0.9}, "confidence is given without psnr or ssim"),
+        ({"num_inference_steps": 4}, "num_inference_steps=4 is not allowed; .* left out with gen"),
+        ({"arguments": {}}, "arguments={} is not allowed; arguments must be left out with gen"),
+        ({"seed": 0}, "seed=0 is not allowed; seed must be left out with generate"),
         ({"prompts": ["a fox"]}, "give either generate or, for a pipeline, prompts"),
         ({"inner": "eager", "depht": 2}, "depht"),
     ],
