@@ -260,7 +260,8 @@ class Plan(Strategy):
     def __repr__(self) -> str:
         signature, point = self.content.signature, self.point
         classes = ", ".join(kind for kind, _ in signature.transformers.values())
-        said = "" if self.content.made.verified else ", unverified"
+        said = f", {point.skipped_steps} skipped" if point.skipped_steps else ""
+        said += "" if self.content.made.verified else ", unverified"
         return f"Plan({point.computed_steps} of {len(point.actions)} steps of {classes}{said})"
 
     def __str__(self) -> str:

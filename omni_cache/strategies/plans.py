@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +205,11 @@ class Content:
         """
         return read_file(path, FORMAT, _read)
 
+    @classmethod
+    def load_unfinished(cls, path: str | Path) -> Content:
+        """Read a file of a tuning that goes on, which may have no points yet; see `load`."""
+        return read_file(path, FORMAT, partial(_read, finished=False))
+
 
 def _jsonable(content: Content) -> dict[str, Any]:
     grams = {
@@ -266,7 +272,7 @@ def _quality(quality: Quality | None) -> dict[str, float | str | None] | None:
     return {name: EQUAL if value == math.inf else value for name, value in found.items()}
 
 
-def _read(fields: Fields) -> Content:
+def _read(fields: Fields, finished: bool = True) -> Content:
     signature = _read_signature(fields.object("signature"))
     steps = signature.num_inference_steps
     grams = {
@@ -276,8 +282,9 @@ def _read(fields: Fields) -> Content:
     allowed = f"an object with {', '.join(signature.transformers)}"
     same = grams.keys() == signature.transformers.keys()
     require(same, "grams", sorted(grams), allowed)
-    frontier = tuple(_read_point(each, signature, grams) for each in fields.objects("frontier"))
-    chosen, last = fields["chosen"], len(frontier) - 1
+    points = fields.objects("frontier") if finished or fields["frontier"] else []
+    frontier = tuple(_read_point(each, signature, grams) for each in points)
+    chosen, last = fields["chosen"], max(len(frontier) - 1, 0)
     fits = is_count(chosen, 0) and chosen <= last
     require(fits, "chosen", chosen, f"an integer from 0 to {last}")
     return Content(

@@ -7,7 +7,7 @@ the cache, and to give finite numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import median
 from typing import Any
@@ -56,6 +56,10 @@ def calibrate(rehearsal: Rehearsal, samples: Sequence[int]) -> Calibrated:
     for sample in samples:
         vectors = Vectors()
         played = rehearsal.play(None, sample, observer=vectors)
+        if not vectors.times and rehearsal.compiled_for.skips:
+            # A model in pieces, or one with an extractor: its forwards cannot be skipped.
+            rehearsal.compiled_for = replace(rehearsal.compiled_for, skips=False)
+            played = rehearsal.play(None, sample, observer=vectors)
         if not vectors.times:
             raise RuntimeError(
                 "generate ran no step of the target through the cache; it has to call the target, "

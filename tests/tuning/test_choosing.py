@@ -120,6 +120,15 @@ def test_a_frontier_rises() -> None:
     assert psnr == sorted(psnr)
 
 
+def test_what_skips_is_cheaper_by_what_a_reused_step_takes() -> None:
+    """Where a reused step takes half of a computed one, 5 + 5/2 steps are more than 6 + 1/2."""
+    reuses, skips = candidate(5, 45.0, seconds=0.75), candidate(6, 46.0, seconds=0.65, skipped=3)
+    whole = candidate(10, 44.0, seconds=1.0)
+    assert undominated([reuses, skips]) == [reuses, skips]
+    assert undominated([reuses, skips], 1.0) == [skips]
+    assert undominated([whole, reuses], 1.0) == [reuses]  # nothing reused tells nothing
+
+
 def test_a_plan_that_was_refined_pushes_none_out_by_its_prediction() -> None:
     refined, other = candidate(6, 51.0, 47.0), candidate(8, 50.0, 48.0)
     assert undominated([refined, other]) == [refined, other]
