@@ -170,6 +170,7 @@ def tune(
     samples: Annotated[int, typer.Option(min=2, help="How many pictures calibrate.")] = 16,
     judged: Annotated[int, typer.Option(min=2, help="How many others judge.")] = 16,
     effort: Annotated[str, typer.Option(help="low, default or high.")] = "default",
+    minutes: Annotated[float | None, typer.Option(help="How long it may take at most.")] = None,
     strategies: Annotated[
         bool, typer.Option(help="Report on fewer steps and the adaptive strategies too.")
     ] = True,
@@ -203,6 +204,7 @@ def tune(
             samples=samples,
             judged=judged,
             effort=effort,
+            minutes=minutes,
             strategies=strategies,
             inner=inner,
             seed=seed,

@@ -1,9 +1,10 @@
 """What tuned plans reach, beside fewer steps: at numbers of computed steps, and for targets.
 
 Tunes a pipeline for each number of computed steps and for each PSNR, judges on samples that were
-used for nothing else, and draws the same samples with fewer steps of the uncached model. Writes
-plans-PIPELINE.json and plans-PIPELINE.md, and the plans themselves. Pipelines are "demo", the
-bundled one, and "digits", which `scripts/digits.py train` makes.
+used for nothing else, and draws the same samples with fewer steps of the uncached model. After
+every plan it writes plans-PIPELINE-EFFORT.json, .md and .png, and the plan itself; what the JSON
+has already is not measured again, and a tuning that was interrupted goes on. Pipelines are "demo",
+the bundled one, and "digits", which `scripts/digits.py train` makes.
 """
 
 from __future__ import annotations
@@ -15,28 +16,30 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from matplotlib.figure import Figure
 
 import omni_cache
 from omni_cache.compare.report import processor
 from omni_cache.demo import load_demo_pipeline
 from omni_cache.demo.command import demo_captions
-from omni_cache.quality import fidelity_to, psnr_to
+from omni_cache.quality import Fidelity, fidelity_to
 
-STEPS, SAMPLES, JUDGED = 28, 16, 32
 BAR_OVER_FEWER, BAR_PREDICTION = 6.0, 1.5
 
 Draw = Callable[[int], Any]
+"""Draws a sample: an RGB picture, (H, W, 3), with numbers in [0, 1]."""
 
 
-def bundled() -> tuple[Any, Callable[[int], Draw]]:
+def bundled(count: int) -> tuple[Any, Callable[[int], Draw]]:
     """The bundled pipeline, and what draws with a number of steps; every sample has a caption."""
-    pipe, captions = load_demo_pipeline(), demo_captions(SAMPLES + JUDGED)
+    pipe, captions = load_demo_pipeline(), demo_captions(count)
     pipe.set_progress_bar_config(disable=True)
 
     def with_steps(steps: int) -> Draw:
@@ -52,29 +55,53 @@ def bundled() -> tuple[Any, Callable[[int], Draw]]:
     return pipe, with_steps
 
 
-def digits() -> tuple[Any, Callable[[int], Draw]]:
+def digits(count: int) -> tuple[Any, Callable[[int], Draw]]:
     """The pipeline of scripts/digits.py: another architecture, sampler and guidance."""
     from digits import load
 
     _, generate = load()
-    return generate.pipe, lambda steps: type(generate)(generate.pipe, steps)
+
+    def with_steps(steps: int) -> Draw:
+        draw = type(generate)(generate.pipe, steps)
+        return lambda sample: np.repeat(draw(sample)[..., None], 3, axis=-1)
+
+    return generate.pipe, with_steps
 
 
 PIPELINES = {"demo": bundled, "digits": digits}
 
 
-def decibels(references: Sequence[Any], made: Sequence[Any]) -> list[float]:
-    """PSNR of each picture; infinite for equal ones."""
-    found = [psnr_to(*pair) for pair in zip(references, made, strict=True)]
-    return [float("inf") if each is None else each for each in found]
+class Clock:
+    """Says what is being done and for how long, at each new stage and every half minute."""
+
+    def __init__(self) -> None:
+        self.began = self._told = time.perf_counter()
+        self._stage = ""
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self.began
+
+    def __call__(self, stage: str, loops: float, planned: float) -> None:
+        """The progress of a tuning."""
+        if stage != self._stage or time.perf_counter() - self._told > 30:
+            self._stage, self._told = stage, time.perf_counter()
+            print(
+                f"{self.seconds:7.0f} s  {stage} ({loops:.0f} loops of {planned:.0f})", flush=True
+            )
 
 
-def summary_of(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the percentiles that are quoted."""
+def summary_of(fidelities: Sequence[Fidelity]) -> dict[str, float]:
+    """Median and 5th percentile of PSNR, infinite for equal pictures, and of SSIM."""
+    psnr = [inf if each.psnr is None else each.psnr for each in fidelities]
+    ssim = [each.ssim for each in fidelities if each.ssim is not None]
+    low = float(np.percentile(psnr, 5, method="lower"))
     return {
-        "median": float(np.median(values)),
-        "p5": float(np.percentile(values, 5)),
-        "p10": float(np.percentile(values, 10)),
+        "psnr": float(np.median(psnr)),
+        "psnr_low": low,
+        "ssim": float(np.median(ssim)),
+        "ssim_low": float(np.percentile(ssim, 5)),
     }
 
 
@@ -86,13 +113,21 @@ def main(
     confidence: Annotated[float, typer.Option(help="Share that has to reach a target.")] = 0.9,
     effort: Annotated[str, typer.Option(help="Of the tuning.")] = "default",
     inner: Annotated[str, typer.Option(help="Inner compiler.")] = "inductor",
+    steps: Annotated[int, typer.Option(help="Of a loop.")] = 28,
+    samples: Annotated[int, typer.Option(help="How many calibrate.")] = 16,
+    judged: Annotated[int, typer.Option(help="How many others judge.")] = 32,
 ) -> None:
     """Measure what plans reach."""
-    pipe, with_steps = PIPELINES[pipeline]()
-    generate, others = with_steps(STEPS), range(SAMPLES, SAMPLES + JUDGED)
-    references = [generate(each) for each in others]
+    pipe, with_steps = PIPELINES[pipeline](samples + judged)
+    generate, others = with_steps(steps), range(samples, samples + judged)
     output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    stem = output / f"plans-{pipeline}-{effort}"
+    settings = {"pipeline": pipeline, "effort": effort, "steps": steps, "samples": samples}
+    settings |= {"judged": judged, "confidence": confidence}
+    rows = known(stem.with_suffix(".json"), settings)
+    clock = Clock()
+    references = [generate(each) for each in others]
+    print(f"{clock.seconds:7.0f} s  drew {judged} pictures uncached", flush=True)
     asked: list[tuple[str, dict[str, Any]]] = [
         (f"{number} computed", {"computed_steps": int(number)})
         for number in filter(None, computed.split(","))
@@ -102,104 +137,136 @@ def main(
         for number in filter(None, targets.split(","))
     ]
     for name, target in asked:
-        started = time.perf_counter()
+        if name in [row["asked"] for row in rows]:
+            print(f"{clock.seconds:7.0f} s  {name}: measured before", flush=True)
+            continue
+        print(f"{clock.seconds:7.0f} s  {name}", flush=True)
+        path = output / f"plan-{pipeline}-{effort}-{name.replace(' >= ', '-').replace(' ', '-')}"
+        tuning = Clock()
         plan = omni_cache.tune(
             pipe,
             generate,
-            samples=SAMPLES,
-            judged=JUDGED,
+            samples=samples,
+            judged=judged,
             effort=effort,
             inner=inner,
+            progress=tuning,
+            resume=path.with_suffix(".partial"),
             **target,
         )
-        seconds = time.perf_counter() - started
-        plan.save(output / f"plan-{pipeline}-{name.split()[-1]}-{effort}.json")
+        seconds = tuning.seconds
+        plan.save(path.with_suffix(".json"))
         omni_cache.enable(pipe, plan, inner=inner)
-        made = [generate(each) for each in others]
+        made = compared(references, [generate(each) for each in others])
         omni_cache.disable(pipe)
-        fewer = [with_steps(plan.point.computed_steps)(each) for each in others]
+        point, fewer = plan.point, with_steps(plan.point.computed_steps)
+        reached = [each.psnr is None or each.psnr >= target.get("psnr", 0.0) for each in made]
         rows.append(
             {
                 "asked": name,
                 "target": target,
-                "computed_steps": plan.point.computed_steps,
-                "actions": plan.point.actions,
-                "plan": summary_of(decibels(references, made)),
-                "predicted": None if plan.point.predicted is None else plan.point.predicted.psnr,
-                "fewer": summary_of(decibels(references, fewer)),
-                "ssim": float(
-                    np.median(
-                        [
-                            fidelity_to(one, other).ssim or 0.0
-                            for one, other in zip(map(rgb, references), map(rgb, made), strict=True)
-                        ]
-                    )
-                ),
-                "share": float(
-                    np.mean(
-                        [each >= target.get("psnr", 0.0) for each in decibels(references, made)]
-                    )
-                ),
+                "computed_steps": point.computed_steps,
+                "actions": point.actions,
+                "plan": summary_of(made),
+                "predicted": None if point.predicted is None else point.predicted._asdict(),
+                "judged": None if point.judged is None else point.judged._asdict(),
+                "fewer": summary_of(compared(references, [fewer(each) for each in others])),
+                "share": float(np.mean(reached)),
                 "loops": plan.content.made.loops,
                 "seconds": seconds,
                 "frontier": [
                     {
-                        "computed_steps": point.computed_steps,
-                        "predicted": None if point.predicted is None else point.predicted.psnr,
-                        "judged": None if point.judged is None else point.judged.psnr,
+                        "computed_steps": each.computed_steps,
+                        "skipped_steps": each.skipped_steps,
+                        "seconds": each.seconds,
+                        "predicted": None if each.predicted is None else each.predicted._asdict(),
+                        "judged": None if each.judged is None else each.judged._asdict(),
                     }
-                    for point in plan.frontier
+                    for each in plan.frontier
                 ],
             }
         )
-        print(
-            rows[-1]["asked"], rows[-1]["plan"], rows[-1]["fewer"], f"{seconds:.0f} s", flush=True
-        )
-    report = {
-        "date": date.today().isoformat(),
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "diffusers", "omni-cache")},
-        "command": shlex.join(["python", "scripts/bench_plans.py", *sys.argv[1:]]),
-        "pipeline": pipeline,
-        "effort": effort,
-        "rows": rows,
+        report = {
+            "date": date.today().isoformat(),
+            "machine": f"{processor()}, {torch.get_num_threads()} threads",
+            "versions": {name: version(name) for name in ("torch", "diffusers", "omni-cache")},
+            "command": shlex.join(["python", "scripts/bench_plans.py", *sys.argv[1:]]),
+            "settings": settings,
+            "rows": rows,
+        }
+        stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
+        draw(report, stem.with_suffix(".png"))
+        print(f"{clock.seconds:7.0f} s  {name}: {rows[-1]['plan']}, tuned in {seconds:.0f} s")
+    print(stem.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured before with these settings.
+
+    Raises:
+        ValueError: the file has other settings.
+    """
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["settings"] != settings:
+        raise ValueError(f"{path} was measured with {report['settings']}; name another folder")
+    rows: list[dict[str, Any]] = report["rows"]
+    return rows
+
+
+def compared(references: Sequence[Any], made: Sequence[Any]) -> list[Fidelity]:
+    """How near each picture is to its reference."""
+    return [fidelity_to(*pair) for pair in zip(references, made, strict=True)]
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """PSNR over computed steps: plans, their 5th percentile, and fewer steps."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes, rows = figure.subplots(), sorted(report["rows"], key=lambda row: row["computed_steps"])
+    across = [row["computed_steps"] for row in rows]
+    lines = {
+        "plans": [row["plan"]["psnr"] for row in rows],
+        "plans, 5th percentile": [row["plan"]["psnr_low"] for row in rows],
+        "fewer steps": [row["fewer"]["psnr"] for row in rows],
     }
-    stem = output / f"plans-{pipeline}-{effort}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
-    print(as_markdown(report))
-
-
-def rgb(picture: Any) -> Any:
-    """A picture with three channels, whatever it has."""
-    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
+    for (name, values), style in zip(lines.items(), ("o-C3", ":C3", "s-C0"), strict=True):
+        axes.plot(
+            across, [each if isfinite(each) else np.nan for each in values], style, label=name
+        )
+    axes.set(xlabel=f"steps computed of {report['settings']['steps']}", ylabel="PSNR in dB, median")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
+    settings = report["settings"]
     lines = [
-        f"# Tuned plans of the pipeline {report['pipeline']!r}, effort {report['effort']!r}",
+        "# Tuned plans of the pipeline {pipeline!r}, effort {effort!r}".format(**settings),
         "",
-        f"{STEPS} steps, tuned on {SAMPLES} samples, judged on {JUDGED} others: PSNR in dB, "
-        "against the uncached pipeline: median and, in brackets, 5th percentile. Beside it the "
-        "same model with only as many steps.",
+        "{steps} steps, tuned on {samples} samples, judged on {judged} others: PSNR in dB and SSIM "
+        'against the uncached pipeline, median and, in brackets, 5th percentile. "Reached by" is '
+        "the share of the judged samples that meet the target. Beside it the same model with only "
+        "as many steps.".format(**settings),
         "",
-        "| asked for | computed | plan | predicted | SSIM | fewer steps | plan over fewer | "
-        "reached by | loops | tuned in |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| asked for | computed | PSNR | predicted | SSIM | predicted | fewer steps | plan over "
+        "fewer | reached by | loops | tuned in |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
-        over = row["plan"]["median"] - row["fewer"]["median"]
+        over = row["plan"]["psnr"] - row["fewer"]["psnr"]
         share = f"{100 * row['share']:.0f}%" if "psnr" in row["target"] else ""
-        predicted = "" if row["predicted"] is None else f"{row['predicted']:.1f}"
         lines.append(
-            f"| {row['asked']} | {row['computed_steps']} | {row['plan']['median']:.1f} "
-            f"({row['plan']['p5']:.1f}) | {predicted} | {row['ssim']:.4f} | "
-            f"{row['fewer']['median']:.1f} ({row['fewer']['p5']:.1f}) | {over:+.1f} | {share} | "
-            f"{row['loops']:.0f} | {row['seconds']:.0f} s |"
+            f"| {row['asked']} | {row['computed_steps']} | {cell(row['plan'], 'psnr', 1)} | "
+            f"{cell(row['predicted'], 'psnr', 1)} | {cell(row['plan'], 'ssim', 4)} | "
+            f"{cell(row['predicted'], 'ssim', 4)} | {cell(row['fewer'], 'psnr', 1)} | {over:+.1f} "
+            f"| {share} | {row['loops']:.0f} | {row['seconds']:.0f} s |"
         )
     off = [
-        abs(point["predicted"] - point["judged"])
+        abs(point["predicted"]["psnr"] - point["judged"]["psnr"])
         for row in report["rows"]
         for point in row["frontier"]
         if point["predicted"] is not None and point["judged"] is not None
@@ -217,6 +284,13 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def cell(quality: dict[str, float] | None, name: str, digits: int) -> str:
+    """The median, and the 5th percentile in brackets."""
+    if quality is None or quality[name] is None:
+        return ""
+    return f"{quality[name]:.{digits}f} ({quality[f'{name}_low']:.{digits}f})"
 
 
 if __name__ == "__main__":

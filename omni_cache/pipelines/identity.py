@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,5 +36,15 @@ def _digest(module: nn.Module) -> str:
     named = given.items() if isinstance(given, Mapping) else ()
     config = {str(key): value for key, value in named if not str(key).startswith("_")}
     shapes = {key: list(each.shape) for key, each in module.named_parameters()}
-    text = json.dumps([config, shapes], sort_keys=True, default=repr)
+    text = json.dumps([config, shapes], sort_keys=True, default=_described)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _described(value: Any) -> Any:
+    """What JSON does not have, as what is the same in every process."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return _ADDRESS.sub("", repr(value))
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -79,6 +79,15 @@ class Gram:
     def __len__(self) -> int:
         return len(self.residuals)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Gram):
+            return NotImplemented
+        pairs = [(getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
+        return all(np.array_equal(one, another, equal_nan=True) for one, another in pairs)
+
+    def __hash__(self) -> int:
+        return hash(self.residuals.tobytes())
+
     @property
     def present(self) -> npt.NDArray[np.bool_]:
         """(T,) bool: the steps that this transformer ran."""

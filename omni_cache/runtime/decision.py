@@ -43,6 +43,8 @@ from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
 from omni_cache.strategies.strategy import Found
 
 AFTER = "after the last step"
+LATE = "after the first step of the plan"
+REFUSED = "another run than the plan's"
 _NAME_IT = (
     "such a call is computed. Name its place: with omni_cache.generation(...), "
     "omni_cache.branch('cond'): model(...)"
@@ -60,7 +62,10 @@ _WARNINGS = {
     "omni_cache.generation(num_inference_steps=...)",
     "products": "ranks that measure nothing together do not know their inner products, and so the "
     "forecast goes without them (a DMD is TaylorSeer); choose a strategy that measures",
-    "refusal": "all steps are computed, because the plan is for another run: {why}",
+    REFUSED: "all steps are computed, because the plan is for another run: {why}",
+    LATE: "a loop began at step {step}, where the plan was made for loops that begin at step "
+    "{begins}; what it forecasts from is not what the plan had, so that nobody has verified it. "
+    "Tune a plan on such loops",
     "steps": f"nobody said how many steps there are, so {DEFAULT_STEPS} were assumed. Pass "
     "num_inference_steps=..., or name it in omni_cache.generation(...)",
 }
@@ -376,7 +381,7 @@ class Step:
         if total is not None and at.index >= total:
             must: str | None = AFTER
         elif refusal is not None:
-            must = refusal
+            must = REFUSED  # why is told once
         elif stale is not None:
             must = stale
         elif trajectory.last is None:
@@ -530,7 +535,10 @@ class Step:
         if view.stale == REPLACED and view.place.course.replaced > 1:
             self._tell(REPLACED, inputs=sorted(view.place.changed or ()))
         if view.refusal is not None:
-            self._tell("refusal", why=view.refusal)
+            self._tell(REFUSED, why=view.refusal)
+        begins, index = self._policy.begins, view.place.at.index
+        if begins is not None and view.trajectory.last is None and index > begins:
+            self._tell(LATE, step=index, begins=begins)
         if view.must == "non-finite residual":
             self._tell(view.must)
         if self._is_symmetric and self._policy.forecast.reads_products:

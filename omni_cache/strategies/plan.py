@@ -8,7 +8,7 @@ what it was made on is checked; a guardrail inserts steps where a run goes off t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ _TOLERANCE = 2e-3
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan(Strategy):
-    """A tuned plan. Of the fields of `Strategy` none applies.
+    """A tuned plan. It takes none of the fields of `Strategy`. Plans of equal files are equal.
 
     Attributes:
         content: what its file holds.
@@ -46,6 +46,10 @@ class Plan(Strategy):
     refusal: str | None = None
 
     def __post_init__(self) -> None:
+        allowed = "left out, since a plan says what each step does"
+        for flag in fields(Strategy):
+            given = getattr(self, flag.name)
+            require(given == flag.default, flag.name, given, allowed)
         one_of("on_mismatch", self.on_mismatch, ("raise", "compute"))
         factor = self.guardrail
         fits = factor is None or (is_number(factor) and factor >= 1)
@@ -140,7 +144,7 @@ class Plan(Strategy):
             None,
             max(each.depth for each in points),
             inputs=any(each.weighs_inputs for each in points),
-            skips=any(each.skips for each in points),
+            skips=any(each.skipped_steps > 0 for each in points),
         )
 
     def for_transformer(self, owner: Owner) -> Plan:
@@ -206,7 +210,8 @@ class Plan(Strategy):
             checks=self.guardrail is not None,
         )
         steps = len(owners)
-        return Policy(None, lambda branch, position: gate, forecast, steps, self._mismatch)
+        begins = owners.index(name) if name in owners else None
+        return Policy(None, lambda branch, position: gate, forecast, steps, self._mismatch, begins)
 
     def _mismatch(self, found: Found) -> str | None:
         """What of a run differs from the plan's signature."""
@@ -255,7 +260,8 @@ class Plan(Strategy):
     def __repr__(self) -> str:
         signature, point = self.content.signature, self.point
         classes = ", ".join(kind for kind, _ in signature.transformers.values())
-        said = "" if self.content.made.verified else ", unverified"
+        said = f", {point.skipped_steps} skipped" if point.skipped_steps else ""
+        said += "" if self.content.made.verified else ", unverified"
         return f"Plan({point.computed_steps} of {len(point.actions)} steps of {classes}{said})"
 
     def __str__(self) -> str:

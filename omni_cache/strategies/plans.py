@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ class Point:
 
     actions: tuple[str, ...]
     depth: int
-    weights: Mapping[str, Mapping[str, Mapping[int, Weights]]]
+    weights: Mapping[str, Mapping[str, Mapping[int, Weights]]] = field(hash=False)
     predicted: Quality | None = None
     judged: Quality | None = None
     seconds: float | None = None
@@ -84,9 +85,9 @@ class Point:
         return self.actions.count(COMPUTE)
 
     @property
-    def skips(self) -> bool:
-        """Whether it skips a step."""
-        return SKIP in self.actions
+    def skipped_steps(self) -> int:
+        """How many steps run nothing of the model."""
+        return self.actions.count(SKIP)
 
     @property
     def weighs_inputs(self) -> bool:
@@ -120,7 +121,7 @@ class Signature:
         versions: of torch, diffusers and omni-cache. They may differ.
     """
 
-    transformers: Mapping[str, tuple[str, str]]
+    transformers: Mapping[str, tuple[str, str]] = field(hash=False)
     scheduler: str | None
     sigmas: tuple[float, ...] | None
     timesteps: tuple[float, ...] | None
@@ -128,7 +129,7 @@ class Signature:
     size: tuple[int, ...]
     dtype: str
     guidance: float | None
-    versions: Mapping[str, str]
+    versions: Mapping[str, str] = field(hash=False)
 
     @property
     def num_inference_steps(self) -> int:
@@ -157,7 +158,7 @@ class Made:
     judged: int
     loops: float
     seconds: float | None
-    targets: Mapping[str, float]
+    targets: Mapping[str, float] = field(hash=False)
     verified: bool = True
 
 
@@ -179,7 +180,7 @@ class Content:
 
     signature: Signature
     made: Made
-    grams: Mapping[str, Mapping[str, Gram]]
+    grams: Mapping[str, Mapping[str, Gram]] = field(hash=False)
     sensitivity: tuple[float, ...]
     output_sensitivity: tuple[float, ...]
     frontier: tuple[Point, ...]
@@ -203,6 +204,11 @@ class Content:
             ValueError: it is broken; the message names the field.
         """
         return read_file(path, FORMAT, _read)
+
+    @classmethod
+    def load_unfinished(cls, path: str | Path) -> Content:
+        """Read a file of a tuning that goes on, which may have no points yet; see `load`."""
+        return read_file(path, FORMAT, partial(_read, finished=False))
 
 
 def _jsonable(content: Content) -> dict[str, Any]:
@@ -249,6 +255,7 @@ def _point(point: Point, owners: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "computed_steps": point.computed_steps,
+        "skipped_steps": point.skipped_steps,
         "depth": point.depth,
         "predicted": _quality(point.predicted),
         "judged": _quality(point.judged),
@@ -265,7 +272,7 @@ def _quality(quality: Quality | None) -> dict[str, float | str | None] | None:
     return {name: EQUAL if value == math.inf else value for name, value in found.items()}
 
 
-def _read(fields: Fields) -> Content:
+def _read(fields: Fields, finished: bool = True) -> Content:
     signature = _read_signature(fields.object("signature"))
     steps = signature.num_inference_steps
     grams = {
@@ -275,8 +282,9 @@ def _read(fields: Fields) -> Content:
     allowed = f"an object with {', '.join(signature.transformers)}"
     same = grams.keys() == signature.transformers.keys()
     require(same, "grams", sorted(grams), allowed)
-    frontier = tuple(_read_point(each, signature, grams) for each in fields.objects("frontier"))
-    chosen, last = fields["chosen"], len(frontier) - 1
+    points = fields.objects("frontier") if finished or fields["frontier"] else []
+    frontier = tuple(_read_point(each, signature, grams) for each in points)
+    chosen, last = fields["chosen"], max(len(frontier) - 1, 0)
     fits = is_count(chosen, 0) and chosen <= last
     require(fits, "chosen", chosen, f"an integer from 0 to {last}")
     return Content(
@@ -364,6 +372,9 @@ def _read_point(fields: Fields, signature: Signature, grams: Mapping[str, Any]) 
             found = Weights(given.numbers("row"), given.number("input"))
             require(len(found.row) <= depth, given.name_of("row"), found.row, f"{depth} at most")
             weights.setdefault(owner, {}).setdefault(branch, {})[step] = found
+    for key, kind in (("computed_steps", COMPUTE), ("skipped_steps", SKIP)):
+        said, expected = fields.count(key, least=0), actions.count(kind)
+        require(said == expected, fields.name_of(key), said, f"{expected}, as its steps say")
     return Point(
         tuple(actions),
         depth,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ def retimed(content: Content, sigmas: Sequence[float] | Any) -> Content:
 
     Args:
         content: of a plan that knows its sigmas.
-        sigmas: those of the scheduler for the loop wanted, the last 0 included where the plan has
-            it: one for each step, in order.
+        sigmas: those of the scheduler for the loop wanted, where the last step goes to included
+            if the plan has it: one for each step, in order, falling or rising as the plan's do.
 
     Raises:
         ValueError: ``sigmas`` is no sequence of numbers, or lies outside of what was calibrated.
@@ -45,9 +46,13 @@ def retimed(content: Content, sigmas: Sequence[float] | Any) -> Content:
     before = signature.sigmas
     if before is None:
         raise ValueError("the plan has no sigmas, because it was tuned without a pipeline")
-    ends_at_zero = len(before) - signature.num_inference_steps
-    steps = len(after) - ends_at_zero
-    require(steps >= 1, "sigmas", sigmas, f"at least {ends_at_zero + 1} numbers")
+    beyond = len(before) - signature.num_inference_steps  # the 0, or 1, that the last step goes to
+    steps = len(after) - beyond
+    require(steps >= 1, "sigmas", sigmas, f"at least {beyond + 1} numbers")
+    falls = before[0] > before[-1]
+    ordered = all((one > other) == falls and one != other for one, other in pairwise(after))
+    allowed = f"{'falling' if falls else 'rising'} numbers, as those that the plan was made on"
+    require(ordered, "sigmas", sigmas, allowed)
     old, new = np.array(before[: signature.num_inference_steps]), np.array(after[:steps])
     nearest = np.abs(new[:, None] - old).argmin(1)
     owners = tuple(signature.owners[place] for place in nearest)
@@ -69,10 +74,12 @@ def retimed(content: Content, sigmas: Sequence[float] | Any) -> Content:
 
     points = []
     for point in content.frontier:
-        found = found_for(point.depth, point.weighs_inputs, point.skips)
-        share = point.computed_steps / signature.num_inference_steps
-        wanted = max(1, round(share * steps))
-        near = min(found, key=lambda each: (abs(each.computed - wanted), each.cost))
+        found = found_for(point.depth, point.weighs_inputs, point.skipped_steps > 0)
+        share = steps / signature.num_inference_steps
+        computed = max(1, round(share * point.computed_steps))
+        skipped = round(share * point.skipped_steps)
+        off = [(abs(each.computed - computed), abs(each.skipped - skipped)) for each in found]
+        near = found[min(range(len(found)), key=off.__getitem__)]
         points.append(fitted(near, grams, owners, point.depth, point.weighs_inputs))
     return replace(
         content,
@@ -130,5 +137,7 @@ def _importance(
     if len(lengths) < len(numbers):  # nothing says how far the last step goes
         lengths, wanted = (np.append(each, each[-1]) for each in (lengths, wanted))
     per_length = np.array(numbers) / np.maximum(lengths, 1e-12) ** 2
-    at = np.interp(-np.array(after[: len(wanted)]), -np.array(before[: len(numbers)]), per_length)
+    known, times = np.array(before[: len(numbers)]), np.array(after[: len(wanted)])
+    order = np.argsort(known)
+    at = np.interp(times, known[order], per_length[order])
     return tuple((at * wanted**2).tolist())

@@ -148,6 +148,8 @@ class Policy:
         num_inference_steps: steps of a generation, where neither a context nor a pipeline says.
         refuses: why a call has to be computed whatever the gate says, because it is none that the
             strategy was made for; None for a strategy that is for all. It may raise instead.
+        begins: the step that loops begin with where the strategy was made from whole ones; one
+            that begins later is warned of. None where it makes no difference.
     """
 
     signal: Signal | None
@@ -155,6 +157,7 @@ class Policy:
     forecast: Forecast
     num_inference_steps: int | None
     refuses: Callable[[Found], str | None] | None = None
+    begins: int | None = None
 
     @property
     def depth(self) -> int:

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from omni_cache.planning.search import COMPUTE, Schedule, frontier
 from omni_cache.strategies.plans import Content, Point
-from omni_cache.strategies.retiming import fitted, priced
+from omni_cache.strategies.retiming import fitted, priced, priced_outputs
+
+SLACK = 1.1
+"""By what factor skipping forwards may raise the predicted error of a number of computed steps."""
+_LONGEST = 10
+"""How far apart computed steps lie at most where steps are skipped, which bounds the search."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,15 @@ class Drafts:
     Attributes:
         content: what was calibrated.
         depth: how many computed steps are kept.
+        skips: whether forwards are skipped, as many as `SLACK` allows.
     """
 
     content: Content
     depth: int
-    _found: dict[tuple[float, bool], dict[int, Schedule]] = field(default_factory=dict, repr=False)
+    skips: bool = False
+    _found: dict[tuple[float, bool], dict[int, list[Schedule]]] = field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def steps(self) -> int:
@@ -40,7 +51,7 @@ class Drafts:
         Each comes once, the likeliest first.
         """
         found = {
-            (self._schedules(power, with_input)[computed].actions, with_input): None
+            (self._schedule(power, with_input, computed).actions, with_input): None
             for with_input in (False, True)
             for power in _POWERS
         }
@@ -71,15 +82,36 @@ class Drafts:
         """The fewest steps that can be computed: one of each transformer."""
         return len(set(self.content.signature.owners))
 
-    def _schedules(self, power: float, with_input: bool) -> dict[int, Schedule]:
+    def _schedule(self, power: float, with_input: bool, computed: int) -> Schedule:
+        """The one that skips most, of those whose error is about the least."""
+        found = self._schedules(power, with_input)[computed]
+        least = min(each.cost for each in found)
+        return max((each for each in found if each.cost <= SLACK * least), key=_by_skipped)
+
+    def _schedules(self, power: float, with_input: bool) -> dict[int, list[Schedule]]:
+        """By their numbers of computed steps, one for each number of skipped ones."""
         key = power, with_input
         if key not in self._found:
-            sensitivity = [each**power for each in self.content.sensitivity]
-            costs = priced(self.content.grams, sensitivity, with_input)
-            owners = self.content.signature.owners
+            grams, owners = self.content.grams, self.content.signature.owners
+            reusing = np.array(self.content.sensitivity)
+            costs = priced(grams, (reusing**power).tolist(), with_input)
             found = frontier(self.steps, self.depth, costs, owner=owners)
-            self._found[key] = {each.computed: each for each in found}
+            if self.skips:
+                skipping = np.array(self.content.output_sensitivity)
+                # A milder sensitivity of results is as large as one of residuals, in the mean.
+                level = np.exp(np.mean(np.log(skipping)) - np.mean(np.log(reusing)))
+                scaled = skipping**power * level ** (1 - power)
+                outputs = priced_outputs(grams, scaled.tolist())
+                gap = min(_LONGEST, self.steps)
+                found += frontier(self.steps, self.depth, costs, outputs, owner=owners, max_gap=gap)
+            self._found[key] = {}
+            for each in found:
+                self._found[key].setdefault(each.computed, []).append(each)
         return self._found[key]
+
+
+def _by_skipped(schedule: Schedule) -> tuple[int, float]:
+    return schedule.skipped, -schedule.cost
 
 
 _POWERS = (1.0, 0.5, 0.0)

@@ -67,7 +67,8 @@ class Vectors:
             steps: of the loop.
 
         Raises:
-            ValueError: a residual, an input or an output is not finite; the message names the step.
+            ValueError: a residual, an input or an output is not finite, or of another shape than
+                at the first step; the message names the step.
         """
         return {
             names[run]: {
@@ -109,6 +110,13 @@ def _gram(name: str, branch: str, calls: Mapping[int, _Call], steps: int) -> Gra
     residuals, inputs, outputs = (
         [getattr(each, kind) for each in made] for kind in ("residuals", "inputs", "outputs")
     )
+    for step, call in zip(present, made, strict=True):
+        if _shapes(call) != _shapes(made[0]):
+            raise ValueError(
+                f"step {step} of {name or 'the model'}, {branch}, adds tensors of the shapes "
+                f"{_shapes(call)}, where step {present[0]} adds {_shapes(made[0])}; a plan is for "
+                "loops whose batch and size stay the same, guidance included"
+            )
     own, within, after = (_products(each, each) for each in (residuals, inputs, outputs))
     for kind, found in {"residual": own, "input": within, "output": after}.items():
         for step, square in zip(present, np.diag(found), strict=True):
@@ -124,6 +132,10 @@ def _gram(name: str, branch: str, calls: Mapping[int, _Call], steps: int) -> Gra
         inputs=_spread(within / unit, present, steps),
         outputs=_spread(after / output_unit, present, steps),
     )
+
+
+def _shapes(call: _Call) -> list[tuple[int, ...]]:
+    return [tuple(each.shape) for each in (*call.residuals, *call.outputs)]
 
 
 def _products(first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]]) -> Array:

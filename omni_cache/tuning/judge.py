@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from omni_cache.planning.search import COMPUTE, SKIP
+from omni_cache.planning.search import COMPUTE, REUSE, SKIP
 from omni_cache.quality import Fidelity, percentile_of, quality_of
 from omni_cache.strategies.base import is_count, is_number, require
 from omni_cache.strategies.plans import Point, Quality
@@ -168,20 +168,41 @@ class Candidate:
         )
 
 
-def undominated(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """From the one that computes least to the one that computes most: each is better than before.
+def undominated(
+    candidates: Sequence[Candidate], uncached_seconds: float | None = None
+) -> list[Candidate]:
+    """From the cheapest to the one that costs most: each is better than before.
 
     Seconds are noisy, so that the numbers of computed and of reused steps say what is cheaper. What
     is better the judged samples say, since a prediction flatters the plans that were refined.
+
+    Args:
+        candidates: one at least.
+        uncached_seconds: of a whole ``generate``, which tells what a reused step costs; by default
+            next to nothing.
     """
+    share = 0.0 if uncached_seconds is None else _share_of_reused(candidates, uncached_seconds)
     kept: list[Candidate] = []
-    cheapest_first = sorted(
-        candidates, key=lambda each: (each.computed, -each.point.actions.count(SKIP))
-    )
-    for each in cheapest_first:
+
+    def cost(each: Candidate) -> tuple[float, int]:
+        actions = each.point.actions
+        return each.computed + share * actions.count(REUSE), -actions.count(SKIP)
+
+    for each in sorted(candidates, key=cost):
         if not kept or _decibels(each) > _decibels(kept[-1]):
             kept.append(each)
     return kept
+
+
+def _share_of_reused(candidates: Sequence[Candidate], uncached_seconds: float) -> float:
+    """What a reused step takes of a computed one, from 0 to 1: the median over what was played."""
+    shares = []
+    for each in candidates:
+        actions = each.point.actions
+        reused, computed_seconds = actions.count(REUSE), uncached_seconds / len(actions)
+        if reused:
+            shares.append((each.judged.seconds / computed_seconds - each.computed) / reused)
+    return min(max(median(shares), 0.0), 1.0) if shares else 0.0
 
 
 def choose(

@@ -23,7 +23,7 @@ from omni_cache.planning.gram import Gram
 from omni_cache.planning.newton import Normal, directions, output_directions
 from omni_cache.planning.search import COMPUTE, SKIP
 from omni_cache.strategies.plans import Point, Weights
-from omni_cache.tuning.gather import Grams
+from omni_cache.strategies.retiming import Grams
 from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 

@@ -113,6 +113,7 @@ class Rehearsal:
         target: the pipeline or module.
         budget: counts what the blocks compute.
         content: what all plans have in common, once that is known.
+        compiled_for: what graphs are compiled for, to serve all plans.
     """
 
     def __init__(
@@ -125,7 +126,8 @@ class Rehearsal:
     ) -> None:
         self.target, self.budget = target, budget
         self.content: Content | None = None
-        self._generate, self._flags, self._compiled_for = generate, flags, compiled_for
+        self.compiled_for = compiled_for
+        self._generate, self._flags = generate, flags
 
     def play(
         self,
@@ -162,10 +164,10 @@ class Rehearsal:
 
     def _strategy(self, point: Point | None) -> Strategy:
         if point is None:
-            return Uncached(compiled_for=self._compiled_for)
+            return Uncached(compiled_for=self.compiled_for)
         assert self.content is not None  # the first loop has run
         content = replace(self.content, frontier=(point,), chosen=0)
-        return Rehearsed(content=content, compiled_for=self._compiled_for)
+        return Rehearsed(content=content, compiled_for=self.compiled_for)
 
 
 @contextmanager

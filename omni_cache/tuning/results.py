@@ -19,6 +19,8 @@ Array = npt.NDArray[Any]
 
 _FIELDS = ("images", "frames", "videos", "audios", "image_embeds", "sample")
 """Where the outputs of diffusers' pipelines have what they made."""
+_BEYOND = 0.5
+"""How far the numbers of a picture may lie beyond [0, 1]: less far than those in [-1, 1] do."""
 _ALLOWED = (
     "it has to return what quality is judged on: a tensor, an array, a PIL image, or a list of them"
 )
@@ -29,9 +31,9 @@ class Result:
     """What one run of ``generate`` returned.
 
     Attributes:
-        arrays: float32, or float64 where that was returned. Pictures are numbers in [0, 1] with
-            their channels last, (..., H, W, 3).
-        is_picture: whether all of them are pictures.
+        arrays: float32, or float64 where that was returned, in the shapes that were returned.
+        is_picture: whether all of them are RGB pictures with numbers in [0, 1], (..., H, W, 3) or
+            (..., 3, H, W). Decoders that do not clamp go a little beyond.
         peak: the range that PSNR refers to: 1 for pictures, else that of the numbers.
     """
 
@@ -51,10 +53,9 @@ class Result:
             raise TypeError(
                 f"generate returned a {type(returned).__name__!r} without numbers; {_ALLOWED}"
             )
-        pictures = [_picture(each) for each in arrays]
-        if all(each is not None for each in pictures):
-            return cls(tuple(each for each in pictures if each is not None), True, 1.0)
         low, high = min(map(np.min, arrays)), max(map(np.max, arrays))
+        if low >= -_BEYOND and high <= 1 + _BEYOND and all(map(_has_pixels, arrays)):
+            return cls(tuple(arrays), True, 1.0)
         return cls(tuple(arrays), False, float(high - low) or 1.0)
 
     @property
@@ -78,22 +79,21 @@ class Result:
         return np.concatenate([np.subtract(*pair, dtype=np.float64).ravel() for pair in pairs])
 
     def fidelity(self, other: Result) -> Fidelity:
-        """How near another result is to this one, over all of its arrays."""
-        if len(self.arrays) == 1 and self.is_picture:
-            return fidelity_to(self._frames()[0], other._frames()[0])
+        """How near another result is to this one, over all of its arrays.
+
+        What this one is decides for both; pictures are compared as they are shown, clamped.
+        """
         own, others = (
-            np.concatenate([each.ravel() for each in one.arrays]) for one in (self, other)
+            [each.clip(0, 1) if self.is_picture else each for each in one.arrays]
+            for one in (self, other)
         )
-        psnr = psnr_to(own, others, peak=self.peak)
+        first, second = (np.concatenate([each.ravel() for each in one]) for one in (own, others))
+        psnr = psnr_to(first, second, peak=self.peak)
         if not self.is_picture:
             return Fidelity(psnr, None)
-        pairs = zip(self._frames(), other._frames(), strict=True)
+        pairs = zip(map(_frames, own), map(_frames, others), strict=True)
         ssim = [fidelity_to(*pair).ssim for pair in pairs]
         return Fidelity(psnr, float(np.mean([each for each in ssim if each is not None])))
-
-    def _frames(self) -> list[Array]:
-        """Pictures as (H, W, 3) or (F, H, W, 3), whatever batches they came in."""
-        return [each.reshape(-1, *each.shape[-3:]) for each in self.arrays]
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -127,15 +127,18 @@ def _floating(leaf: Any) -> Array:
     return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
 
 
-def _picture(array: Array) -> Array | None:
-    """An array as RGB pictures with channels last; None where it is none."""
-    if array.ndim < 2 or array.min() < 0.0 or array.max() > 1.0:
-        return None
-    if array.ndim >= 3 and array.shape[-1] == 3:
-        last = array
-    elif array.ndim >= 3 and array.shape[-3] == 3:
-        last = np.moveaxis(array, -3, -1)
-    else:
-        return None
-    # SSIM looks at windows of 7 by 7.
-    return last if min(last.shape[-3:-1]) >= 7 else None
+def _has_pixels(array: Array) -> bool:
+    """Whether an array has the shape of RGB pictures; SSIM looks at windows of 7 by 7."""
+    return array.ndim >= 3 and 3 in (array.shape[-1], array.shape[-3]) and _smallest(array) >= 7
+
+
+def _smallest(array: Array) -> int:
+    """Height or width of pictures, whichever is less."""
+    sides = array.shape[-3:-1] if array.shape[-1] == 3 else array.shape[-2:]
+    return int(min(sides))
+
+
+def _frames(array: Array) -> Array:
+    """Pictures as (F, H, W, 3), whatever batches they came in."""
+    last = array if array.shape[-1] == 3 else np.moveaxis(array, -3, -1)
+    return last.reshape(-1, *last.shape[-3:])

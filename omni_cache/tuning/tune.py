@@ -5,6 +5,7 @@ calibrate -> sensitivity -> schedules -> refine, closed loop -> judge -> choose
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from omni_cache.pipelines.folder import Folder
 from omni_cache.strategies import Guard, Plan
-from omni_cache.strategies.base import DEFAULT_STEPS, is_count, one_of, require
+from omni_cache.strategies.base import DEFAULT_STEPS, is_count, is_number, one_of, require
 from omni_cache.strategies.plans import Content, Made, Point
 from omni_cache.tuning.budget import EFFORTS, Budget, Effort, Progress
 from omni_cache.tuning.calibrate import calibrate
@@ -27,7 +28,7 @@ from omni_cache.tuning.judge import Candidate, Target, choose, played, undominat
 from omni_cache.tuning.refine import Refiner
 from omni_cache.tuning.rehearse import Generate, Rehearsal, rehearsing
 from omni_cache.tuning.sensitivity import measure
-from omni_cache.tuning.unfinished import Unfinished
+from omni_cache.tuning.unfinished import Kept, Unfinished
 
 DEPTH = 3
 """How many computed steps a plan keeps."""
@@ -45,10 +46,11 @@ def tune(
     samples: int = 16,
     judged: int = 16,
     effort: Effort = "default",
+    minutes: float | None = None,
     prompts: Sequence[str] | None = None,
-    num_inference_steps: int = DEFAULT_STEPS,
+    num_inference_steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress | None = None,
     resume: str | Path | None = None,
     **flags: Any,
@@ -65,7 +67,8 @@ def tune(
             ``samples - 1`` calibrate, the next ``judged`` ones judge.
         psnr: decibels that the median of the results has to reach.
         ssim: what the median of the SSIM has to reach.
-        speedup: how many times faster than uncached ``generate`` has to be.
+        speedup: how many times faster than uncached ``generate`` has to be, by times measured here.
+            Such plans also skip forwards, where that hardly costs quality.
         computed_steps: how many steps may be computed.
         confidence: with ``psnr`` or ``ssim``, the share of the results that have to reach it, such
             as 0.9, in place of half of them.
@@ -74,11 +77,14 @@ def tune(
         effort: "low" fits to uncached loops alone and runs at most 4 loops for each calibration
             sample; "default" refines plans by what they do to the results, at most 25; "high" as
             long as that helps.
+        minutes: how long it may take at most, judging included and what was interrupted too. Where
+            this is less than the effort would take, plans are refined less; calibration and
+            judging are run in any case.
         prompts: for a pipeline, in place of ``generate``: sample i is drawn with prompt
             ``i % len(prompts)`` from the noise of ``seed + i``.
-        num_inference_steps: steps of a loop, with ``prompts``.
-        arguments: what the pipeline's call gets besides, with ``prompts``.
-        seed: of the noise, with ``prompts``.
+        num_inference_steps: steps of a loop, with ``prompts`` alone; 50 where it is left out.
+        arguments: what the pipeline's call gets besides, with ``prompts`` alone.
+        seed: of the noise, with ``prompts`` alone; 0 where it is left out.
         progress: is told of every run; by default a line on stderr says what is being done.
         resume: a file that is kept while plans are refined. Where it is there, from the same
             arguments, its plans are taken over. It is removed at the end.
@@ -101,9 +107,20 @@ def tune(
     if (generate is None) == (prompts is None):
         raise ValueError("give either generate or, for a pipeline, prompts")
     if generate is None:
-        generate = _drawing(target, prompts or (), num_inference_steps, arguments or {}, seed)
-    budget = Budget(effort, samples, progress or _Lines())
-    compiled_for = Guard(None, DEPTH, inputs=True)
+        steps = DEFAULT_STEPS if num_inference_steps is None else num_inference_steps
+        require(is_count(steps, 1), "num_inference_steps", steps, "an integer >= 1")
+        generate = _drawing(target, prompts or (), steps, arguments or {}, seed or 0)
+    else:
+        drawing = {"num_inference_steps": num_inference_steps, "arguments": arguments, "seed": seed}
+        for name, given in drawing.items():
+            allowed = "left out with generate, which runs the loop itself"
+            require(given is None, name, given, allowed)
+    allowed = "a number of minutes > 0, or None"
+    require(minutes is None or (is_number(minutes) and minutes > 0), "minutes", minutes, allowed)
+    seconds = math.inf if minutes is None else 60 * minutes
+    budget = Budget(effort, samples, progress or _Lines(), limit_seconds=seconds, judged=judged)
+    # Results that are kept cost memory, and what skips a forward is worse than what reuses blocks.
+    compiled_for = Guard(None, DEPTH, inputs=True, skips=speedup is not None)
     with rehearsing(target, generate, flags, compiled_for, budget) as rehearsal:
         unfinished = Unfinished(None if resume is None else Path(resume))
         plan = _Tuning(rehearsal, wanted, samples, judged, unfinished).plan()
@@ -131,8 +148,14 @@ class _Tuning:
         """All stages."""
         budget = self._budget
         budget.begin(f"calibrates: {budget.announcement}")
-        calibrated = calibrate(self._rehearsal, self._samples)
-        grams = mean(calibrated.grams)
+        before = self._unfinished.read()
+        # What was interrupted is known; that it goes on is checked by one sample.
+        calibrated = calibrate(self._rehearsal, self._samples[: None if before is None else 1])
+        if self._target.ssim is not None and not calibrated.references[0].is_picture:
+            raise ValueError(
+                f"ssim={self._target.ssim!r} is asked of what is no picture: generate has to "
+                "return RGB pictures with numbers in [0, 1], or ask for psnr"
+            )
         made = Made(
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             effort=budget.effort,
@@ -142,9 +165,9 @@ class _Tuning:
             seconds=calibrated.seconds,
             targets=self._target.named,
         )
-        content = Content(calibrated.signature, made, grams, (), (), (), 0)
+        content = Content(calibrated.signature, made, mean(calibrated.grams), (), (), (), 0)
         self._rehearsal.content = content
-        before = self._unfinished.of(content)
+        references = calibrated.references
         if before is None:
             budget.begin("measures how sensitive the result is")
             held = _held(budget, len(calibrated.signature.owners))
@@ -155,33 +178,38 @@ class _Tuning:
                 output_sensitivity=tuple(found.outputs.tolist()),
             )
         else:
-            content, budget.earlier = replace(before, made=made), before.made.loops
+            self._unfinished.check(before, content, references[0])
+            made = replace(made, seconds=before.content.made.seconds)
+            content, references = replace(before.content, made=made), before.references
+            self._rehearsal.content = content
+            budget.earlier, budget.earlier_seconds = before.content.made.loops, before.seconds
         done = {each.computed_steps: each for each in content.frontier}
 
-        def keep(point: Point) -> None:
-            done[point.computed_steps] = point
-            points, spent = tuple(done.values()), replace(made, loops=budget.loops)
-            self._unfinished.keep(replace(content, made=spent, frontier=points))
+        def keep(*points: Point) -> None:
+            done.update({each.computed_steps: each for each in points})
+            spent = replace(made, loops=budget.loops)
+            refined = replace(content, made=spent, frontier=tuple(done.values()))
+            self._unfinished.keep(Kept(refined, references, budget.seconds))
 
-        refiner = Refiner(self._rehearsal, calibrated.references, grams)
-        drafts = Drafts(content, DEPTH)
-        points = improved(refiner, drafts, self._target, calibrated.seconds, dict(done), keep)
+        keep()
+        refiner = Refiner(self._rehearsal, references, content.grams)
+        drafts = Drafts(content, DEPTH, skips=self._rehearsal.compiled_for.skips)
+        points = improved(refiner, drafts, self._target, made.seconds or 1.0, dict(done), keep)
         budget.begin("plays every plan on the samples that made it")
         predicted = [
-            played(self._rehearsal, each, self._samples, calibrated.references).less(each.optimism)
+            played(self._rehearsal, each, self._samples, references).less(each.optimism)
             for each in points
         ]
         budget.begin("judges every plan on other samples", judges=True)
         uncached = [self._rehearsal.play(None, each) for each in self._others]
-        references = [each.result for each in uncached]
+        others = [each.result for each in uncached]
         seconds = median(each.seconds for each in uncached)
         candidates = undominated(
             [
-                Candidate(
-                    point, prediction, played(self._rehearsal, point, self._others, references)
-                )
+                Candidate(point, prediction, played(self._rehearsal, point, self._others, others))
                 for point, prediction in zip(points, predicted, strict=True)
-            ]
+            ],
+            seconds,
         )
         chosen, unmet = choose(candidates, self._target, seconds)
         if unmet is not None:

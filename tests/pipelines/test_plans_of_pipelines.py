@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -205,6 +206,45 @@ def test_experts_have_steps_and_weights_of_their_own() -> None:
         omni_cache.enable(ToyModel(), followed, inner="eager")
 
 
+@pytest.mark.parametrize("target", [{"computed_steps": 4}, {"speedup": 1.2}])
+def test_experts_are_tuned_together_and_get_plans_of_their_own(target: dict[str, float]) -> None:
+    pipe = TwoExperts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing of a toy is fast
+        plan = omni_cache.tune(
+            pipe,
+            lambda sample: pipe(seed=sample),
+            samples=2,
+            judged=2,
+            effort="low",
+            inner="eager",
+            progress=lambda *_: None,
+            **target,
+        )
+    signature, names = plan.content.signature, ["transformer", "transformer_2"]
+    assert signature.owners == ("transformer",) * 4 + ("transformer_2",) * 4
+    assert sorted(signature.transformers) == sorted(plan.content.grams) == names
+    for place, point in enumerate(plan.frontier):
+        # The first step of each is computed, and what stands in for others is its own.
+        assert point.actions[0] == point.actions[4] == "compute"
+        assert point.computed_steps >= 2
+        for name in names:
+            own = [step for step in range(8) if signature.owners[step] == name]
+            expected = [step for step in own if point.actions[step] != "compute"]
+            for branch in ("cond", "uncond"):
+                assert list(point.weights.get(name, {}).get(branch, {})) == expected
+        enabled(replace(plan.at_point(place), guardrail=None), pipe)
+        pipe(seed=3)
+        found = computed(pipe)
+        for name, part in (
+            ("transformer", point.actions[:4]),
+            ("transformer_2", point.actions[4:]),
+        ):
+            assert found[f"{name} cond"] == [each == "compute" for each in part]
+            assert found[f"{name} uncond"] == found[f"{name} cond"]
+        omni_cache.disable(pipe)
+
+
 def test_an_expert_that_the_plan_does_not_know_is_refused_when_it_runs() -> None:
     pipe = TwoExperts()
     enabled(planned(), pipe)  # it may be one that no loop runs
@@ -214,3 +254,19 @@ def test_an_expert_that_the_plan_does_not_know_is_refused_when_it_runs() -> None
     with pytest.warns(UserWarning, match="the run has 'transformer_2'"):
         pipe()
     assert set(computed(pipe)["transformer_2 cond"]) == {True}
+
+
+def test_a_configuration_that_holds_objects_is_the_same_in_every_process() -> None:
+    class Rotary:
+        pass
+
+    class Configured(ToyModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"rope": Rotary(), "act": lambda x: x, "kinds": {"a", "b", "c"}}
+
+    one, other = owner_of("", Configured()), owner_of("", Configured())
+    assert one.digest == other.digest
+    changed = Configured()
+    changed.config["kinds"] = {"a", "b"}
+    assert owner_of("", changed).digest != one.digest

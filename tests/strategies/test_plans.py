@@ -17,6 +17,7 @@ from omni_cache.planning.gram import Gram
 from omni_cache.strategies import Guard, Time, make_strategy
 from omni_cache.strategies.following import BranchWeights, Follow, Planned
 from omni_cache.strategies.plans import Content, Weights
+from omni_cache.strategies.retiming import retimed
 
 CONTENTS = {
     "one branch": content(),
@@ -98,6 +99,8 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("made.loops", 10**400, "made.loops must be a finite number"),
     ("grams..cond.cross", [[10**400]], "cross"),
     ("frontier.0.steps", [], "frontier[0].steps=[]"),
+    ("frontier.0.computed_steps", 5, "computed_steps must be 4, as its steps say"),
+    ("frontier.0.skipped_steps", 1, "skipped_steps must be 0, as its steps say"),
     ("frontier.0.judged.psnr", "good", "frontier[0].judged.psnr='good'"),
 ]
 
@@ -304,3 +307,42 @@ def test_retiming_keeps_the_share_of_computed_steps_and_says_that_it_is_unverifi
         found.retimed([])
     with pytest.raises(ValueError, match="no sigmas"):
         plan(sigmas=None).retimed(sigmas)
+
+
+def test_a_loop_whose_times_rise_is_retimed_as_its_mirror_image() -> None:
+    """Times that rise from 0 to 1 are those that fall from 1 to 0, read the other way."""
+    falling = content()
+    sigmas = [*np.linspace(1.0, 0.125, 15).tolist(), 0.0]
+    signature = falling.signature
+    rising = replace(
+        falling, signature=replace(signature, sigmas=tuple(1 - each for each in signature.sigmas))
+    )
+    one, other = retimed(falling, sigmas), retimed(rising, [1 - each for each in sigmas])
+    np.testing.assert_allclose(one.sensitivity, other.sensitivity)
+    assert len(set(np.round(other.sensitivity, 6))) > 10  # no one number for all
+    for first, second in zip(one.frontier, other.frontier, strict=True):
+        assert first.actions == second.actions
+    for turned in (sigmas[::-1], [1.0, 0.5, 0.75, 0.0]):
+        with pytest.raises(ValueError, match="sigmas must be falling numbers"):
+            retimed(falling, turned)
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_two_loads_of_one_file_are_one_value(name: str, tmp_path: Path) -> None:
+    saved = Plan(content=CONTENTS[name])
+    saved.save(path := tmp_path / "plan.json")
+    one, other = Plan.load(path), Plan.load(path)
+    assert one == other == saved
+    assert len({one, other, saved}) == 1
+    grams = {name: {"cond": gram(np.linspace(1, 0, 8), 5)} for name in saved.content.grams}
+    assert one != replace(one, content=replace(one.content, grams=grams))
+    assert one != replace(one, guardrail=None)
+
+
+@pytest.mark.parametrize(
+    "flag", [{"start": 0.2}, {"end": 0.9}, {"forecast": "newton"}, {"num_inference_steps": 8}]
+)
+def test_flags_of_other_strategies_are_refused(flag: dict[str, Any]) -> None:
+    (name,) = flag
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed; {name} must be left out"):
+        Plan(content=content(), **flag)

@@ -120,6 +120,15 @@ def test_a_frontier_rises() -> None:
     assert psnr == sorted(psnr)
 
 
+def test_what_skips_is_cheaper_by_what_a_reused_step_takes() -> None:
+    """Where a reused step takes half of a computed one, 5 + 5/2 steps are more than 6 + 1/2."""
+    reuses, skips = candidate(5, 45.0, seconds=0.75), candidate(6, 46.0, seconds=0.65, skipped=3)
+    whole = candidate(10, 44.0, seconds=1.0)
+    assert undominated([reuses, skips]) == [reuses, skips]
+    assert undominated([reuses, skips], 1.0) == [skips]
+    assert undominated([whole, reuses], 1.0) == [reuses]  # nothing reused tells nothing
+
+
 def test_a_plan_that_was_refined_pushes_none_out_by_its_prediction() -> None:
     refined, other = candidate(6, 51.0, 47.0), candidate(8, 50.0, 48.0)
     assert undominated([refined, other]) == [refined, other]
@@ -189,3 +198,21 @@ def test_a_prediction_is_less_by_its_optimism() -> None:
     assert found.quality.ssim == pytest.approx(1 - 2 * (1 - 0.44))
     assert Played((Fidelity(None, 1.0),), 1.0).less(3.0).fidelities == (Fidelity(None, 1.0),)
     assert around(44.0).less(0.0).quality == pytest.approx(around(44.0).quality)
+
+
+def test_pictures_that_are_not_clamped_are_pictures_in_every_layout() -> None:
+    """A plan's picture may leave the range where the uncached one does not."""
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    beyond = picture.clone()
+    beyond[0, 0, 0, 0], picture[0, 0, 0, 0] = 1.25, 1.0
+    for one, other in ((picture, beyond), (beyond, picture)):
+        assert Result.of(one).is_picture
+        assert Result.of(one).fidelity(Result.of(other)).ssim == 1.0  # as it is shown
+        difference = Result.of(one).difference(Result.of(other))
+        assert np.abs(difference).max() == pytest.approx(0.25)
+    last = Result.of(picture.movedim(1, -1)).fidelity(Result.of(beyond.movedim(1, -1) / 2))
+    assert last == Result.of(picture).fidelity(Result.of(beyond / 2))
+    # A result that is far off is still compared with a picture, as a picture.
+    assert Result.of(picture).fidelity(Result.of(picture * 4 - 2)).ssim is not None
+    symmetric = Result.of(picture * 2 - 1)
+    assert (symmetric.is_picture, symmetric.peak) == (False, pytest.approx(2.0, abs=0.02))

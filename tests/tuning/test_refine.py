@@ -214,3 +214,26 @@ def test_what_was_chosen_by_samples_is_not_predicted_to_do_as_well_on_others() -
             predicted.append(point.optimism)
     assert np.mean(seen) > 0.7
     assert np.mean(predicted) == pytest.approx(np.mean(seen), abs=1.0)
+
+
+def test_drafts_skip_as_much_as_hardly_costs_anything() -> None:
+    with calibrated() as (_rehearsal, _found, drafts):
+        content = drafts.content
+        skipping = Drafts(content, 3, skips=True)
+        for count in (3, 5):
+            for point in skipping.of(count):
+                assert point.computed_steps == count
+                priced_steps = {
+                    step: weights
+                    for step, weights in point.weights[""]["cond"].items()
+                    if point.actions[step] == "skip"
+                }
+                assert len(priced_steps) == point.skipped_steps
+            least = {each.cost for each in drafts._schedules(1.0, False)[count]}
+            chosen = skipping._schedule(1.0, False, count)
+            others = skipping._schedules(1.0, False)[count]
+            limit = 1.1 * min(each.cost for each in others)
+            assert min(each.cost for each in others) <= min(least)
+            assert chosen.cost <= limit
+            assert all(each.cost > limit for each in others if each.skipped > chosen.skipped)
+            assert not any(each.skipped_steps for each in drafts.of(count))

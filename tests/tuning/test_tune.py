@@ -150,8 +150,34 @@ def test_a_branch_of_a_part_of_the_loop_is_refused() -> None:
                         latents = latents - model(latents, torch.tensor([900.0 - step]), prompt)
         return latents
 
-    with pytest.raises(ValueError, match=r"different numbers of steps, {'cond': 4, 'uncond': 2}"):
+    with pytest.raises(
+        ValueError, match=r"different steps, {'cond': \[0, 1, 2, 3\], 'uncond': \[0, 1\]}"
+    ):
         tuned(model, generate)
+
+
+def test_guidance_by_a_batch_of_two_that_ends_in_the_middle_is_refused() -> None:
+    model = ToyTransformer()
+
+    def generate(sample: int) -> Tensor:
+        latents, prompt = gaussian(sample, 1, TOKENS, CHANNELS), gaussian("p", 1, 5, CHANNELS)
+        with torch.no_grad(), omni_cache.generation(4):
+            for step in range(4):
+                size, moment = 2 if step < 2 else 1, torch.tensor([900.0 - step])
+                given = (each.repeat(size, 1, 1) for each in (latents, prompt))
+                entered, asked = given
+                with omni_cache.branch("cond"):
+                    noise = model(entered, moment.repeat(size), asked)
+                latents = latents - noise[:1]
+        return latents
+
+    with pytest.raises(ValueError, match=r"step 2 of the model, cond, adds tensors of the shapes"):
+        tuned(model, generate)
+
+
+def test_ssim_is_not_asked_of_latents() -> None:
+    with pytest.raises(ValueError, match=r"ssim=0\.9 is asked of what is no picture"):
+        tuned(ToyTransformer(), ssim=0.9)
 
 
 def test_two_loops_for_a_sample_are_refused() -> None:
@@ -173,6 +199,10 @@ def test_two_loops_for_a_sample_are_refused() -> None:
         ({"computed_steps": 2.5}, "computed_steps=2.5 is not allowed"),
         ({"psnr": 40.0, "confidence": 1.0}, "confidence=1.0 is not allowed"),
         ({"confidence": 0.9}, "confidence is given without psnr or ssim"),
+        ({"minutes": 0}, "minutes=0 is not allowed; minutes must be a number of minutes > 0"),
+        ({"num_inference_steps": 4}, "num_inference_steps=4 is not allowed; .* left out with gen"),
+        ({"arguments": {}}, "arguments={} is not allowed; arguments must be left out with gen"),
+        ({"seed": 0}, "seed=0 is not allowed; seed must be left out with generate"),
         ({"prompts": ["a fox"]}, "give either generate or, for a pipeline, prompts"),
         ({"inner": "eager", "depht": 2}, "depht"),
     ],
@@ -308,9 +338,22 @@ def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
         tuned(model, progress=until, **settings)
     before = Content.load(kept)
     assert [each.computed_steps for each in before.frontier] == [1, 2]
+    results = kept.with_name("plan.partial.npz").read_bytes()
 
     told: list[tuple[str, float]] = []
-    plan = tuned(model, progress=lambda stage, loops, _: told.append((stage, loops)), **settings)
+    ran: list[int] = []
+
+    def generate(sample: int) -> Tensor:
+        ran.append(sample)
+        return denoised(model, sample)
+
+    def show(stage: str, loops: float, planned: float) -> None:
+        told.append((stage, loops))
+        if stage.startswith("tries schedules") and "refining" not in told[0][0]:
+            told.insert(0, (f"refining after {ran}", 0.0))
+
+    plan = tuned(model, generate, progress=show, **settings)
+    assert told[0][0] == "refining after [0, 0]"  # one sample says that it is the same tuning
     stages = [stage for stage, _ in told]
     assert not any("sensitive" in stage or "plan of 2" in stage for stage in stages)
     assert any("plan of 3" in stage for stage in stages)
@@ -319,12 +362,58 @@ def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     assert plan.frontier[0].weights == before.frontier[0].weights
     assert not kept.exists()
 
+    assert list(tmp_path.iterdir()) == []
+
     before.save(kept)
+    kept.with_name("plan.partial.npz").write_bytes(results)
     with pytest.raises(ValueError, match="of a tuning with another samples and targets"):
         tuned(model, samples=3, psnr=40.0, resume=kept)
 
     with pytest.raises(ValueError, match="of a tuning with another generate, prompts or seed"):
         tuned(model, lambda sample: denoised(model, sample + 50), **settings)
+
+
+def test_a_tuning_that_ends_before_it_refines_goes_on(tmp_path: Path) -> None:
+    model, kept = ToyTransformer(), tmp_path / "plan.partial"
+
+    def until(stage: str, loops: float, planned: float) -> None:
+        if stage.startswith("tries schedules"):
+            raise InterruptedError
+
+    settings: dict[str, Any] = {"samples": 2, "resume": kept, "computed_steps": 3}
+    with pytest.raises(InterruptedError):
+        tuned(model, progress=until, **settings)
+    stages: list[str] = []
+    plan = tuned(model, progress=lambda stage, *_: stages.append(stage), **settings)
+    assert not any("sensitive" in each for each in stages)
+    assert plan.point.computed_steps == 3
+
+    kept.with_name("plan.partial.npz").write_bytes(b"PK")
+    plan.save(kept)
+    with pytest.raises(ValueError, match=r"plan\.partial\.npz is broken"):
+        tuned(model, **settings)
+
+
+def test_a_speedup_skips_forwards_and_is_followed() -> None:
+    model = ToyTransformer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing of a toy is fast
+        plan = tuned(model, speedup=1.5, effort="low")
+    assert any(each.skipped_steps for each in plan.frontier)
+    place = next(place for place, each in enumerate(plan.frontier) if each.skipped_steps)
+    followed = plan.at_point(place)
+    assert f"{followed.point.skipped_steps} skipped" in repr(followed)
+    assert followed.point.judged is not None
+    uncached = [denoised(model, sample) for sample in (3, 4)]
+    omni_cache.enable(model, followed, guardrail=None, inner="eager")
+    found = [denoised(model, sample) for sample in (3, 4)]
+    assert omni_cache.summary(model).skipped_steps == followed.point.skipped_steps
+    assert omni_cache.summary(model).computed_steps == followed.point.computed_steps
+    psnr = [
+        20 * math.log10(float(a.max() - a.min())) - 10 * math.log10(float(((a - b) ** 2).mean()))
+        for a, b in zip(uncached, found, strict=True)
+    ]
+    assert followed.point.judged.psnr == pytest.approx(np.median(psnr), abs=1e-2)
 
 
 class InPieces(ToyTransformer):
@@ -350,3 +439,10 @@ def test_a_model_in_pieces_follows_what_was_tuned_on_it() -> None:
     omni_cache.enable(model, plan, guardrail=None, inner="eager")
     denoised(model, 4)
     assert [each.computed_steps for each in omni_cache.summary(model).trajectories] == [4, 4]
+
+
+def test_a_model_in_pieces_is_tuned_to_a_speed_without_skipping() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = tuned(InPieces(), speedup=1.5, effort="low")
+    assert not any(each.skipped_steps for each in plan.frontier)
