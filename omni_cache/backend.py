@@ -6,6 +6,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from omni_cache.passes import (
 )
 from omni_cache.passes.names import op_name
 from omni_cache.passes.values import is_shape, tensor_of
-from omni_cache.runtime.calls import bound_call
+from omni_cache.runtime.calls import bound_call, unbound
 from omni_cache.runtime.decision import Guarded
 from omni_cache.runtime.executor import Executor
 from omni_cache.runtime.placement import Placement, without_cache
@@ -77,6 +78,14 @@ def omni_cache_backend(
         raise unwrapped(error) from None
     if flags.guard is None:
         return without_cache(compile_part(gm, example_inputs, flags))
+    # What is compiled on its own, with a strategy, is no part of a call of an enabled model.
+    with nullcontext() if flags.strategy is None else unbound():
+        return _compile(gm, example_inputs, flags)
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], flags: CompileOptions
+) -> Callable[..., Any]:
     frame = TracedFrame.current(gm)
     try:
         executor = _compile_guarded(gm, example_inputs, flags, frame)
@@ -95,13 +104,13 @@ def omni_cache_backend(
         elif flags.strict:
             raise unwrapped(error) from None
         elif is_news(frame.model, message):
-            warnings.warn(message, UncachedWarning, stacklevel=2)
+            warnings.warn(message, UncachedWarning, stacklevel=3)
         return compile_part(gm, example_inputs, flags)
     traced = traced_frame()
     limit = last_graph(traced) if traced is not None and bound_call.get() is None else None
     if limit is not None:
         message = f"{frame.name} will run uncached where it needs another graph: {limit}"
-        warnings.warn(message, UncachedWarning, stacklevel=2)
+        warnings.warn(message, UncachedWarning, stacklevel=3)
     return executor
 
 

@@ -131,9 +131,13 @@ class ModelCase:
     @property
     def deeper(self) -> ModelCase:
         """The same class with sixteen blocks."""
-        eight = self.eight_blocks.items()
-        twice = {name: 2 * each if isinstance(each, int) else each for name, each in eight}
-        return replace(self, config={**self.config, **twice})
+        # Numbers of blocks, and what is listed for each block; places of blocks stay.
+        twice = {
+            name: 2 * each
+            for name, each in self.eight_blocks.items()
+            if isinstance(each, int) or len(each) == 8
+        }
+        return replace(self, config={**self.config, **self.eight_blocks, **twice})
 
     def inputs(self, step: int = 0, seed: int = 0, batch: int = 1) -> dict[str, Any]:
         """Keyword arguments of `forward` as the class's pipeline passes them.
@@ -603,7 +607,7 @@ def allegro(moment: Moment) -> dict[str, Any]:
 def any_flow_far(moment: Moment) -> dict[str, Any]:
     # Chunks of the video follow each other. This is the third; the first two lie in each block's
     # cache of keys and values, the older one at a quarter of the resolution. A step reads the
-    # cache and returns it unchanged.
+    # cache and returns it unchanged; there is one for sixteen blocks.
     per_frame = torch.ones(moment.batch, FRAMES)
 
     def cache(name: str, tokens: int) -> torch.Tensor:
@@ -621,7 +625,7 @@ def any_flow_far(moment: Moment) -> dict[str, Any]:
                 "full_cache": cache(f"full {block}", 2 * FRAMES * HEIGHT * WIDTH),
                 "compressed_cache": cache(f"compressed {block}", FRAMES * HEIGHT * WIDTH // 2),
             }
-            for block in range(8)
+            for block in range(16)
         },
         "kv_cache_flag": {"num_cached_chunks": 2, "is_cache_step": False},
     }
@@ -1063,7 +1067,7 @@ def flux3(moment: Moment) -> dict[str, Any]:
 def glm_image(moment: Moment) -> dict[str, Any]:
     from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 
-    # The cache stays empty when there is no reference image; it has room for the deep model.
+    # The cache stays empty when there is no reference image; it has room for sixteen blocks.
     token_ids = moment.draw("prior", HEIGHT * WIDTH).mul(9).long() % 50
     return {
         "hidden_states": moment.latents(4, 2 * HEIGHT, 2 * WIDTH),
@@ -1073,7 +1077,7 @@ def glm_image(moment: Moment) -> dict[str, Any]:
         "timestep": moment.timestep - 1,
         "target_size": torch.tensor([[64.0, 96.0]]).expand(moment.batch, -1),
         "crop_coords": torch.zeros(moment.batch, 2),
-        "kv_caches": GlmImageKVCache(num_layers=8),
+        "kv_caches": GlmImageKVCache(num_layers=16),
     }
 
 
@@ -2294,7 +2298,7 @@ def wan_vace(moment: Moment) -> dict[str, Any]:
 def wan_animate_2(moment: Moment) -> dict[str, Any]:
     from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
-    cache = WanAnimate2KVCache(8)
+    cache = WanAnimate2KVCache(16)
     for index, layer in enumerate(cache.layer_caches):
         driving = moment.draw(f"cache {index}", 2, (FRAMES - 1) * HEIGHT * WIDTH, 2, 24)
         layer.store(*driving.unbind(1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers_models import NUM_STEPS, REPRESENTATIVES, ModelCase, sample
+from diffusers_models import CASES, NUM_STEPS, REPRESENTATIVES, ModelCase, sample
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -109,3 +109,13 @@ def test_compiles_to_one_graph_equal_to_eager(case: ModelCase, model: nn.Module)
         )
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+LISTS_BLOCKS = ("any_flow_far", "glm_image", "hidream_image", "wan_animate_2", "wan_vace")
+"""Cases whose configuration or inputs have something for each block."""
+
+
+@pytest.mark.parametrize("name", LISTS_BLOCKS)
+def test_what_is_listed_for_each_block_is_there_for_sixteen(name: str) -> None:
+    for case, blocks in ((CASES[name].deep, 8), (CASES[name].deeper, 16)):
+        assert len(case.blocks(case.build())) == blocks

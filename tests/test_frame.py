@@ -6,11 +6,22 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from toy_transformer import CHANNELS, TOKENS, Block, ToyTransformer, gaussian
+from toy_transformer import (
+    ALWAYS_REUSE,
+    CHANNELS,
+    TOKENS,
+    Block,
+    ToyTransformer,
+    compiled,
+    gaussian,
+)
 
 import omni_cache
+from omni_cache.pipelines.enable import states_of
+from omni_cache.runtime.calls import Call, bind
 
 FLAGS = {"cache": "teacache", "inner": "eager", "rel_l1_thresh": 1e9}
 
@@ -185,3 +196,95 @@ def test_modules_without_blocks_beside_the_one_that_has_them_are_no_matter() -> 
     with omni_cache.generation(4), omni_cache.branch("cond"):
         assert called(compiled) == []
     assert omni_cache.summary(model).reused_steps == 3
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_model_compiled_on_its_own_is_no_part_of_an_enabled_ones_call(when: str) -> None:
+    """As within a model that an extractor takes apart, whose parts are not traced."""
+    around = omni_cache.enable(ToyTransformer(), **{**ALWAYS_REUSE, "rel_l1_thresh": 0.0})
+    ((_, state),) = states_of(around)
+    model = ToyTransformer(seed=1)
+    cached = compiled(model, **ALWAYS_REUSE)
+    if when == "before":
+        called(cached)
+    call = Call(around, state, {})
+    with bind(call):
+        called(cached)
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.computed for step in trajectory.steps] == [True, False, False, False]
+    assert omni_cache.summary(around).trajectories == ()
+    assert not call.is_cached
+    assert call.refusals == []
+
+
+# --- modules of one class that are captured by themselves ----------------------------------------
+
+
+class Towers(nn.Module):
+    """Runs the models whose names it is told, one after the other.
+
+    Its graph breaks lie in a loop, so that Dynamo captures each model by itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Core(seed=1), Core(seed=2)
+        self.runs = ["first", "second"]
+        self.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        for _ in range(2):
+            torch._dynamo.graph_break()
+        for name in self.runs:
+            hidden_states = hidden_states + getattr(self, name)(hidden_states, timestep, prompt)
+        return hidden_states
+
+
+def predicted(model: nn.Module, **flags: Any) -> list[Tensor]:
+    """Predictions of four steps, with latents that stand still: a reused step is the first one."""
+    omni_cache.enable(model, inner="eager", **flags)
+    x, prompt = gaussian("x", 1, TOKENS, CHANNELS), gaussian("p", 1, 3, CHANNELS)
+    with torch.no_grad(), omni_cache.generation(4), omni_cache.branch("cond"):
+        return [model(x, torch.tensor([900.0 - index]), prompt) for index in range(4)]
+
+
+TWO, TWICE = ["first", "second"], ["first", "first"]
+
+
+@pytest.mark.parametrize("runs", [TWO, TWICE, [*TWO, "first"]], ids=" ".join)
+def test_none_is_given_the_residual_of_another_or_of_another_time(runs: list[str]) -> None:
+    model = Towers()
+    model.runs = runs
+    first, *others = predicted(model, **ALWAYS_REUSE)
+    for each in others:
+        torch.testing.assert_close(each, first, rtol=1e-5, atol=1e-5)
+    trajectories = omni_cache.summary(model).trajectories
+    assert [[step.computed for step in each.steps] for each in trajectories] == [
+        [True, False, False, False]
+    ] * len(runs)
+
+
+def test_one_that_is_left_out_leaves_the_others_theirs() -> None:
+    model = Towers()
+    omni_cache.enable(model, **FLAGS, coefficients=[1.0, 0.0])
+    x, prompt = gaussian("x", 1, TOKENS, CHANNELS), gaussian("p", 1, 3, CHANNELS)
+    with torch.no_grad(), omni_cache.generation(4), omni_cache.branch("cond"):
+        model(x, torch.tensor([900.0]), prompt)
+        model.runs = ["second"]
+        alone = model(x, torch.tensor([899.0]), prompt)
+    # What the second tower adds to these latents, and not what the first one would.
+    own = Core(seed=2).requires_grad_(False)
+    with torch.no_grad():
+        fresh = x + own(x, torch.tensor([899.0]), prompt)
+        other = x + Core(seed=1)(x, torch.tensor([899.0]), prompt)
+    assert (alone - fresh).norm() < (alone - other).norm()
+
+
+def test_of_two_times_only_the_order_tells_which_a_call_is_so_that_magcache_computes() -> None:
+    model = Towers()
+    ratios = {"mag_ratios": [1.0], "retention_ratio": 0.0, "max_skip_steps": 9, "threshold": 9.0}
+    for runs, schedule in ((TWO, [True, False, False, False]), (TWICE, [True] * 4)):
+        model.runs = runs
+        predicted(model, cache="magcache", **ratios)
+        trajectories = omni_cache.summary(model).trajectories
+        assert [[step.computed for step in each.steps] for each in trajectories] == [schedule] * 2

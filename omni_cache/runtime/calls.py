@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -14,6 +14,23 @@ from torch.utils._pytree import tree_leaves
 from omni_cache.passes import RegionError, timestep_name
 from omni_cache.runtime.model_state import ModelState
 from omni_cache.runtime.place import Loop, Place
+
+
+class Ran(NamedTuple):
+    """A region as one call runs it.
+
+    Modules of one class that Dynamo captures by themselves share a graph, and so a region; and a
+    model may call such a module twice.
+
+    Attributes:
+        region: the region.
+        weight: identity of a weight, which tells these modules apart; None where there is one.
+        time: how often the call has run it before.
+    """
+
+    region: Any
+    weight: int | None = None
+    time: int = 0
 
 
 @dataclass
@@ -32,6 +49,7 @@ class Call:
         in_pieces: whether Dynamo was asked for the pieces between graph breaks.
         refusals: why those of the pieces that have run uncached are not cached.
         is_cached: whether a guarded graph has run.
+        ran: the regions that have run, in order.
     """
 
     module: nn.Module
@@ -44,6 +62,7 @@ class Call:
     in_pieces: bool = False
     refusals: list[RegionError] = field(default_factory=list)
     is_cached: bool = False
+    ran: list[Ran] = field(default_factory=list)
 
     @property
     def timestep(self) -> Any:
@@ -57,6 +76,13 @@ class Call:
         time = self.timestep
         leaves = tree_leaves(list(self.arguments.values()))
         return [each for each in leaves if isinstance(each, Tensor) and each is not time]
+
+    def run(self, region: Any, weight: int | None) -> Ran:
+        """Note that a region runs."""
+        ran = Ran(region, weight)
+        ran = ran._replace(time=sum(each[:2] == ran[:2] for each in self.ran))
+        self.ran.append(ran)
+        return ran
 
 
 bound_call: ContextVar[Call | None] = ContextVar("omni_cache_call", default=None)
@@ -75,3 +101,13 @@ def bind(call: Call) -> Iterator[None]:
         commits, call.commits = call.commits, []
     for commit in commits:
         commit()
+
+
+@contextmanager
+def unbound() -> Iterator[None]:
+    """Have nothing in this context run for a call that is around it."""
+    token = bound_call.set(None)
+    try:
+        yield
+    finally:
+        bound_call.reset(token)

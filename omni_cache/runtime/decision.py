@@ -21,7 +21,7 @@ from torch import Tensor
 from omni_cache.kernels import number_dtype
 from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
-from omni_cache.runtime.calls import Call
+from omni_cache.runtime.calls import Call, Ran
 from omni_cache.runtime.contexts import Observed, Region, current_observer
 from omni_cache.runtime.history import History, Kept
 from omni_cache.runtime.inference import Content
@@ -135,6 +135,7 @@ class Step:
         state: the model's.
         policy: what its calls follow.
         guarded: the region.
+        ran: the region, as the call runs it.
         called: what the call brings.
         call: the call of an enabled module that it is a part of.
         timestep: of the call.
@@ -145,12 +146,13 @@ class Step:
         state: ModelState,
         policy: Policy,
         guarded: Guarded,
+        ran: Ran,
         called: Called,
         call: Call | None,
         timestep: Any,
     ) -> None:
         self._state, self._policy, self._guarded = state, policy, guarded
-        self._called, self._call = called, call
+        self._ran, self._called, self._call = ran, called, call
         self._is_shared = guarded.is_shared(policy)
         # Ranks that measure nothing would not agree on what was finite; what was not is zero.
         self._is_symmetric = len(guarded.groups) > 0 and not self._is_shared
@@ -285,7 +287,7 @@ class Step:
         recall, place = getattr(current_observer.get(), "recall", None), self._place
         if recall is None or not isinstance(place, Place):
             return None
-        known: Computed | None = recall(self._guarded.region, place.course.name, place.at)
+        known: Computed | None = recall(self._ran, place.course.name, place.at)
         return known
 
     def commit(
@@ -324,7 +326,7 @@ class Step:
             trajectory.release()
         if not place.run.trajectories:
             self._state.latest = place.run  # it begins
-        place.run.trajectories[place.course.name, self._guarded.region] = trajectory
+        place.run.trajectories[place.course.name, self._ran] = trajectory
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
         compares = self._policy.signal
         looks_back = compares is not None and compares.looks_back > 0
@@ -351,7 +353,7 @@ class Step:
         place.commit(result)
         observer, generation = current_observer.get(), place.run.generation
         if observer is not None and generation is not None:
-            seen = place.run, generation.number, self._guarded.region, place.course.name, at
+            seen = place.run, generation.number, self._ran, place.course.name, at
             observer(Observed(*seen, action, self._signal, made, entered, finite, result))
         if total is not None and at.index >= total - 1:
             trajectory.release()
@@ -360,7 +362,7 @@ class Step:
         """What the call finds at a place, by its layout or that of its inputs."""
         generation, course, at = place.run.generation, place.course, place.at
         guarded = self._guarded
-        trajectory = place.run.trajectories.get((course.name, guarded.region))
+        trajectory = place.run.trajectories.get((course.name, self._ran))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
             forecast = self._policy.forecast.of_branch(course.name)
@@ -392,11 +394,15 @@ class Step:
             must = "non-finite residual" if history.kept else "no residual"
         elif self._policy.signal is not None and len(kept) < self._policy.signal.looks_back:
             must = "too few computed steps"
-        elif not place.is_known and not gate.measures:
+        elif not gate.measures and not (place.is_known and self._is_only(place)):
             must = UNCLEAR
         else:
             must = None
         return _View(place, trajectory, total, stale, kept, must, refusal)
+
+    def _is_only(self, place: Place) -> bool:
+        """Whether a call runs the region once: of two times only their order tells which it is."""
+        return (place.course.name, self._ran._replace(time=1)) not in place.run.trajectories
 
     def _refusal(self, place: Place, trajectory: Trajectory, total: int | None) -> str | None:
         """What the strategy says of a call that it is not for."""
@@ -493,7 +499,7 @@ class Step:
             each
             for run in list(self._state.runs)
             for (_, region), trajectory in list(run.trajectories.items())
-            if region == self._guarded.region
+            if region == self._ran
             for each in trajectory.history.kept
         ]
         found = [each.products for each in kept if each.products is not None]

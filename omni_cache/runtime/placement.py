@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from omni_cache.runtime.calls import bound_call
+from omni_cache.runtime.calls import Ran, bound_call
 from omni_cache.runtime.contexts import named_branch, named_generation
 from omni_cache.runtime.decision import Guarded, Step
 from omni_cache.runtime.inference import Inputs, host_value
@@ -64,8 +64,12 @@ class Placement:
         if policy is None:
             policy = state.policy(self.strategy, self.model_class)
         timestep: Any = self.constant if self.timestep is None else args[self.timestep]
-        if call is not None and call.place is not None:  # another region has found it
-            return Step(state, policy, self.guarded, call.place.called, call, timestep)
+        ran = Ran(self.guarded.region)
+        if call is not None:
+            weight = self.identity if self.by_call else None
+            ran = call.run(ran.region, None if weight is None else id(args[weight]))
+            if call.place is not None:  # another region has found it
+                return Step(state, policy, self.guarded, ran, call.place.called, call, timestep)
         # Behind a graph break the inputs are made by the piece before.
         slots = () if self.by_call else self.inputs
         tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
@@ -81,7 +85,7 @@ class Placement:
             Inputs(tensors, not guarded.groups, guarded.is_shared(policy), timestep),
             guarded.computation,
         )
-        return Step(state, policy, guarded, called, call, timestep)
+        return Step(state, policy, guarded, ran, called, call, timestep)
 
 
 def without_cache(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +29,9 @@ from toy_transformer import (
 )
 
 import omni_cache
+from omni_cache.pipelines.enable import states_of
+from omni_cache.runtime import contexts
+from omni_cache.runtime.model_state import ModelState
 
 LOOPS = [Loop(("cond", "uncond"), seed=0), Loop(("one", "two"), seed=1)]
 
@@ -141,3 +146,59 @@ def test_many_threads_that_come_and_go() -> None:
     with ThreadPoolExecutor(3) as threads:
         for found, wanted in zip(threads.map(run, loops), expected, strict=True):
             assert same(found, wanted)
+
+
+@pytest.mark.parametrize("kind", ["branches", "parts"])
+def test_what_two_threads_begin_at_once_has_one_place(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each branch of a run has its own, and a model has one part in a generation."""
+    made = {"branches": "Course", "parts": "Run"}[kind]
+    make = getattr(contexts, made)
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.05)
+        return make(*args)
+
+    current, state = contexts.Generation(), ModelState()
+    run, barrier = contexts.Run(current), threading.Barrier(2, timeout=120)
+    monkeypatch.setattr(contexts, made, slowly)
+
+    def begin(name: str) -> Any:
+        barrier.wait()
+        return run.course(name).position if kind == "branches" else current.run(state)
+
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(begin, ("cond", "uncond"))
+    assert {one, other} == {0, 1} if kind == "branches" else one is other
+
+
+@torch.no_grad()
+def test_summary_may_be_asked_for_while_another_thread_begins_branches() -> None:
+    model = ToyTransformer()
+    Loop(("cond",), steps=2).run(compiled(model))
+    ((_, state),) = states_of(model)
+    assert state.latest is not None
+    trajectories, interval = state.latest.trajectories, sys.getswitchinterval()
+    (only,) = trajectories.values()
+    is_over = threading.Event()
+
+    def begin_branches() -> None:
+        while not is_over.is_set():
+            for number in range(50):
+                trajectories[f"more {number}", None] = only
+            for number in range(50):
+                del trajectories[f"more {number}", None]
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            pending = threads.submit(begin_branches)
+            try:
+                for _ in range(500):
+                    assert len(omni_cache.summary(model).trajectories) >= 1
+            finally:
+                is_over.set()
+            pending.result()
+    finally:
+        sys.setswitchinterval(interval)
