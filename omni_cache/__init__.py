@@ -8,6 +8,13 @@ if TYPE_CHECKING:
     from omni_cache import calibration
     from omni_cache.backend import omni_cache_backend
     from omni_cache.backends.base import CacheBackend
+    from omni_cache.backends.exact_projection_cache import ExactProjectionCache
+    from omni_cache.backends.prompt_embed_cache import (
+        PromptEmbedCache,
+        install_prompt_embed_cache,
+        resolve_prompt_embed_cache_config,
+        uninstall_prompt_embed_cache,
+    )
     from omni_cache.backends.teacache import (
         TeaCacheBackend,
         TeaCacheConfig,

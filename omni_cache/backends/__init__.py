@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omni_cache.backends.base import CacheBackend
+    from omni_cache.backends.exact_projection_cache import ExactProjectionCache
+    from omni_cache.backends.prompt_embed_cache import (
+        PromptEmbedCache,
+        install_prompt_embed_cache,
+        resolve_prompt_embed_cache_config,
+        uninstall_prompt_embed_cache,
+    )
     from omni_cache.backends.teacache import (
         TeaCacheBackend,
         TeaCacheConfig,

@@ -50,7 +50,7 @@ GRID: dict[str, Sequence[Flags]] = {
     "taylorseer": [{"cache_interval": each} for each in (2, 3, 5)],
     "seacache": [{"threshold": each} for each in (0.1, 0.2, 0.4)],
     "easycache": [{"threshold": each} for each in (0.02, 0.05, 0.1)],
-    "dicache": [{"threshold": each} for each in (0.2, 0.4, 0.8)],
+    "dicache": [{"threshold": each} for each in (0.2, 0.3, 0.4, 0.6)],
     "stepcache": [{"sim_thresholds": each} for each in ((0.99, 0.97), (0.97, 0.95), (0.95, 0.93))],
 }
 """Flags of each strategy's settings, from cautious to fast."""
