@@ -23,6 +23,7 @@ from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
 from omni_cache.runtime.calls import Call
 from omni_cache.runtime.contexts import Observed, Region, current_observer
+from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.history import History, Kept
 from omni_cache.runtime.inference import Content
 from omni_cache.runtime.model_state import ModelState
@@ -302,6 +303,7 @@ class Step:
         finite: Tensor | None,
         entered: tuple[Tensor, ...],
     ) -> None:
+        current_tally.set(self._state.tally)  # calls of other models may have come between
         place, trajectory, total, stale, *_ = self._view
         verdict, at, computed = self._verdict, place.at, finite is not None
         action: Action = "computed" if computed else self._action
