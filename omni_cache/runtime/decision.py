@@ -510,7 +510,7 @@ class Step:
         before = last if signal.against == "last call" else view.trajectory.history.kept[0].at
         values = [None if at is None else at.value for at in (view.place.at, before)]
         known = [math.nan if value is None else value for value in values]
-        times = torch.tensor(known, dtype=number_dtype(device), device=device)
+        times = torch.tensor(known, dtype=number_dtype(device)).to(device, non_blocking=True)
         if self._timestep is not None:
             times[0] = self._timestep.to(times).mean()
         return times
