@@ -136,9 +136,10 @@ def _compile_guarded(
     skipped = analysis.region.body if analysis.whole else analysis.loop.nodes
     static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
     groups = groups_of_body(analysis.region.body, flags.process_group)
+    region = (*(each.path for each in analysis.loop.lists), repr(flags.strategy))
     placement = Placement(
         Guarded(
-            region=(*(each.path for each in analysis.loop.lists), repr(flags.strategy)),
+            region=region,
             computation=_computation(skipped),
             depth=flags.guard.depth,
             device=flags.history_device,
@@ -162,6 +163,7 @@ def _compile_guarded(
         # Behind a graph break nothing tells it: models name other things timestep on their way.
         constant=None if frame.is_resumed else frame.timestep,
         by_call=frame.is_resumed,
+        uncounted=[region],
     )
     return Executor(program, placement)
 

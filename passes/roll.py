@@ -237,7 +237,11 @@ def _subgraph(gm: GraphModule, kind: _Kind) -> Part:
         if not _is_graph(gm, node):
             inner.values[node] = inner.placeholder(node.name, {"example_value": _value(gm, node)})
     inner.copy(block.nodes)
-    return inner.finish({str(at): inner.values[block.nodes[at]] for at in kind.returned})
+    part = inner.finish({str(at): inner.values[block.nodes[at]] for at in kind.returned})
+    # It names this process's compilation, which AOTAutograd leaves out of its cache's key for the
+    # outer module alone: no other process would find what is compiled.
+    part.module.meta = {}
+    return part
 
 
 def _call(

@@ -205,7 +205,8 @@ def _weights(
 ) -> Tensor:
     """Rows as a tensor ``(1 or B, depth)``; the few that a schedule repeats are copied once."""
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype, device=device)
+        # Made on the device, it would have the host wait for all work that the device has before.
+        return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
 
 
 def _numbered(names: Sequence[str], first: int) -> dict[str, int]:

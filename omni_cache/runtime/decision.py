@@ -23,6 +23,7 @@ from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
 from omni_cache.runtime.calls import Call, Ran
 from omni_cache.runtime.contexts import Observed, Region, current_observer
+from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.history import History, Kept
 from omni_cache.runtime.inference import Content
 from omni_cache.runtime.model_state import ModelState
@@ -319,6 +320,7 @@ class Step:
         finite: Tensor | None,
         entered: tuple[Tensor, ...],
     ) -> None:
+        current_tally.set(self._state.tally)  # calls of other models may have come between
         place, trajectory, total, stale, *_ = self._view
         verdict, at, computed = self._verdict, place.at, finite is not None
         action: Action = "computed" if computed else self._action
@@ -529,7 +531,7 @@ class Step:
         before = last if signal.against == "last call" else view.trajectory.history.kept[0].at
         values = [None if at is None else at.value for at in (view.place.at, before)]
         known = [math.nan if value is None else value for value in values]
-        times = torch.tensor(known, dtype=number_dtype(device), device=device)
+        times = torch.tensor(known, dtype=number_dtype(device)).to(device, non_blocking=True)
         if self._timestep is not None:
             times[0] = self._timestep.to(times).mean()
         return times

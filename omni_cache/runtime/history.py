@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omni_cache.kernels import inner_products
 from omni_cache.runtime.agreement import local
+from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.reading import Reading, on_host, read
 from omni_cache.strategies import Forecast, Time
 from omni_cache.strategies.base import Errors, Matrix, Row
@@ -233,7 +234,7 @@ class History:
             inner_products(each, [self._at_home(kept.residuals[place]) for kept in older], samples)
             for place, each in zip(places, new, strict=True)
         ]
-        total = reduce(torch.add, (each.to(found[0].device) for each in found))
+        total = reduce(torch.add, (_moved(each, found[0].device) for each in found))
         missing = self._width - 1 - len(older)
         return Reading(torch.nn.functional.pad(total.view(samples, -1), (0, missing)).view(-1))
 
@@ -276,6 +277,7 @@ def _copied(value: Any) -> Any:
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device:
         return tensor
+    current_tally.get().copied(tensor.nbytes)
     if device.type != "cpu":
         return tensor.to(device, non_blocking=True)
     pinned = torch.empty_like(tensor, device=device, pin_memory=tensor.is_cuda)

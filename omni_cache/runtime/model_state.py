@@ -13,6 +13,7 @@ from collections.abc import Collection
 from torch import Tensor, nn
 
 from omni_cache.runtime.contexts import Generation, Run
+from omni_cache.runtime.counters import Tally
 from omni_cache.strategies import Owner, Policy, Strategy
 
 
@@ -33,6 +34,7 @@ class ModelState:
         runs: all runs that somebody still holds.
         expected_steps: the number of steps of coming generations, where it was announced.
         told: what the user has been warned of.
+        tally: what its calls have compiled, read and copied.
     """
 
     def __init__(self) -> None:
@@ -42,6 +44,7 @@ class ModelState:
         self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self.expected_steps: int | None = None
         self.told: set[str] = set()
+        self.tally = Tally()
         self._policies: dict[tuple[int, str | None], tuple[Strategy, Policy]] = {}
         self._thread = _ThreadLoops()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from omni_cache.runtime.calls import Ran, bound_call
-from omni_cache.runtime.contexts import named_branch, named_generation
+from omni_cache.runtime.contexts import Region, named_branch, named_generation
+from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.decision import Guarded, Step
 from omni_cache.runtime.inference import Inputs, host_value
 from omni_cache.runtime.model_state import ModelState, state_of_parameter
@@ -33,6 +35,7 @@ class Placement:
         constant: the timestep, where the graph was specialised on a number.
         by_call: whether the inputs tell nothing of the place, as behind a graph break, so that the
             arguments of the bound call have to.
+        uncounted: what was compiled for the graph and has no call yet, whose model it counts for.
     """
 
     guarded: Guarded
@@ -45,6 +48,7 @@ class Placement:
     timestep: int | None = None
     constant: float | None = None
     by_call: bool = False
+    uncounted: list[Region] = field(default_factory=list)
     # State for graphs whose weights are baked in, which therefore serve one instance alone.
     own_state: ModelState = field(default_factory=ModelState)
 
@@ -58,6 +62,9 @@ class Placement:
             state = self.own_state
         else:
             state = state_of_parameter(args[self.identity])
+        current_tally.set(state.tally)
+        if self.uncounted:
+            self._count(state)
         generation, policy = named_generation.get(), None
         if generation is not None:
             policy = generation.policy(self.guard, self.model_class, self.signal, state.owner)
@@ -86,6 +93,10 @@ class Placement:
             guarded.computation,
         )
         return Step(state, policy, guarded, ran, called, call, timestep)
+
+    def _count(self, state: ModelState) -> None:
+        with contextlib.suppress(IndexError):  # another thread came first
+            state.tally.compiled(self.uncounted.pop())
 
 
 def without_cache(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from omni_cache.runtime.counters import current_tally
+
 
 def on_host(tensor: Tensor) -> bool:
     """Whether a look at a tensor waits for no device."""
@@ -29,6 +31,7 @@ class Reading:
             done = torch.Event(self.tensor.device)
             done.record()
             self._copy = copied, done
+            current_tally.get().copied(copied.nbytes)
 
     @property
     def has_come(self) -> bool:
@@ -46,7 +49,9 @@ def read(readings: Iterable[Reading]) -> None:
     if not unread:
         return
     tensors = [each.tensor for each in unread]
-    numbers = (tensors[0] if len(unread) == 1 else torch.cat(tensors)).tolist()
+    together = tensors[0] if len(unread) == 1 else torch.cat(tensors)
+    numbers = together.tolist()
+    current_tally.get().copied(together.nbytes, waited=True)
     for each in unread:
         each.numbers = tuple(numbers[: each.tensor.numel()])
         numbers = numbers[each.tensor.numel() :]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 
+from omni_cache.runtime.counters import Counters
 from omni_cache.runtime.model_state import ModelState
 from omni_cache.runtime.trajectory import StepRecord
 
@@ -46,9 +47,23 @@ class TrajectorySummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The latest generation of a model or pipeline. ``str()`` renders it as a table."""
+    """The latest generation of a model or pipeline. ``str()`` renders it as a table.
+
+    Attributes:
+        trajectories: its branches, of each model and region.
+        by_model: counts of each model by the component's name, of all its generations.
+    """
 
     trajectories: tuple[TrajectorySummary, ...]
+    by_model: Mapping[str, Counters] = field(default_factory=dict)
+
+    @property
+    def counters(self) -> Counters:
+        """What all models together have compiled, read and copied, in all generations.
+
+        Subtract an earlier summary's to have those of what came between.
+        """
+        return sum(self.by_model.values(), Counters())
 
     @property
     def computed_steps(self) -> int:
@@ -72,7 +87,8 @@ class Summary:
 
     def __rich__(self) -> Table:
         total = self.computed_steps + self.reused_steps + self.skipped_steps
-        table = Table(title=f"{self.computed_steps} of {total} steps computed")
+        title = f"{self.computed_steps} of {total} steps computed"
+        table = Table(title=title, caption=_told(self.counters))
         checked = any(step.errors for each in self.trajectories for step in each.steps)
         measured = ("forecast off by", "expected") if checked else ("distance", "accumulated")
         for heading in ("branch", "step", "timestep", "", *measured, "reason"):
@@ -105,14 +121,34 @@ class Summary:
 
 def summarise(states: Iterable[tuple[str, ModelState]]) -> Summary:
     """Summarise the latest generation of named model states, also while others run."""
+    named = list(states)
+    by_model: dict[str, Counters] = {}
+    for name, state in named:
+        by_model[name] = by_model.get(name, Counters()) + state.tally.counters
     return Summary(
         tuple(
             TrajectorySummary(name, each.branch, tuple(each.steps), each.memory_bytes)
-            for name, state in states
+            for name, state in named
             if state.latest is not None
             for each in list(state.latest.trajectories.values())
-        )
+        ),
+        by_model,
     )
+
+
+def _told(counters: Counters) -> str | None:
+    """What is worth a line: one graph for each region, and no read, is what one expects."""
+    told = [
+        f"{count} {what}"
+        for count, what in (
+            (counters.recompiles, "graphs compiled again"),
+            (counters.reads, "reads from the device"),
+        )
+        if count
+    ]
+    if counters.copied_bytes >= 2**20:
+        told.append(f"{counters.copied_bytes / 2**20:.1f} MiB copied between devices")
+    return f"since enabled: {', '.join(told)}" if told else None
 
 
 def _number(value: float | None) -> str:

@@ -18,6 +18,7 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 from torch.testing._internal.two_tensor import TwoTensor
+from toy_transformer import CHANNELS, TOKENS, ToyTransformer, compiled, gaussian
 from tracing import Trace, run, trace
 from twelve import captured
 
@@ -249,3 +250,19 @@ def test_inductor_compiles_rolled_blocks_once_and_they_compute_the_same() -> Non
         outputs.append(compiled(*taken))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
     assert 0 < kernels[1] < kernels[0]
+
+
+def test_a_subgraph_names_no_compilation() -> None:
+    """Its name is new in each process, and AOTAutograd's cache would look into subgraphs for it."""
+    seen: list[tuple[bool, Any]] = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs = [each for each in gm.modules() if isinstance(each, torch.fx.GraphModule)]
+        seen.extend((each is gm, each.meta) for each in graphs)
+        return gm.forward
+
+    cached = compiled(ToyTransformer(blocks=3), inner=inner, blocks="rolled")
+    prompt = gaussian("cond", 1, 5, CHANNELS)
+    cached(gaussian(0, 1, TOKENS, CHANNELS), torch.tensor([900.0]), prompt)
+    assert [meta for is_outer, meta in seen if not is_outer] == [{}]
+    assert all(meta for is_outer, meta in seen if is_outer)
