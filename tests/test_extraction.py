@@ -652,8 +652,11 @@ def test_flags_that_only_a_graph_understands_are_refused(registered: Any) -> Non
     with pytest.raises(ValueError, match=r"^signal='blocks\.0\.norm'"):
         enabled(NumpyToy(), signal="blocks.0.norm", **TEACACHE)
     enabled(NumpyToy(), signal="timestep_embedding", **TEACACHE)
-    with pytest.raises(ValueError, match=r"^signal='latents' .* 'auto' or 'timestep_embedding'"):
-        enabled(NumpyToy(), cache="seacache")
+    # Latents are what only the extractor knows, and says at a call or not.
+    latentless = enabled(NumpyToy(), cache="seacache")
+    x, time = gaussian(1, 1, TOKENS, CHANNELS), torch.tensor([3.0])
+    with torch.no_grad(), pytest.warns(omni_cache.UncachedWarning, match="sea_cache_latents"):
+        latentless(x, time, gaussian("p", 1, 5, CHANNELS))
     enabled(NumpyToy(), cache="seacache", signal="auto")
     with pytest.raises(ValueError, match=r"^cache=one that skips the whole model is not allowed"):
         enabled(NumpyToy(), cache="stepcache")
