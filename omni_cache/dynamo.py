@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from traceback import FrameSummary
@@ -24,7 +24,7 @@ from torch._dynamo.exc import (
     Unsupported,
     UserError,
 )
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 Unwrapped = ShortenTraceback
@@ -268,13 +268,53 @@ def prepare_for_part() -> None:
 
 
 def run_inductor(
-    gm: GraphModule, example_inputs: Sequence[Any], patches: Mapping[str, Any]
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    static: Collection[int] = (),
 ) -> Callable[..., Any]:
-    """Compile a graph with Inductor under patches of its configuration."""
-    from torch._inductor.compile_fx import compile_fx
+    """Compile a graph with Inductor under patches of its configuration.
 
-    compile_part: Any = compile_fx(gm, list(example_inputs), config_patches=dict(patches))
+    Args:
+        gm: the graph.
+        example_inputs: real or fake values of its inputs.
+        patches: options of Inductor, by name.
+        static: the positions of inputs that stay where they are, as weights do. CUDA graphs read
+            those in place and copy all others at every replay. Of a graph that Dynamo made,
+            AOTAutograd finds them itself; of one that a backend built, it finds none.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    @functools.wraps(compile_fx_inner)
+    def compile_inner(
+        lowered: GraphModule,
+        inputs: Sequence[Any],
+        *,
+        static_input_idxs: Sequence[int],
+        **rest: Any,
+    ) -> Any:
+        placeholders = lowered.graph.find_nodes(op="placeholder")
+        found = (i for i, node in enumerate(placeholders) if _input_of(node) in static)
+        positions = sorted({*static_input_idxs, *found})
+        return compile_fx_inner(lowered, inputs, static_input_idxs=positions, **rest)
+
+    compile_part: Any = compile_fx(
+        gm, list(example_inputs), inner_compile=compile_inner, config_patches=dict(patches)
+    )
     return compile_part  # type: ignore[no-any-return]
+
+
+def _input_of(placeholder: Node) -> int | None:
+    """The position of the input that AOTAutograd made a placeholder of; None for its own ones.
+
+    A tensor subclass, such as a quantized weight, is handed over as the tensors that it holds.
+    """
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput, SubclassGetAttrAOTInput
+
+    described = placeholder.meta.get("desc")
+    while isinstance(described, SubclassGetAttrAOTInput):
+        described = described.base
+    return described.idx if isinstance(described, PlainAOTInput) else None
 
 
 def inductor_options() -> list[str]:

@@ -115,8 +115,8 @@ class Builder:
             elif is_shape(node):
                 self.values[node] = self.graph.node_copy(node, self.read)
             else:
-                # The description of a graph input (parameter or not, source) must reach the inner
-                # compiler.
+                # By the description of a graph input (parameter or not, source), those who compile
+                # the part know its weights.
                 meta = node.meta if node.op == "placeholder" else value_of(node)
                 self.values[node] = self.placeholder(node.name, meta)
         return self.values[node]

@@ -1,8 +1,9 @@
 """Measures `rel_l1` and `fingerprint` on a GPU, beside a copy and beside the eager formula.
 
-Usage: python scripts/bench_kernels.py FOLDER
+Usage: python scripts/bench_kernels.py FOLDER [--sweep]
 
-Writes FOLDER/kernels.json and FOLDER/kernels.txt. Exits with 1 when a bar is missed and with 2 when
+Writes FOLDER/kernels.json and FOLDER/kernels.txt. With --sweep, `rel_l1` is measured at other sizes
+of its launch too, which takes some ten seconds. Exits with 1 when a bar is missed and with 2 when
 there is no CUDA device. Every time is the median over rounds in which the candidates take turns, so
 that the clocks of the moment touch all of them alike. The calls of a round rotate through buffers
 that together hold several times what the L2 cache does.
@@ -10,6 +11,7 @@ that together hold several times what the L2 cache does.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shlex
@@ -17,12 +19,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
+from omni_cache.kernels import distance, grid
+from omni_cache.kernels.scratch import MAX_PROGRAMS, new_scratch
 from torch import Tensor
 
 from omni_cache import kernels
@@ -30,13 +36,14 @@ from omni_cache import kernels
 SHAPE, DTYPE = (4096, 3072), torch.bfloat16
 SIGNAL_BYTES = 4096 * 3072 * 2
 LONG_SHAPE, TIMES_LONGER = (32768, 3072), 8
-SETS, LONG_SETS, ROUNDS = 16, 2, 100
+SETS, LONG_SETS, ROUNDS, SWEEP_ROUNDS = 16, 2, 100, 30
 COEFFICIENTS = [0.1, -0.2, 0.3, 1.0, 0.01]
 THRESHOLD = 0.2
 
 COPY = "copy of as many bytes"
 LARGE_COPY = "copy of 1 GiB"
 MEASURE = "rel_l1 on the GPU alone (graph replay)"
+MEASURE_CAPTURED = "the same with the memset of a capture"
 PRINT = "fingerprint on the GPU alone (graph replay)"
 LONG_COPY = "copy, 32768 tokens"
 LONG_MEASURE = "rel_l1, 32768 tokens (graph replay)"
@@ -47,10 +54,35 @@ BYTES = {
     COPY: 2 * SIGNAL_BYTES,
     LARGE_COPY: 2 * 2**30,
     MEASURE: 2 * SIGNAL_BYTES,
+    MEASURE_CAPTURED: 2 * SIGNAL_BYTES,
     PRINT: SIGNAL_BYTES,
     LONG_COPY: 2 * TIMES_LONGER * SIGNAL_BYTES,
     LONG_MEASURE: 2 * TIMES_LONGER * SIGNAL_BYTES,
 }
+
+
+class LaunchSize(NamedTuple):
+    """How a launch is divided up; `omni_cache.kernels.grid` has what is in force."""
+
+    warps: int
+    tile_bytes: int
+    programs_per_multiprocessor: int
+
+
+IN_FORCE = "as it is"
+SWEEP = [
+    LaunchSize(8, 4096, 4),
+    LaunchSize(8, 4096, 8),
+    LaunchSize(8, 4096, 12),
+    LaunchSize(8, 8192, 4),
+    LaunchSize(8, 8192, 6),
+    LaunchSize(4, 2048, 12),
+    LaunchSize(4, 4096, 8),
+    LaunchSize(4, 4096, 12),
+    LaunchSize(16, 8192, 3),
+    LaunchSize(16, 16384, 2),
+]
+"""From 16 to 64 warps on a multiprocessor, each thread with one or two loads of 16 bytes."""
 
 
 class Buffers:
@@ -62,10 +94,27 @@ class Buffers:
         self.targets = torch.empty_like(self.signals[0])
         self.large_source = torch.randn(2**28, device="cuda")
         self.large_target = torch.empty_like(self.large_source)
+        self.scratch = new_scratch(self.signals.device)
 
     def measure(self, side: int, index: int) -> Tensor:
         """Measure, and leave the numbers on the device."""
         return kernels.rel_l1(self.signals[side, index], self.signals[1 - side, index])
+
+    def launch(self, side: int, index: int, size: LaunchSize | None = None) -> Tensor:
+        """Measure as outside of a CUDA graph, where the launches of a stream share a scratch."""
+        device = self.signals.device
+        pair = self.signals[side, index], self.signals[1 - side, index]
+        if size is None:
+            return distance.launch(
+                *pair, (), scratch=self.scratch, programs=grid.programs_on(device)
+            )
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = min(size.programs_per_multiprocessor * multiprocessors, MAX_PROGRAMS)
+        with (
+            patch.object(distance, "WARPS", size.warps),
+            patch.object(grid, "TILE_BYTES", size.tile_bytes),
+        ):
+            return distance.launch(*pair, (), scratch=self.scratch, programs=programs)
 
     def fingerprint(self, side: int, index: int) -> Tensor:
         """Take a fingerprint, and leave it on the device."""
@@ -122,13 +171,15 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def microseconds_in_turn(candidates: dict[str, tuple[Callable[[], None], int]]) -> dict[str, float]:
+def microseconds_in_turn(
+    candidates: dict[str, tuple[Callable[[], None], int]], rounds: int = ROUNDS
+) -> dict[str, float]:
     """Return each candidate's median time per call, from what runs it and how often it calls."""
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for run, _ in candidates.values():
         for _ in range(3):
             run()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, (run, calls) in candidates.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -140,16 +191,16 @@ def microseconds_in_turn(candidates: dict[str, tuple[Callable[[], None], int]]) 
     return {name: median(times) for name, times in samples.items()}
 
 
-def measure() -> dict[str, float]:
+def measure(buffers: Buffers, long: Buffers) -> dict[str, float]:
     """Return microseconds per call by what was called."""
-    buffers, long = Buffers(), Buffers(LONG_SHAPE, LONG_SETS)
     on_the_gpu = {
         COPY: (captured(both_sides(buffers.copy)), 2 * SETS),
         LARGE_COPY: (captured(both_sides(buffers.large_copy, sets=1)), 2),
-        MEASURE: (captured(both_sides(buffers.measure)), 2 * SETS),
+        MEASURE: (captured(both_sides(buffers.launch)), 2 * SETS),
+        MEASURE_CAPTURED: (captured(both_sides(buffers.measure)), 2 * SETS),
         PRINT: (captured(both_sides(buffers.fingerprint)), 2 * SETS),
         LONG_COPY: (captured(both_sides(long.copy, LONG_SETS)), 2 * LONG_SETS),
-        LONG_MEASURE: (captured(both_sides(long.measure, LONG_SETS)), 2 * LONG_SETS),
+        LONG_MEASURE: (captured(both_sides(long.launch, LONG_SETS)), 2 * LONG_SETS),
     }
     from_python = {
         MEASURE_CALL: (both_sides(buffers.measure), 2 * SETS),
@@ -157,6 +208,27 @@ def measure() -> dict[str, float]:
         EAGER: (both_sides(buffers.eager), 2 * SETS),
     }
     return microseconds_in_turn(on_the_gpu) | microseconds_in_turn(from_python)
+
+
+def sweep(buffers: Buffers, long: Buffers) -> list[dict[str, Any]]:
+    """Return what `rel_l1` reaches at each launch size, in GB/s at both lengths."""
+    names = {IN_FORCE: None} | {str(tuple(size)): size for size in SWEEP}
+    rates = []
+    for data, sets, size_in_bytes in (
+        (buffers, SETS, BYTES[MEASURE]),
+        (long, LONG_SETS, BYTES[LONG_MEASURE]),
+    ):
+        candidates = {
+            name: (captured(both_sides(partial(data.launch, size=size), sets)), 2 * sets)
+            for name, size in names.items()
+        }
+        times = microseconds_in_turn(candidates, SWEEP_ROUNDS)
+        rates.append({name: size_in_bytes / time / 1e3 for name, time in times.items()})
+    short, long_rates = rates
+    return [
+        {"size": name, "gigabytes_per_second": short[name], "at_32768_tokens": long_rates[name]}
+        for name in names
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -189,10 +261,6 @@ def bars(times: dict[str, float]) -> list[dict[str, Any]]:
             bandwidth(times, LONG_MEASURE) / bandwidth(times, LONG_COPY),
             0.85,
         ),
-        "speed of rel_l1 over that of the eager formula": (
-            times[EAGER] / times[MEASURE_CALL],
-            4.0,
-        ),
     }
     return [
         {"name": name, "reached": value, "needed": needed, "passed": value >= needed}
@@ -212,24 +280,34 @@ def as_text(result: dict[str, Any]) -> str:
     for name, time in result["microseconds_per_call"].items():
         rate = result["gigabytes_per_second"].get(name)
         lines.append(f"{name:46} {time:9.2f} us" + (f" {rate:8.0f} GB/s" if rate else ""))
-    lines.append("")
+    faster = result["microseconds_per_call"][EAGER] / result["microseconds_per_call"][MEASURE_CALL]
+    lines += ["", f"{'speed of rel_l1 over that of the eager formula':52} {faster:6.2f}"]
     for bar in result["bars"]:
         verdict = "passed" if bar["passed"] else "MISSED"
         lines.append(f"{bar['name']:52} {bar['reached']:6.2f}  needed {bar['needed']}  {verdict}")
+    if result["sweep"]:
+        lines += ["", "rel_l1 by (warps, bytes of a tile, programs per multiprocessor), GB/s"]
+        lines += [
+            f"{each['size']:20} {each['gigabytes_per_second']:6.0f}"
+            f"   at 32768 tokens {each['at_32768_tokens']:6.0f}"
+            for each in result["sweep"]
+        ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     """Measure, write and judge; return the exit status."""
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sweep", action="store_true", help="try other sizes of the launch too")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench_kernels needs a CUDA device, and torch sees none here.", file=sys.stderr)
         return 2
-    folder = Path(sys.argv[1])
+    folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    times = measure()
+    data = Buffers(), Buffers(LONG_SHAPE, LONG_SETS)
+    times = measure(*data)
     result: dict[str, Any] = {
         "environment": environment(),
         "shape": list(SHAPE),
@@ -239,6 +317,7 @@ def main() -> int:
         "microseconds_per_call": times,
         "gigabytes_per_second": {name: bandwidth(times, name) for name in BYTES},
         "bars": bars(times),
+        "sweep": sweep(*data) if options.sweep else [],
     }
     (folder / "kernels.json").write_text(json.dumps(result, indent=2) + "\n")
     text = as_text(result)

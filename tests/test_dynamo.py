@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.two_tensor import TwoTensor
 
 from omni_cache import dynamo
 
@@ -342,6 +344,37 @@ def test_inductor_compiles_a_graph_under_patches() -> None:
 
     with torch.no_grad():
         assert torch.equal(dynamo.compiled(lambda x: x * 2 + 1, backend)(X), X * 2 + 1)
+
+
+@pytest.mark.parametrize("is_subclass", [False, True])
+def test_inductor_is_told_which_inputs_are_static(
+    monkeypatch: pytest.MonkeyPatch, is_subclass: bool
+) -> None:
+    """They are found though AOTAutograd leaves out an input, or takes one apart."""
+    lowered_to: list[tuple[list[bool], list[int]]] = []
+
+    def lower(
+        lowered: GraphModule, inputs: list[Any], *, static_input_idxs: list[int], **rest: Any
+    ) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            lowered_to.append(([bool((each == 1).all()) for each in args], static_input_idxs))
+            return lowered(*args)
+
+        return make_boxed_func(run)
+
+    def forward(x: Tensor, y: Tensor, weight: Tensor, z: Tensor) -> tuple[Tensor]:
+        x.add_(1)
+        return (x * weight + y + z,)
+
+    x, y, ones = torch.zeros(6), torch.zeros(6), torch.ones(6)
+    inputs = [x, y, TwoTensor(ones, ones.clone()), y] if is_subclass else [x, x, ones, y]
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", lower)
+    with torch.no_grad():
+        run = dynamo.run_inductor(torch.fx.symbolic_trace(forward), inputs, {}, static={2})
+        run(*inputs)
+    ((are_ones, static),) = lowered_to
+    assert static == [i for i, is_one in enumerate(are_ones) if is_one]
+    assert len(static) == 1 + is_subclass
 
 
 def test_inductors_modes_and_options_are_known() -> None:

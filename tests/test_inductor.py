@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
 import pytest
 import torch
-from diffusers_models import REPRESENTATIVES, ModelCase, sample
+from diffusers_models import CASES, REPRESENTATIVES, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
 from torch import Tensor
 from torch._dynamo import lookup_backend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.fx import GraphModule
 
 import omni_cache
 
@@ -54,3 +60,39 @@ def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
         expected = forced_reuse(model, case, now, capture_residual(model, case, before))
         assert relative_change(outputs[index], expected) < 1e-4
         assert relative_change(sample(model(**now)), expected) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", ["unrolled", "rolled"])
+@torch.no_grad()
+def test_the_weights_of_every_part_are_static_inputs(
+    monkeypatch: pytest.MonkeyPatch, blocks: str
+) -> None:
+    """CUDA graphs copy every other input, at every step."""
+    model = CASES["flux"].build()
+    weights = {each.data_ptr() for each in chain(model.parameters(), model.buffers())}
+    static_and_weights: list[tuple[set[int], set[int]]] = []
+
+    def compile_lowered(
+        lowered: GraphModule, inputs: list[Any], *, static_input_idxs: list[int], **rest: Any
+    ) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            found = {
+                i
+                for i, each in enumerate(args)
+                if isinstance(each, Tensor) and each.data_ptr() in weights
+            }
+            static_and_weights.append((set(static_input_idxs), found))
+            return lowered(*args)
+
+        return make_boxed_func(run)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", compile_lowered)
+    alternate: Any = {"cache": "teacache", "coefficients": (0.2,), "rel_l1_thresh": 0.3}
+    omni_cache.enable(model, inner="inductor", blocks=blocks, strict=True, **alternate)
+    with omni_cache.generation(), omni_cache.branch("cond"):
+        for step in STEPS[:2]:
+            model(**CASES["flux"].inputs(step))
+    assert len(static_and_weights) >= 5  # prologue, body, epilogue; prologue, reuse, epilogue
+    assert all(static == found for static, found in static_and_weights)
+    assert max(len(found) for _, found in static_and_weights) > 20

@@ -102,5 +102,6 @@ def test_a_call_waits_for_the_device_as_rarely_as_it_can(flags: dict[str, Any], 
                         model(**call)
                     finally:
                         torch.cuda.set_sync_debug_mode("default")
-                waits = [each for each in caught if "synchronizing" in str(each.message)]
+                # Switching the mode on warns too, that it overlooks "synchronizing operations".
+                waits = [each for each in caught if "called a synchronizing" in str(each.message)]
                 assert len(waits) <= most, [str(each.message) for each in waits]

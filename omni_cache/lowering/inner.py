@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from omni_cache.dynamo import lookup_backend, prepare_for_part, run_inductor
 from omni_cache.options import CompileOptions
+from omni_cache.passes import is_static_input
 
 
 def compile_part(
@@ -28,7 +29,9 @@ def compile_part(
         if value is not None
     }
     if flags.inner == "inductor":
-        return run_inductor(gm, example_inputs, flags.inductor_patches)
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        static = {i for i, node in enumerate(placeholders) if is_static_input(node)}
+        return run_inductor(gm, example_inputs, flags.inductor_patches, static)
     inner = flags.inner if callable(flags.inner) else lookup_backend(flags.inner)
     compiled: Callable[..., Any] = inner(gm, list(example_inputs), **extra)
     return compiled
