@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ from omni_cache.backends.cachedit import (
 from omni_cache.backends.cachedit.model_specific import steps_of_experts
 from omni_cache.backends.config import DiffusionCacheConfig
 from omni_cache.backends.selector import get_cache_backend
+from omni_cache.strategies import Time
 
 BLOCKS = CacheDiTAdapterConfig({"blocks": ForwardPattern.Pattern_3}, check_forward_pattern=False)
 CONFIG = {"max_warmup_steps": 2, "residual_diff_threshold": 0.5, "max_continuous_cached_steps": 2}
@@ -128,6 +130,21 @@ def test_masks_are_those_of_cache_dit_for_the_numbers_of_steps_that_it_has() -> 
             assert list(config.mask(steps) or ()) == theirs
         assert [config.mask(steps) for steps in (None, 1, 2, 3, 5, 7)] == [None] * 6
     assert CacheDiTConfig().mask(28) is None
+
+
+def test_forecasts_have_no_slope_before_the_third_step_after_a_forced_refresh() -> None:
+    for policy, places in {"once": (0, 8), "repeat": (0, 8, 16, 24)}.items():
+        forecast = (
+            CacheDiTConfig(
+                enable_taylorseer=True, force_refresh_step_hint=8, force_refresh_step_policy=policy
+            )
+            .to_strategy()
+            .forecasting()
+        )
+        for begin, since in product(places, range(1, 7)):
+            kept = [Time(begin + since), Time(begin + since - 1)]
+            expected = (2.0, -1.0) if since >= 3 else (1.0, 0.0)
+            assert forecast.weights(kept, Time(begin + since + 1)) == expected, (policy, kept)
 
 
 def test_static_reuse_needs_a_mask() -> None:
