@@ -113,7 +113,7 @@ class Refresh(Wrapped):
 
     def begins_anew(self, at: Time) -> bool:
         """Whether a step is such a one."""
-        return 0 < at.index == self._begin(at) or self.gate.begins_anew(self._counted(at))
+        return 0 < at.index == self.counts_from(at) or self.gate.begins_anew(self._counted(at))
 
     def foretell(self, at: Time, total: int | None) -> str | None:
         """As the gate within."""
@@ -123,11 +123,11 @@ class Refresh(Wrapped):
         """As the gate within."""
         return self.gate.decide(state, self._counted(at), total, distance)
 
-    def _begin(self, at: Time) -> int:
-        """The step from which the gate within counts."""
+    def counts_from(self, at: Time) -> int:
+        """The step from which the gate within counts, at a step."""
         if self.step is None or at.index < self.step:
             return 0
         return at.index // self.step * self.step if self.repeats else self.step
 
     def _counted(self, at: Time) -> Time:
-        return at._replace(index=at.index - self._begin(at))
+        return at._replace(index=at.index - self.counts_from(at))

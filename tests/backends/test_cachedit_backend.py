@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ from omni_cache.backends.cachedit import (
 from omni_cache.backends.cachedit.model_specific import steps_of_experts
 from omni_cache.backends.config import DiffusionCacheConfig
 from omni_cache.backends.selector import get_cache_backend
+from omni_cache.strategies import Time
 
 BLOCKS = CacheDiTAdapterConfig({"blocks": ForwardPattern.Pattern_3}, check_forward_pattern=False)
 CONFIG = {"max_warmup_steps": 2, "residual_diff_threshold": 0.5, "max_continuous_cached_steps": 2}
@@ -128,6 +130,21 @@ def test_masks_are_those_of_cache_dit_for_the_numbers_of_steps_that_it_has() -> 
             assert list(config.mask(steps) or ()) == theirs
         assert [config.mask(steps) for steps in (None, 1, 2, 3, 5, 7)] == [None] * 6
     assert CacheDiTConfig().mask(28) is None
+
+
+def test_forecasts_have_no_slope_before_the_third_step_after_a_forced_refresh() -> None:
+    for policy, places in {"once": (0, 8), "repeat": (0, 8, 16, 24)}.items():
+        forecast = (
+            CacheDiTConfig(
+                enable_taylorseer=True, force_refresh_step_hint=8, force_refresh_step_policy=policy
+            )
+            .to_strategy()
+            .forecasting()
+        )
+        for begin, since in product(places, range(1, 7)):
+            kept = [Time(begin + since), Time(begin + since - 1)]
+            expected = (2.0, -1.0) if since >= 3 else (1.0, 0.0)
+            assert forecast.weights(kept, Time(begin + since + 1)) == expected, (policy, kept)
 
 
 def test_static_reuse_needs_a_mask() -> None:
@@ -353,6 +370,55 @@ def test_an_enabler_that_puts_cache_dit_on_by_itself(
     assert calls == [(pipe, 8, False)]
     one.disable(pipe)
     assert not is_cached(pipe.transformer)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_enabler_of_a_model_puts_the_cache_on(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CUSTOM_DIT_ENABLERS, "FakePipeline", cache_dit_backend.enable_cache_for_sd3)
+    pipe, one = pipeline(), backend(engine)
+    one.enable(pipe)
+    assert omni_cache.pipelines.is_enabled(pipe.transformer) == (engine == "graph")
+    assert cache_dit.BlockAdapter.is_cached(pipe.transformer) == (engine == "library")
+    one.refresh(pipe, 8, False)
+    one.disable(pipe)
+    assert not is_cached(pipe.transformer)
+
+
+def test_bagel_denoises_with_its_language_model() -> None:
+    pipe = SimpleNamespace(language_model=SimpleNamespace(model=Declared()))
+    config = DiffusionCacheConfig.from_dict({"inner": "eager"})
+    begin = cache_dit_backend.enable_cache_for_bagel(pipe, config)
+    begin(pipe, 8)
+    assert is_cached(pipe.language_model.model)
+
+
+@pytest.mark.parametrize("name", ["BagelCachedAdapter", "SensenovaCachedAdapter"])
+def test_adapters_of_models_are_for_the_graph(name: str) -> None:
+    class Adapted(Declared):
+        _cache_dit_adapter_config = replace(BLOCKS, cached_adapter_cls=getattr(cachedit, name))
+
+    pipe = FakePipeline(make=Adapted)
+    with pytest.raises(ValueError, match=f"Adapted of FakePipeline .*{name} is not allowed"):
+        backend("library").enable(pipe)
+    assert not is_cached(pipe.transformer)
+    backend("graph").enable(pipe)
+    assert is_cached(pipe.transformer)
+
+
+@pytest.mark.parametrize("name", ["cache_dit", "cache-dit"])
+def test_cache_dit_may_be_enabled_by_a_configuration(name: str) -> None:
+    pipe = pipeline()
+    may = cache_dit_backend.may_enable_cache_dit
+    for other in ({"cache_backend": "tea_cache"}, {"cache_config": None}):
+        asked = SimpleNamespace(**{"cache_backend": name, "cache_config": CONFIG, **other})
+        assert may(pipe, asked) is None
+        assert not is_cached(pipe.transformer)
+    one = may(pipe, SimpleNamespace(cache_backend=name, cache_config=CONFIG))
+    assert one is not None
+    assert one.is_enabled()
+    assert is_cached(pipe.transformer)
 
 
 # Summary

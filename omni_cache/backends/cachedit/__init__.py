@@ -11,16 +11,19 @@ from omni_cache.backends.cachedit.backend import (
     enable_cache_for_dit,
 )
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
+from omni_cache.backends.cachedit.model_specific import BagelCachedAdapter, SensenovaCachedAdapter
 from omni_cache.backends.cachedit.runtime import CacheDiTRequestSpec, RequestScopedCacheDiTRuntime
 
 __all__ = [
     "CUSTOM_DIT_ENABLERS",
+    "BagelCachedAdapter",
     "CacheDiTAdapterConfig",
     "CacheDiTBackend",
     "CacheDiTConfig",
     "CacheDiTEnableResult",
     "CacheDiTRequestSpec",
     "RequestScopedCacheDiTRuntime",
+    "SensenovaCachedAdapter",
     "cache_summary",
     "enable_cache_for_dit",
 ]

@@ -29,6 +29,7 @@ from omni_cache.backends.cachedit.model_specific import (
     recipe_of_modules,
 )
 from omni_cache.backends.config import DiffusionCacheConfig
+from omni_cache.pipelines import is_enabled
 
 __all__ = [
     "CUSTOM_DIT_ENABLERS",
@@ -59,8 +60,7 @@ class CacheDiTBackend(CacheBackend):
         elif isinstance(cache_config, dict):
             cache_config = DiffusionCacheConfig.from_dict(cache_config)
         super().__init__(cache_config)
-        name = getattr(cache_config, "engine", "graph") if engine is None else engine
-        self.engine: Engine = make_engine(name, extra_flags(cache_config))
+        self.engine = _engine_of(cache_config, engine)
         self._installed = ExitStack()
         self._refresh: Refresh | None = None
 
@@ -86,7 +86,7 @@ class CacheDiTBackend(CacheBackend):
                     result = CacheDiTEnableResult(result, (pipeline.transformer,))
                 self._refresh, targets = result.refresh, result.targets
                 for each in targets:
-                    stack.callback(LibraryEngine().remove, each)
+                    stack.callback(_remove, each)
             pipeline._cache_dit_targets = targets
             self._installed = stack.pop_all()
         self.enabled = True
@@ -142,7 +142,7 @@ def enable_cache_for_dit(
     block_adapter: Any = None,
     adapter_cls: type[Any] | None = None,
     get_pipeline_transformer: Callable[[Any], Any] | None = None,
-    engine: str = "graph",
+    engine: str | None = None,
 ) -> Refresh:
     """Put the cache on one transformer, in an enabler.
 
@@ -154,7 +154,8 @@ def enable_cache_for_dit(
         adapter_cls: a subclass of cache-dit's ``CachedAdapter``; for the engine "library".
         get_pipeline_transformer: finds the transformer in the pipeline; None takes its
             ``transformer``.
-        engine: "graph" or "library".
+        engine: "graph" or "library"; None takes the key "engine" of the configuration, else
+            "graph".
 
     Returns:
         ``refresh(pipeline, num_inference_steps, verbose=True)``.
@@ -170,9 +171,22 @@ def enable_cache_for_dit(
         blocks = replace(blocks, cached_adapter_cls=adapter_cls)
     recipe = Recipe((replace(target, blocks=blocks),))
     with ExitStack() as stack:
-        begin = _install(pipeline, recipe, make_engine(engine, extra_flags(cache_config)), stack)
+        begin = _install(pipeline, recipe, _engine_of(cache_config, engine), stack)
         stack.pop_all()
     return begin
+
+
+def _engine_of(cache_config: Any, name: str | None) -> Engine:
+    """The engine of a name, None for that of the configuration."""
+    if name is None:
+        name = getattr(cache_config, "engine", "graph")
+    return make_engine(name, extra_flags(cache_config))
+
+
+def _remove(transformer: Any) -> None:
+    """Take off what an enabler has put on, by either engine."""
+    engine: Engine = GraphEngine() if is_enabled(transformer) else LibraryEngine()
+    engine.remove(transformer)
 
 
 def _install(pipeline: Any, recipe: Recipe, engine: Engine, stack: ExitStack) -> Refresh:

@@ -5,13 +5,35 @@ One set of fields serves both engines. Nothing here imports cache-dit until it i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omni_cache.strategies import DBCache
-from omni_cache.strategies.base import is_count, require
+from omni_cache.strategies.base import Row, Time, is_count, require
 from omni_cache.strategies.forecasts import Taylor
 from omni_cache.strategies.masks import PRESETS, preset
+from omni_cache.strategies.schedules import Refresh, Reuse
+
+
+@dataclass(frozen=True)
+class TaylorInDBCache(Taylor):
+    """TaylorSeer as cache-dit's DBCache runs it.
+
+    Its state is made at the end of the first step, and again at the end of each step at which
+    everything begins anew. Such a step and the two after it have no differences.
+
+    Attributes:
+        refresh: says where everything begins anew.
+    """
+
+    first: int = 3
+    refresh: Refresh = field(kw_only=True)
+
+    def weights(self, kept: Sequence[Time], now: Time) -> Row:
+        """As `Taylor`. All that is kept comes after the latest beginning."""
+        first = self.refresh.counts_from(now) + self.first
+        return Taylor(self.order, first).weights(kept, now)
 
 
 @dataclass
@@ -124,10 +146,14 @@ class CacheDiTConfig:
             steps_computation_policy="dynamic" if mask is None else self.scm_steps_policy,
             force_refresh_step_hint=self.force_refresh_step_hint,
             force_refresh_step_policy=self.force_refresh_step_policy,
-            # Within DBCache the first three steps of cache-dit's have no differences.
-            forecast=Taylor(order, first=3) if self.enable_taylorseer else "hold",
+            forecast=self._forecast() if self.enable_taylorseer else "hold",
             num_inference_steps=num_inference_steps,
         )
+
+    def _forecast(self) -> TaylorInDBCache:
+        repeats = self.force_refresh_step_policy == "repeat"
+        refresh = Refresh(Reuse(), self.force_refresh_step_hint, repeats)
+        return TaylorInDBCache(self.taylorseer_order, refresh=refresh)
 
     def to_db_cache_config(self) -> Any:
         """``cache_dit.DBCacheConfig`` of these fields; a refresh adds the steps and the mask."""

@@ -46,7 +46,7 @@ class CacheDiTEnableResult:
 
     Attributes:
         refresh: begins a request: ``refresh(pipeline, num_inference_steps, verbose)``.
-        targets: what ``cache_dit.disable_cache`` is to be called on.
+        targets: the transformers that it is to be taken off again.
     """
 
     refresh: Refresh
@@ -105,6 +105,30 @@ def steps_of_experts(pipeline: Any, num_inference_steps: int) -> tuple[int, int]
     boundary = ratio * scheduler.config.num_train_timesteps
     high = sum(float(each) >= boundary for each in scheduler.timesteps)
     return high, num_inference_steps - high
+
+
+class _OfTheGraph:
+    """An adapter that a transformer's class may name, and that only the engine "graph" serves."""
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> None:
+        """What the engine "library" calls.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{cls.__name__} is not allowed with engine='library', as it works on blocks of "
+            "vLLM-Omni's own model; engine='graph' needs no adapter"
+        )
+
+
+class BagelCachedAdapter(_OfTheGraph):
+    """Bagel's, as ``cached_adapter_cls`` of a `CacheDiTAdapterConfig`."""
+
+
+class SensenovaCachedAdapter(_OfTheGraph):
+    """SenseNova's, as ``cached_adapter_cls`` of a `CacheDiTAdapterConfig`."""
 
 
 CUSTOM_DIT_ENABLERS: dict[str, Enabler] = {
