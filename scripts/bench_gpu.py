@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import typer
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from omni_cache.passes import is_static_input
 from torch import Tensor
 
 import omni_cache
@@ -165,7 +166,9 @@ class TimedParts:
     ) -> Callable[..., Any]:
         """Compile one part."""
         if self._inner == "inductor":
-            run = run_inductor(gm, example_inputs, inductor_modes()[mode or "default"])
+            placeholders = gm.graph.find_nodes(op="placeholder")
+            weights = {i for i, node in enumerate(placeholders) if is_static_input(node)}
+            run = run_inductor(gm, example_inputs, inductor_modes()[mode or "default"], weights)
         else:
             run = lookup_backend(self._inner)(gm, list(example_inputs))
 

@@ -94,7 +94,7 @@ def test_a_call_waits_for_the_device_as_rarely_as_it_can(flags: dict[str, Any], 
     calls = [on_gpu(step) for step in range(STEPS)]
     for is_warm in (False, True):
         with omni_cache.generation(STEPS):
-            for call in calls:
+            for step, call in enumerate(calls):
                 with warnings.catch_warnings(record=True) as caught, omni_cache.branch("cond"):
                     warnings.simplefilter("always")
                     torch.cuda.set_sync_debug_mode("warn" if is_warm else "default")
@@ -104,4 +104,6 @@ def test_a_call_waits_for_the_device_as_rarely_as_it_can(flags: dict[str, Any], 
                         torch.cuda.set_sync_debug_mode("default")
                 # Switching the mode on warns too, that it overlooks "synchronizing operations".
                 waits = [each for each in caught if "called a synchronizing" in str(each.message)]
-                assert len(waits) <= most, [str(each.message) for each in waits]
+                # A branch learns from its first calls which inputs change, by their contents.
+                allowed = max(most, int(step < 3))
+                assert len(waits) <= allowed, [str(each.message) for each in waits]
