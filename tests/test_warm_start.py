@@ -1,0 +1,120 @@
+"""A second process finds every part that the first one compiled, in both of PyTorch's caches.
+
+They are Inductor's and AOTAutograd's. What differs from process to process in a part that we hand
+over, such as a name that is counted up or the order of a set, is a part that is compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from toy_transformer import ALWAYS_REUSE, CHANNELS, TOKENS, ToyTransformer, gaussian
+
+import omni_cache
+
+STEPS = 4
+PARTS = ("prologue", "body", "epilogue", "reuse")
+
+MAGCACHE: dict[str, Any] = {
+    "cache": "magcache",
+    "num_inference_steps": STEPS,
+    "mag_ratios": [1.0] * STEPS,
+    "retention_ratio": 0.0,
+    "max_skip_steps": 1,
+}
+DBCACHE: dict[str, Any] = {
+    "cache": "dbcache",
+    "fn_compute_blocks": 1,
+    "bn_compute_blocks": 0,
+    "max_warmup_steps": 1,
+    "residual_diff_threshold": ALWAYS_REUSE["rel_l1_thresh"],
+}
+STRATEGIES = {
+    "magcache": MAGCACHE,
+    "magcache-newton-2": {**MAGCACHE, "forecast": "newton", "forecast_order": 2},
+    "dbcache": DBCACHE,
+}
+CASES = {
+    # Inductor that calls PyTorch's own kernels: the caches are the same, and no C++ is compiled.
+    f"{name}-{blocks}": {**flags, "blocks": blocks, "inner_options": {"fallback_by_default": True}}
+    for name, flags in STRATEGIES.items()
+    for blocks in ("rolled", "unrolled")
+}
+
+Found = dict[str, dict[str, int]]
+"""For each case, how many parts each cache had (`_hit`), lacked, or would not take (`_bypass`)."""
+
+
+@torch.no_grad()
+def start() -> Found:
+    """Compile the toy for each case, in this process."""
+    found = {}
+    for name, flags in CASES.items():
+        torch._dynamo.reset()
+        counters.clear()
+        model = ToyTransformer(blocks=3)
+        omni_cache.enable(model, **flags)
+        for step in range(STEPS):
+            latents = gaussian(step, 1, TOKENS, CHANNELS)
+            model(latents, torch.tensor([900.0 - step]), gaussian("prompt", 1, 5, CHANNELS))
+        (trajectory,) = omni_cache.summary(model).trajectories
+        assert {step.computed for step in trajectory.steps} == {True, False}  # all parts have run
+        found[name] = {
+            f"{cache}_{outcome}": counters[group][f"{cache}_{outcome}"]
+            for group, cache in (("inductor", "fxgraph_cache"), ("aot_autograd", "autograd_cache"))
+            for outcome in ("hit", "miss", "bypass")
+        }
+    return found
+
+
+def start_elsewhere(folder: Path) -> Found:
+    """`start` in a process of its own, whose caches lie in a folder."""
+    command = "import json, test_warm_start; print(json.dumps(test_warm_start.start()))"
+    process = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: Found = json.loads(process.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
+    """What the first process finds in a folder that is empty, and the second after it."""
+    folder = tmp_path_factory.mktemp("caches")
+    return start_elsewhere(folder), start_elsewhere(folder)
+
+
+@pytest.mark.slow
+def test_the_first_process_begins_with_nothing(starts: tuple[Found, Found]) -> None:
+    first, _ = starts
+    assert first["magcache-rolled"] == expected(miss=len(PARTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_second_process_compiles_nothing(starts: tuple[Found, Found], case: str) -> None:
+    _, second = starts
+    assert second[case] == expected(hit=len(PARTS))
+
+
+def expected(hit: int = 0, miss: int = 0) -> dict[str, int]:
+    """Both caches alike."""
+    outcomes = {"hit": hit, "miss": miss, "bypass": 0}
+    return {
+        f"{cache}_{outcome}": number
+        for cache in ("fxgraph_cache", "autograd_cache")
+        for outcome, number in outcomes.items()
+    }
