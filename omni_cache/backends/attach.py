@@ -6,6 +6,7 @@ which modules a pipeline has, is theirs to know.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from omni_cache.backends.guidance import Guidance
+from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS
 from omni_cache.pipelines import disable, enable, refresh
 from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls
@@ -86,6 +88,14 @@ def first_transformer(pipeline: Any) -> nn.Module:
         listed = ", ".join(TRANSFORMERS)
         raise ValueError(f"{type(pipeline).__name__} has no transformer: none of {listed}")
     return found[0]
+
+
+def warn_of_others(pipeline: Any) -> None:
+    """Say that the transformers besides the first one run uncached, where there are any."""
+    kinds = [type(each).__name__ for each in transformers_of(pipeline)[1:]]
+    if kinds:
+        message = f"only the first transformer is cached; {', '.join(kinds)} runs uncached"
+        warnings.warn(message, UncachedWarning, stacklevel=3)
 
 
 def own_module(module: Any) -> Any:

@@ -408,6 +408,11 @@ def test_an_aborted_calibration_keeps_what_it_has_measured() -> None:
     assert [len(each) for each in backend.calibrated_ratios.values()] == [4]
 
 
+def test_a_second_transformer_runs_uncached_and_is_told() -> None:
+    with pytest.warns(omni_cache.UncachedWarning, match="only the first transformer is cached"):
+        mag_cache().enable(FakePipeline(experts=True))
+
+
 def test_all_names_are_there() -> None:
     assert all(hasattr(magcache, name) for name in magcache.__all__)
     assert isinstance(get_cache_backend("mag_cache", {}), MagCacheBackend)

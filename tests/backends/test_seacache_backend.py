@@ -425,6 +425,11 @@ def test_another_transformer_is_cached_anew_and_a_lost_hook_is_an_error() -> Non
         backend.refresh(pipeline, 8)
 
 
+def test_a_second_transformer_runs_uncached_and_is_told() -> None:
+    with pytest.warns(omni_cache.UncachedWarning, match="only the first transformer is cached"):
+        sea_cache().enable(FakePipeline(experts=True))
+
+
 def test_all_names_are_there() -> None:
     assert all(hasattr(seacache, name) for name in seacache.__all__)
     assert isinstance(get_cache_backend("sea_cache", {}), SeaCacheBackend)

@@ -6,7 +6,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from omni_cache.backends.attach import detach, extra_flags, first_transformer
+from omni_cache.backends.attach import (
+    detach,
+    extra_flags,
+    first_transformer,
+    warn_of_others,
+)
 from omni_cache.backends.base import CacheBackend
 from omni_cache.backends.hooks import HookRegistry
 from omni_cache.backends.magcache.config import MagCacheConfig, Ratios, each_row
@@ -43,6 +48,7 @@ class MagCacheBackend(CacheBackend):
             ValueError: no ratios are known of its class, or a value is not allowed.
         """
         self._enable(pipeline, self._steps(None))
+        warn_of_others(pipeline)
 
     def refresh(self, pipeline: Any, num_inference_steps: int | None, verbose: bool = True) -> None:
         """Begin a request: of so many steps, else of as many as the configuration says, else 28.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from omni_cache.backends.attach import extra_flags, first_transformer
+from omni_cache.backends.attach import extra_flags, first_transformer, warn_of_others
 from omni_cache.backends.base import CacheBackend
 from omni_cache.backends.hooks import HookRegistry
 from omni_cache.backends.seacache.config import SeaCacheConfig
@@ -34,6 +34,7 @@ class SeaCacheBackend(CacheBackend):
         """
         config = SeaCacheConfig.from_diffusion_cache_config(self.config)
         own = first_transformer(pipeline)
+        warn_of_others(pipeline)
         HookRegistry.get_or_create(own).remove_hook(SeaCacheRootHook._HOOK_NAME)
         self._hook = apply_sea_cache_hook(
             own,
