@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 from torch import nn
@@ -64,17 +65,34 @@ def detach(module: nn.Module) -> None:
 
 
 def transformers_of(pipeline: Any) -> list[nn.Module]:
-    """The denoising transformers of a pipeline: those that it names itself, else the usual ones.
+    """The denoising transformers of a pipeline: the usual ones, else those that it names itself.
 
-    A pipeline names them, as dotted paths, in ``_dit_modules``.
+    A pipeline names modules, as dotted paths, in ``_dit_modules``: those that are to be moved and
+    sharded, a text tower among them.
     """
-    found, named = [], getattr(pipeline, "_dit_modules", None)
-    for path in named if isinstance(named, tuple | list) and named else TRANSFORMERS:
-        part = pipeline
-        for name in path.split("."):
-            part = getattr(part, name, None)
-        found.append(own_module(part))
-    return list(dict.fromkeys(each for each in found if isinstance(each, nn.Module)))
+    return _outermost(pipeline, TRANSFORMERS) or _outermost(pipeline, _named(pipeline))
+
+
+def named_transformers_of(pipeline: Any) -> list[nn.Module]:
+    """The same, where what a pipeline names itself comes before the usual ones."""
+    return _outermost(pipeline, _named(pipeline)) or _outermost(pipeline, TRANSFORMERS)
+
+
+def _named(pipeline: Any) -> Sequence[str]:
+    named = getattr(pipeline, "_dit_modules", None)
+    return named if isinstance(named, tuple | list) else ()
+
+
+def _outermost(pipeline: Any, paths: Sequence[str]) -> list[nn.Module]:
+    """The modules at dotted paths, without those that are a part of another one."""
+    found = (own_module(reduce(_attribute, path.split("."), pipeline)) for path in paths)
+    modules = list(dict.fromkeys(each for each in found if isinstance(each, nn.Module)))
+    parts = {part for each in modules for part in each.modules() if part is not each}
+    return [each for each in modules if each not in parts]
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    return getattr(owner, name, None)
 
 
 def first_transformer(pipeline: Any) -> nn.Module:

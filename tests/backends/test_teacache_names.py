@@ -446,13 +446,35 @@ def test_a_subclass_has_the_coefficients_of_its_base() -> None:
 def test_a_pipeline_may_name_its_transformers() -> None:
     inner = FakeTransformer()
     pipeline = SimpleNamespace(
-        transformer=FakeTransformer(),
-        model=SimpleNamespace(dit=inner),
-        _dit_modules=("model.dit", "absent.dit"),
+        model=SimpleNamespace(dit=inner), _dit_modules=("model.dit", "absent.dit")
     )
     backend(coefficients=IDENTITY).enable(pipeline)
     assert is_enabled(inner)
-    assert not is_enabled(pipeline.transformer)
+
+
+@pytest.mark.parametrize("kind", ["tea_cache", "mag_cache", "sea_cache", "cache_dit"])
+def test_of_nested_modules_the_outer_one_denoises(kind: str) -> None:
+    pipeline = FakePipeline()
+    pipeline.transformer.language_model = tower = ToyTransformer()
+    pipeline._dit_modules = ["transformer.language_model", "transformer"]
+    config = {"coefficients": IDENTITY, "mag_ratios": [1.0] * 8, "inner": "eager"}
+    get_cache_backend(kind, config).enable(pipeline)
+    assert is_enabled(pipeline.transformer)
+    assert not is_enabled(tower)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named_first"),
+    [("tea_cache", False), ("mag_cache", False), ("sea_cache", False), ("cache_dit", True)],
+)
+def test_the_usual_names_come_first_except_for_cache_dit(kind: str, named_first: bool) -> None:
+    pipeline = FakePipeline()
+    pipeline.text = tower = ToyTransformer()
+    pipeline._dit_modules = ["text"]
+    config = {"coefficients": IDENTITY, "mag_ratios": [1.0] * 8, "inner": "eager"}
+    get_cache_backend(kind, config).enable(pipeline)
+    assert is_enabled(tower) is named_first
+    assert is_enabled(pipeline.transformer) is not named_first
 
 
 def test_refreshing_what_is_not_enabled_warns_if_verbose(recwarn: pytest.WarningsRecorder) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from omni_cache.backends.attach import extra_flags, transformers_of
+from omni_cache.backends.attach import extra_flags, named_transformers_of
 from omni_cache.backends.base import CacheBackend
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
 from omni_cache.backends.cachedit.engines import (
@@ -128,7 +128,7 @@ def cache_summary(pipeline: Any, details: bool = True) -> None:
     """
     targets = getattr(pipeline, "_cache_dit_targets", None)
     if targets is None:
-        targets = tuple(transformers_of(pipeline))
+        targets = tuple(named_transformers_of(pipeline))
     engines: tuple[Engine, ...] = (GraphEngine(), LibraryEngine())
     found = [any(engine.summary(each, details) for engine in engines) for each in targets]
     if not any(found):

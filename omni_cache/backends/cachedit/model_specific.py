@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from omni_cache.backends.attach import transformers_of
+from omni_cache.backends.attach import named_transformers_of
 from omni_cache.backends.cachedit.config import CacheDiTConfig
 from omni_cache.backends.cachedit.engines import Target
 
@@ -69,7 +69,7 @@ def recipe_of_modules(pipeline: Any, cache_config: Any, name: str | None = None)
     Raises:
         ValueError: the pipeline has none.
     """
-    found = transformers_of(pipeline) if name is None else [getattr(pipeline, name)]
+    found = named_transformers_of(pipeline) if name is None else [getattr(pipeline, name)]
     if not found:
         raise ValueError(
             f"{type(pipeline).__name__} has no denoising transformer; name it in _dit_modules"
