@@ -10,19 +10,22 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from omni_cache.backends.guidance import Guidance
+from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS
-from omni_cache.pipelines import disable, enable, refresh
+from omni_cache.pipelines import disable, enable, is_enabled, refresh
 from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls
 from omni_cache.strategies import Strategy
 
 TRANSFORMERS = ("transformer", "transformer_2", "denoising_transformer")
 """Names under which pipelines keep their denoising transformers."""
+
+Hook = TypeVar("Hook", bound=ModelHook)
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Guidance] = weakref.WeakKeyDictionary()
 
@@ -119,6 +122,23 @@ def warn_of_others(pipeline: Any) -> None:
 def own_module(module: Any) -> Any:
     """The module itself, where it is one that ``torch.compile`` has wrapped."""
     return getattr(module, "_orig_mod", module)
+
+
+def hook_of(module: nn.Module, kind: type[Hook]) -> Hook | None:
+    """The hook of a kind that a module's calls follow.
+
+    None where it has none, or where the cache was taken off past the hook.
+    """
+    registry = getattr(own_module(module), "_hook_registry", None)
+    hook = registry.get_hook(kind._HOOK_NAME) if isinstance(registry, HookRegistry) else None
+    return hook if isinstance(hook, kind) and is_enabled(module) else None
+
+
+def remove_hook(module: nn.Module, kind: type[ModelHook]) -> None:
+    """Take a hook off a module; one that has none is left alone."""
+    registry = getattr(own_module(module), "_hook_registry", None)
+    if isinstance(registry, HookRegistry):
+        registry.remove_hook(kind._HOOK_NAME)
 
 
 def guidance_of(module: nn.Module) -> Guidance | None:

@@ -570,6 +570,62 @@ def test_an_enabler_may_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.is_enabled()
 
 
+def own_enabler(pipeline: Any, config: Any) -> None:
+    apply_teacache_hook(pipeline.net.dit, TeaCacheConfig(1e9, IDENTITY), inner="eager")
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [("BagelPipeline", "bagel"), ("SenseNovaU1Pipeline", "denoising_transformer"), ("Own", "net")],
+)
+def test_what_an_enabler_has_hooked_is_refreshed_and_taken_off(
+    name: str,
+    attribute: str,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    monkeypatch.setitem(CUSTOM_TEACACHE_ENABLERS, "Own", own_enabler)
+    model = FakeTransformer()
+    part = SimpleNamespace(dit=model) if name == "Own" else model
+    named = {"language_model": ToyTransformer(), "_dit_modules": ["language_model"]}
+    pipeline = pipeline_of(name, **{attribute: part}, **({} if name == "Own" else named))
+    made = backend()
+    made.enable(pipeline)
+    Loop(steps=4).run(model)
+    made.refresh(pipeline, 8)
+    assert not omni_cache.summary(model).trajectories
+    assert not recwarn
+    made.disable(pipeline)
+    assert not is_enabled(model)
+    assert not hasattr(pipeline, "_tea_cache_modules")
+
+
+def test_a_transformer_that_is_uncached_beside_others_is_told() -> None:
+    pipeline, made = FakePipeline(experts=True), backend(coefficients=IDENTITY)
+    made.enable(pipeline)
+    pipeline.transformer_2 = ToyTransformer()
+    with pytest.warns(UncachedWarning, match="not enabled on ToyTransformer of FakePipeline"):
+        made.refresh(pipeline, 8)
+    made.enable(pipeline)
+    omni_cache.disable(pipeline.transformer)
+    with pytest.warns(UncachedWarning, match="not enabled on FakeTransformer of FakePipeline"):
+        made.refresh(pipeline, 8)
+
+
+def test_all_transformers_are_hooked_or_none() -> None:
+    pipeline, made = FakePipeline(experts=True), backend(coefficients=IDENTITY)
+    HookRegistry.get_or_create(pipeline.transformer_2).register_hook("mine", ModelHook())
+    with pytest.raises(RuntimeError, match="mine"):
+        made.enable(pipeline)
+    assert not is_enabled(pipeline.transformer)
+    pipeline.transformer_2._hook_registry.remove_hook("mine")
+    made.enable(pipeline)
+    made.config = backend(coefficients=IDENTITY, inner="bogus").config
+    with pytest.raises(ValueError, match="inner"), pytest.warns(UserWarning, match="replaced"):
+        made.enable(pipeline)
+    assert not made.is_enabled()
+
+
 def test_a_compiled_transformer_is_hooked_itself() -> None:
     model = FakeTransformer()
     pipeline = SimpleNamespace(transformer=torch.compile(model, backend="eager"))

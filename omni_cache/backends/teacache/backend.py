@@ -11,11 +11,20 @@ from typing import Any
 
 from torch import nn
 
-from omni_cache.backends.attach import TRANSFORMERS, extra_flags, transformers_of
+from omni_cache.backends.attach import (
+    TRANSFORMERS,
+    extra_flags,
+    hook_of,
+    remove_hook,
+    transformers_of,
+)
 from omni_cache.backends.base import CacheBackend
-from omni_cache.backends.hooks import HookRegistry
 from omni_cache.backends.teacache.config import TeaCacheConfig
-from omni_cache.backends.teacache.hook import TeaCacheHook, apply_teacache_hook
+from omni_cache.backends.teacache.hook import (
+    TeaCacheHook,
+    apply_teacache_hook,
+    collecting_hooked,
+)
 from omni_cache.errors import UncachedWarning
 from omni_cache.strategies.tables import teacache_classes
 
@@ -81,31 +90,47 @@ class TeaCacheBackend(CacheBackend):
             ValueError: ``Invalid TeaCache configuration``, such as coefficients that are neither
                 given nor published for the transformer's class; or a pipeline without transformer.
         """
+        self.enabled = False
         enabler = CUSTOM_TEACACHE_ENABLERS.get(type(pipeline).__name__, _enable)
-        enabler(pipeline, self.config)
+        with collecting_hooked() as hooked:
+            try:
+                enabler(pipeline, self.config)
+            except BaseException:
+                for module in hooked:
+                    remove_hook(module, TeaCacheHook)
+                raise
+        pipeline._tea_cache_modules = hooked
         self.enabled = True
 
     def refresh(self, pipeline: Any, num_inference_steps: int | None, verbose: bool = True) -> None:
-        """Begin a request of so many steps; 0 and None are an unknown number."""
-        found = [
-            (registry, hook)
-            for registry in map(HookRegistry.get_or_create, transformers_of(pipeline))
-            if isinstance(hook := registry.get_hook(TeaCacheHook._HOOK_NAME), TeaCacheHook)
-        ]
-        for registry, hook in found:
-            hook.reset_state(registry.module, num_inference_steps)
-        if verbose and not found and getattr(pipeline, "_tea_cache_config", None) is None:
-            name = type(pipeline).__name__
-            warnings.warn(
-                f"TeaCache is not enabled on {name}, so there is nothing to refresh",
-                UncachedWarning,
-                stacklevel=2,
-            )
+        """Begin a request of so many steps; 0 and None are an unknown number.
+
+        Warns, if ``verbose``, of transformers that are not cached, such as one that has taken the
+        place of another since.
+        """
+        bare, modules = [], _modules_of(pipeline)
+        for module in modules:
+            hook = hook_of(module, TeaCacheHook)
+            if hook is None:
+                bare.append(module)
+            else:
+                hook.reset_state(module, num_inference_steps)
+        if not verbose or getattr(pipeline, "_tea_cache_config", None) is not None:
+            return
+        name = type(pipeline).__name__
+        if len(bare) == len(modules):
+            message = f"TeaCache is not enabled on {name}, so there is nothing to refresh"
+            warnings.warn(message, UncachedWarning, stacklevel=2)
+        elif bare:
+            kinds = ", ".join(type(each).__name__ for each in bare)
+            message = f"TeaCache is not enabled on {kinds} of {name}; enable the backend again"
+            warnings.warn(message, UncachedWarning, stacklevel=2)
 
     def disable(self, pipeline: Any) -> None:
         """Leave the pipeline's transformers as they were before."""
-        for module in transformers_of(pipeline):
-            HookRegistry.get_or_create(module).remove_hook(TeaCacheHook._HOOK_NAME)
+        for module in _modules_of(pipeline):
+            remove_hook(module, TeaCacheHook)
+        vars(pipeline).pop("_tea_cache_modules", None)
         if getattr(pipeline, "_tea_cache_config", None) is not None:
             pipeline._tea_cache_config = None
         self.enabled = False
@@ -117,6 +142,12 @@ def _enable(pipeline: Any, config: Any) -> None:
         listed = ", ".join(TRANSFORMERS)
         raise ValueError(f"{type(pipeline).__name__} has no transformer: none of {listed}")
     _apply({each: _type_of(each) for each in models}, config)
+
+
+def _modules_of(pipeline: Any) -> list[nn.Module]:
+    """The denoising transformers, and what an enabler has hooked besides."""
+    hooked = getattr(pipeline, "_tea_cache_modules", ())
+    return list(dict.fromkeys([*transformers_of(pipeline), *hooked]))
 
 
 def _apply(types: dict[nn.Module, str], config: Any) -> None:

@@ -7,6 +7,9 @@ are the runtime's.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +26,8 @@ from omni_cache.runtime.trajectory import Trajectory
 from omni_cache.strategies import TeaCache, Time
 from omni_cache.strategies.gates import Accumulate, Accumulated
 from omni_cache.strategies.signals import RelativeL1
+
+_hooked: ContextVar[weakref.WeakSet[nn.Module]] = ContextVar("teacache_hooked")
 
 
 class TeaCacheHook(ModelHook):
@@ -175,5 +180,18 @@ def apply_teacache_hook(module: nn.Module, config: TeaCacheConfig, **flags: Any)
         ValueError: a flag is unknown or has a value that is not allowed.
         RuntimeError: another hook of the module takes the place of its forward.
     """
-    registry = HookRegistry.get_or_create(own_module(module))
+    own = own_module(module)
+    registry = HookRegistry.get_or_create(own)
     registry.register_hook(TeaCacheHook._HOOK_NAME, TeaCacheHook(config, **flags))
+    _hooked.get(weakref.WeakSet()).add(own)
+
+
+@contextmanager
+def collecting_hooked() -> Iterator[weakref.WeakSet[nn.Module]]:
+    """The modules that `apply_teacache_hook` hooks within, by whoever calls it."""
+    found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    token = _hooked.set(found)
+    try:
+        yield found
+    finally:
+        _hooked.reset(token)
