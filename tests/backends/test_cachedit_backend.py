@@ -225,6 +225,22 @@ def test_enable_and_disable_leave_a_pipeline_as_it_was(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("by_itself", [False, True])
+def test_another_transformer_is_cached_anew(
+    engine: str, by_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_itself:
+        monkeypatch.setitem(CUSTOM_DIT_ENABLERS, "FakePipeline", enable_cache_for_dit)
+    pipe, made = pipeline(), backend(engine)
+    made.enable(pipe)
+    before, pipe.transformer = pipe.transformer, Declared(5)
+    made.refresh(pipe, 8)
+    assert is_cached(pipe.transformer)
+    assert not is_cached(before)
+    assert pipe._cache_dit_targets == (pipe.transformer,)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_modules_that_a_pipeline_names(engine: str) -> None:
     part = SimpleNamespace(dit=Declared())
     pipe = SimpleNamespace(part=part, transformer=Declared(), _dit_modules=["part.dit", "gone.dit"])

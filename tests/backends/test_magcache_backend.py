@@ -354,6 +354,23 @@ def test_another_transformer_is_cached_anew_and_a_lost_hook_is_applied_again() -
         assert omni_cache.pipelines.is_enabled(pipeline.transformer)
 
 
+def test_a_cache_that_was_taken_off_past_the_hook_is_applied_again() -> None:
+    pipeline, made = FakePipeline(), get_cache_backend("mag_cache", CONFIG)
+    made.enable(pipeline)
+    omni_cache.disable(pipeline.transformer)
+    with pytest.warns(UserWarning, match="lost its MagCache hook"):
+        made.refresh(pipeline, 28)
+    assert omni_cache.pipelines.is_enabled(pipeline.transformer)
+
+
+def test_disabling_leaves_another_backend_s_cache_on() -> None:
+    pipeline = FakePipeline()
+    tea = get_cache_backend("tea_cache", {"coefficients": [0, 0, 0, 1, 0], "inner": "eager"})
+    tea.enable(pipeline)
+    get_cache_backend("mag_cache", CONFIG).disable(pipeline)
+    assert omni_cache.pipelines.is_enabled(pipeline.transformer)
+
+
 def test_a_transformer_without_ratios_is_refused() -> None:
     backend = mag_cache(mag_ratios=None)
     with pytest.raises(ValueError, match="Unknown model type: 'FakeTransformer'"):

@@ -413,6 +413,14 @@ def test_a_request_s_step_count_has_its_last_step_computed() -> None:
         assert computed(runner.pipeline.transformer) == [[True, *[False] * (steps - 2), True]]
 
 
+def test_a_cache_that_was_taken_off_past_the_hook_is_an_error() -> None:
+    pipeline, made = FakePipeline(), get_cache_backend("sea_cache", {"inner": "eager"})
+    made.enable(pipeline)
+    omni_cache.disable(pipeline.transformer)
+    with pytest.raises(RuntimeError, match="lost its SeaCache hook"):
+        made.refresh(pipeline, 8)
+
+
 def test_another_transformer_is_cached_anew_and_a_lost_hook_is_an_error() -> None:
     pipeline, backend = FakePipeline(), sea_cache()
     backend.enable(pipeline)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from omni_cache.backends.attach import extra_flags, named_transformers_of
@@ -24,6 +25,7 @@ from omni_cache.backends.cachedit.engines import (
 from omni_cache.backends.cachedit.model_specific import (
     CUSTOM_DIT_ENABLERS,
     CacheDiTEnableResult,
+    Enabler,
     Recipe,
     Refresh,
     recipe_of_modules,
@@ -63,6 +65,8 @@ class CacheDiTBackend(CacheBackend):
         self.engine = _engine_of(cache_config, engine)
         self._installed = ExitStack()
         self._refresh: Refresh | None = None
+        self._find: Callable[[Any], list[Any]] = named_transformers_of
+        self._found: list[Any] = []
 
     def enable(self, pipeline: Any) -> None:
         """Put the cache on all denoising transformers of a pipeline, or on none of them.
@@ -80,19 +84,24 @@ class CacheDiTBackend(CacheBackend):
             if isinstance(made, Recipe):
                 self._refresh = _install(pipeline, made, self.engine, stack)
                 targets = tuple(each.transformer for each in made.targets)
+                self._find = partial(_described, enabler, self.config)
             else:
                 result = made
                 if not isinstance(result, CacheDiTEnableResult):
                     result = CacheDiTEnableResult(result, (pipeline.transformer,))
                 self._refresh, targets = result.refresh, result.targets
+                self._find = named_transformers_of
                 for each in targets:
                     stack.callback(_remove, each)
             pipeline._cache_dit_targets = targets
+            self._found = self._find(pipeline)
             self._installed = stack.pop_all()
         self.enabled = True
 
     def refresh(self, pipeline: Any, num_inference_steps: int | None, verbose: bool = True) -> None:
         """Begin a request: nothing of the one before is seen again. Warns where nothing is enabled.
+
+        A pipeline whose transformers are others than before is enabled anew.
 
         Args:
             pipeline: the enabled one.
@@ -100,11 +109,13 @@ class CacheDiTBackend(CacheBackend):
             verbose: whether cache-dit logs what it does.
 
         Raises:
-            ValueError: ``num_inference_steps`` is no number of steps.
+            ValueError: ``num_inference_steps`` is no number of steps; or as `enable`.
         """
         if self._refresh is None:
             warnings.warn("cache-dit is not enabled, so there is nothing to refresh", stacklevel=2)
             return
+        if self._find(pipeline) != self._found:
+            self.enable(pipeline)
         self._refresh(pipeline, num_inference_steps or None, verbose)
 
     def disable(self, pipeline: Any) -> None:
@@ -112,7 +123,7 @@ class CacheDiTBackend(CacheBackend):
 
         The backend is off afterwards, and all transformers were tried, even if one raises.
         """
-        self.enabled, self._refresh = False, None
+        self.enabled, self._refresh, self._found = False, None, []
         vars(pipeline).pop("_cache_dit_targets", None)
         self._installed.close()
 
@@ -181,6 +192,12 @@ def _engine_of(cache_config: Any, name: str | None) -> Engine:
     if name is None:
         name = getattr(cache_config, "engine", "graph")
     return make_engine(name, extra_flags(cache_config))
+
+
+def _described(enabler: Enabler, cache_config: Any, pipeline: Any) -> list[Any]:
+    """The transformers that an enabler describes in a pipeline as it is now."""
+    made = enabler(pipeline, cache_config)
+    return [each.transformer for each in made.targets] if isinstance(made, Recipe) else []
 
 
 def _remove(transformer: Any) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_cache.backends.attach import (
-    detach,
     extra_flags,
     first_transformer,
+    hook_of,
+    remove_hook,
     warn_of_others,
 )
 from omni_cache.backends.base import CacheBackend
-from omni_cache.backends.hooks import HookRegistry
 from omni_cache.backends.magcache.config import MagCacheConfig, Ratios, each_row
 from omni_cache.backends.magcache.hook import MagCacheHeadHook, apply_mag_cache_hook
 from omni_cache.backends.magcache.strategy import MagCacheStrategy, get_strategy
@@ -57,7 +57,7 @@ class MagCacheBackend(CacheBackend):
         warning tells if ``verbose``.
         """
         transformer, steps = first_transformer(pipeline), self._steps(num_inference_steps)
-        known, hook = self._magcache_config, self._attached(transformer)
+        known, hook = self._magcache_config, hook_of(transformer, MagCacheHeadHook)
         is_same = self._registered and self._transformer_id == id(transformer)
         if is_same and hook is None and verbose:
             message = "the transformer has lost its MagCache hook, which is applied again"
@@ -69,11 +69,7 @@ class MagCacheBackend(CacheBackend):
 
     def disable(self, pipeline: Any) -> None:
         """Leave the pipeline's transformer as it was; one that is not cached is left alone."""
-        transformer = first_transformer(pipeline)
-        if self._attached(transformer) is not None:
-            registry = HookRegistry.get_or_create(transformer)
-            registry.remove_hook(MagCacheHeadHook._HOOK_NAME)
-        detach(transformer)
+        remove_hook(first_transformer(pipeline), MagCacheHeadHook)
         self._registered = self.enabled = False
         self._magcache_config = self._transformer_id = self._hook = None
 
@@ -98,13 +94,8 @@ class MagCacheBackend(CacheBackend):
             )
         apply_mag_cache_hook(transformer, config, **extra_flags(given))
         self._magcache_config, self._transformer_id = config, id(transformer)
-        self._hook = self._attached(transformer)
+        self._hook = hook_of(transformer, MagCacheHeadHook)
         self._registered = self.enabled = True
 
     def _steps(self, told: int | None) -> int:
         return told or self.config.num_inference_steps or DEFAULT_STEPS
-
-    def _attached(self, transformer: Any) -> MagCacheHeadHook | None:
-        registry = getattr(transformer, "_hook_registry", None)
-        hook = None if registry is None else registry.get_hook(MagCacheHeadHook._HOOK_NAME)
-        return hook if isinstance(hook, MagCacheHeadHook) else None

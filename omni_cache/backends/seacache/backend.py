@@ -5,9 +5,14 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from omni_cache.backends.attach import extra_flags, first_transformer, warn_of_others
+from omni_cache.backends.attach import (
+    extra_flags,
+    first_transformer,
+    hook_of,
+    remove_hook,
+    warn_of_others,
+)
 from omni_cache.backends.base import CacheBackend
-from omni_cache.backends.hooks import HookRegistry
 from omni_cache.backends.seacache.config import SeaCacheConfig
 from omni_cache.backends.seacache.hook import Callback, SeaCacheRootHook, apply_sea_cache_hook
 
@@ -35,7 +40,7 @@ class SeaCacheBackend(CacheBackend):
         config = SeaCacheConfig.from_diffusion_cache_config(self.config)
         own = first_transformer(pipeline)
         warn_of_others(pipeline)
-        HookRegistry.get_or_create(own).remove_hook(SeaCacheRootHook._HOOK_NAME)
+        remove_hook(own, SeaCacheRootHook)
         self._hook = apply_sea_cache_hook(
             own,
             config,
@@ -52,20 +57,19 @@ class SeaCacheBackend(CacheBackend):
         """Begin a request; another transformer than before is cached anew.
 
         Raises:
-            RuntimeError: somebody has taken the hook off.
+            RuntimeError: somebody has taken the hook, or the cache, off.
         """
         own = first_transformer(pipeline)
         if self._transformer is None or self._transformer() is not own:
             self.enable(pipeline)
-        hook = HookRegistry.get_or_create(own).get_hook(SeaCacheRootHook._HOOK_NAME)
+        hook = hook_of(own, SeaCacheRootHook)
         if hook is None or hook is not self._hook:
             raise RuntimeError("the transformer has lost its SeaCache hook; enable it again")
         self._hook.refresh(own, num_inference_steps)
 
     def disable(self, pipeline: Any) -> None:
         """Leave the pipeline as it was; one that is not cached is left alone."""
-        own = first_transformer(pipeline)
-        HookRegistry.get_or_create(own).remove_hook(SeaCacheRootHook._HOOK_NAME)
+        remove_hook(first_transformer(pipeline), SeaCacheRootHook)
         vars(pipeline).pop("_cache_context_factory", None)
         self._hook = self._transformer = None
         self.enabled = False
