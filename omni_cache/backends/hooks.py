@@ -111,12 +111,7 @@ class HookRegistry:
         Raises:
             RuntimeError: another hook is attached, since a module follows one cache.
         """
-        others = [each for each in self._hooks if each != name]
-        if others:
-            raise RuntimeError(
-                f"{type(self.module).__name__} has the hook {others[0]!r}, and can have one that "
-                f"takes the place of forward; remove_hook({others[0]!r}) before {name!r}"
-            )
+        self.refuse_beside(name)
         if name in self._hooks:
             warnings.warn(f"the hook {name!r} was registered before, and is replaced", stacklevel=3)
             self.remove_hook(name)
@@ -126,6 +121,19 @@ class HookRegistry:
         except BaseException:
             del self._hooks[name]
             raise
+
+    def refuse_beside(self, name: str) -> None:
+        """Raise where a hook of another name is attached.
+
+        Raises:
+            RuntimeError: one is.
+        """
+        others = [each for each in self._hooks if each != name]
+        if others:
+            raise RuntimeError(
+                f"{type(self.module).__name__} has the hook {others[0]!r}, and can have one that "
+                f"takes the place of forward; remove_hook({others[0]!r}) before {name!r}"
+            )
 
     def remove_hook(self, name: str) -> None:
         """Detach a hook; a name that is not there is left alone."""

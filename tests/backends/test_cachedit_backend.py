@@ -38,7 +38,8 @@ from omni_cache.backends.cachedit import (
 from omni_cache.backends.cachedit.model_specific import steps_of_experts
 from omni_cache.backends.config import DiffusionCacheConfig
 from omni_cache.backends.selector import get_cache_backend
-from omni_cache.strategies import Time
+from omni_cache.pipelines.enable import enabled_flags
+from omni_cache.strategies import TeaCache, Time
 
 BLOCKS = CacheDiTAdapterConfig({"blocks": ForwardPattern.Pattern_3}, check_forward_pattern=False)
 CONFIG = {"max_warmup_steps": 2, "residual_diff_threshold": 0.5, "max_continuous_cached_steps": 2}
@@ -195,6 +196,27 @@ def test_a_pipeline_without_a_transformer(engine: str) -> None:
 
 
 # Lifecycle
+
+
+def test_over_another_backend_s_hook_it_is_refused() -> None:
+    pipe, made = pipeline(), backend()
+    tea = get_cache_backend("tea_cache", {"coefficients": [0, 0, 0, 1, 0], "inner": "eager"})
+    tea.enable(pipe)
+    with pytest.raises(RuntimeError, match="has the hook 'teacache'"):
+        made.enable(pipe)
+    assert not made.is_enabled()
+    assert isinstance(enabled_flags(pipe.transformer)["cache"], TeaCache)
+    tea.disable(pipe)
+    made.enable(pipe)
+
+
+def test_the_engine_of_the_argument_reaches_enablers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CUSTOM_DIT_ENABLERS, "FakePipeline", enable_cache_for_dit)
+    pipe, config = pipeline(), DiffusionCacheConfig.from_dict(CONFIG)
+    CacheDiTBackend(config, engine="library").enable(pipe)
+    assert cache_dit.BlockAdapter.is_cached(pipe.transformer)
+    assert not omni_cache.pipelines.is_enabled(pipe.transformer)
+    assert not hasattr(config, "engine")
 
 
 def test_none_a_dict_and_a_configuration() -> None:

@@ -5,6 +5,7 @@ It knows when what happens, and leaves how to an engine and to a recipe.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -61,8 +62,11 @@ class CacheDiTBackend(CacheBackend):
             cache_config = DiffusionCacheConfig()
         elif isinstance(cache_config, dict):
             cache_config = DiffusionCacheConfig.from_dict(cache_config)
+        if engine is not None:  # for enablers, which see nothing but the configuration
+            cache_config = copy.copy(cache_config)
+            cache_config.engine = engine
         super().__init__(cache_config)
-        self.engine = _engine_of(cache_config, engine)
+        self.engine = _engine_of(cache_config, None)
         self._installed = ExitStack()
         self._refresh: Refresh | None = None
         self._find: Callable[[Any], list[Any]] = named_transformers_of

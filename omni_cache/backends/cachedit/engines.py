@@ -15,6 +15,7 @@ from torch import nn
 
 from omni_cache.backends.attach import attach, begin, detach
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
+from omni_cache.backends.hooks import HookRegistry
 from omni_cache.pipelines import is_enabled, summary
 from omni_cache.strategies.base import one_of
 
@@ -98,7 +99,14 @@ class GraphEngine:
     flags: Mapping[str, Any] = field(default_factory=dict)
 
     def install(self, target: Target) -> None:
-        """As `Engine`."""
+        """As `Engine`.
+
+        Raises:
+            RuntimeError: a hook of another backend takes the place of the transformer's forward.
+        """
+        registry = getattr(target.transformer, "_hook_registry", None)
+        if isinstance(registry, HookRegistry):
+            registry.refuse_beside("cache_dit")
         self.refresh(target, None)
 
     def refresh(
