@@ -16,6 +16,7 @@ from torch import nn
 
 from omni_cache.backends.guidance import Guidance
 from omni_cache.backends.hooks import HookRegistry, ModelHook
+from omni_cache.capture.extractor import Extractor, own_extractor, register_extractor
 from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS
 from omni_cache.pipelines import disable, enable, is_enabled, refresh
@@ -29,20 +30,37 @@ Hook = TypeVar("Hook", bound=ModelHook)
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Guidance] = weakref.WeakKeyDictionary()
 
+_replaced: weakref.WeakKeyDictionary[nn.Module, Extractor | None] = weakref.WeakKeyDictionary()
+"""The extractors that modules had before ours took their place."""
 
-def attach(module: nn.Module, strategy: Strategy, flags: Mapping[str, Any] | None = None) -> None:
+
+def attach(
+    module: nn.Module,
+    strategy: Strategy,
+    flags: Mapping[str, Any] | None = None,
+    extractor: Extractor | None = None,
+) -> None:
     """Have a module's calls follow a strategy, with nothing kept from before.
 
     Args:
         module: a denoising transformer, or what ``torch.compile`` made of one.
         strategy: what decides.
         flags: further ones for ``omni_cache.enable``, such as ``inner``.
+        extractor: takes calls of the module apart until it is detached, in place of another one;
+            None for the one that is registered, if there is one.
 
     Raises:
         ValueError: as ``omni_cache.enable``.
     """
-    enable(module, strategy, **(flags or {}))
     own, guidance = own_module(module), Guidance()
+    if extractor is not None:
+        _replaced.setdefault(own, own_extractor(own))
+        register_extractor(own, extractor)
+    try:
+        enable(module, strategy, **(flags or {}))
+    except BaseException:
+        _put_extractor_back(own)
+        raise
     around_calls(own, guidance)
     _attached[own] = guidance
     refresh(module)
@@ -64,7 +82,14 @@ def begin(module: nn.Module, num_inference_steps: int | None) -> None:
 def detach(module: nn.Module) -> None:
     """Leave a module as it was before; one that is not attached is left alone."""
     disable(module)
-    _attached.pop(own_module(module), None)
+    own = own_module(module)
+    _attached.pop(own, None)
+    _put_extractor_back(own)
+
+
+def _put_extractor_back(module: nn.Module) -> None:
+    if module in _replaced:
+        register_extractor(module, _replaced.pop(module))
 
 
 def transformers_of(pipeline: Any) -> list[nn.Module]:

@@ -60,7 +60,18 @@ class ModelHook:
     _HOOK_NAME: ClassVar[str] = ""
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Attach to a module; returns it."""
+        """Attach to a module; returns it.
+
+        Raises:
+            TypeError: a subclass has a `new_forward`, and nothing that puts it in place.
+        """
+        kind = type(self)
+        has_forward = kind.new_forward is not ModelHook.new_forward
+        if has_forward and kind.initialize_hook is ModelHook.initialize_hook:
+            raise TypeError(
+                f"{kind.__name__}.new_forward is never called, since nothing wraps forward here; "
+                "attach in initialize_hook, such as by module.register_forward_hook"
+            )
         return module
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -160,9 +160,14 @@ def _name(model_class: Any) -> str:
     return str(name)
 
 
+def own_extractor(module: nn.Module) -> Extractor | None:
+    """The extractor that is registered for a module alone."""
+    return _of_modules.get(module)
+
+
 def find_extractor(module: nn.Module) -> Extractor | None:
     """The extractor that is registered for a module, its class or the nearest of its bases."""
-    own = _of_modules.get(module)
+    own = own_extractor(module)
     names = (each.__name__ for each in type(module).__mro__)
     return own or next((EXTRACTORS[name] for name in names if name in EXTRACTORS), None)
 

@@ -21,6 +21,7 @@ from omni_cache import UncachedWarning
 from omni_cache.backends import teacache
 from omni_cache.backends.config import DiffusionCacheConfig
 from omni_cache.backends.hooks import HookRegistry, ModelHook
+from omni_cache.backends.seacache import SeaCacheConfig, apply_sea_cache_hook
 from omni_cache.backends.selector import get_cache_backend
 from omni_cache.backends.teacache import (
     CacheContext,
@@ -32,7 +33,9 @@ from omni_cache.backends.teacache import (
     register_extractor,
 )
 from omni_cache.backends.teacache.backend import CUSTOM_TEACACHE_ENABLERS
+from omni_cache.backends.teacache.coefficient_estimator import DataCollectionHook
 from omni_cache.backends.teacache.extractors import EXTRACTOR_REGISTRY, get_extractor
+from omni_cache.capture.extractor import find_extractor
 from omni_cache.pipelines.enable import is_enabled
 from omni_cache.strategies.tables import teacache_table
 
@@ -378,6 +381,52 @@ def test_removing_the_hook_leaves_the_module_as_it_was() -> None:
     model._hook_registry.remove_hook("teacache")
     del vars(model)["_hook_registry"]
     assert vars(model) == before
+
+
+def test_a_hook_leaves_the_extractor_of_a_module_as_it_was() -> None:
+    def extractor(module: nn.Module, *args: Any, **kwargs: Any) -> CacheContext:
+        raise NotImplementedError
+
+    def another(module: nn.Module, *args: Any, **kwargs: Any) -> CacheContext:
+        raise NotImplementedError
+
+    model = FakeTransformer()
+    omni_cache.register_extractor(model, extractor)
+    hooked(model)
+    with pytest.warns(UserWarning, match="replaced"):
+        hooked(model)
+    hook = model._hook_registry.get_hook("teacache")
+    assert hook.extractor_fn is extractor
+    model._hook_registry.remove_hook("teacache")
+    assert find_extractor(model) is extractor
+    with pytest.raises(ValueError, match="inner"):
+        apply_teacache_hook(model, TeaCacheConfig(coefficients=IDENTITY), inner="nothing")
+    assert find_extractor(model) is extractor
+    collecting = DataCollectionHook("FakeTransformer", inner="eager")
+    collecting.initialize_hook(model)
+    collecting.remove_hook(model)
+    assert find_extractor(model) is extractor
+    apply_sea_cache_hook(model, SeaCacheConfig(), extractor_fn=another, inner="eager")
+    assert find_extractor(model) is another
+    model._hook_registry.remove_hook("sea_cache")
+    assert find_extractor(model) is extractor
+
+
+def test_a_hook_that_would_never_run_is_refused() -> None:
+    class Own(ModelHook):
+        def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+    class Attached(Own):
+        def initialize_hook(self, module: nn.Module) -> nn.Module:
+            return super().initialize_hook(module)
+
+    model = FakeTransformer()
+    registry = HookRegistry.get_or_create(model)
+    with pytest.raises(TypeError, match=r"Own\.new_forward is never called"):
+        registry.register_hook("own", Own())
+    assert registry.get_hook("own") is None
+    registry.register_hook("own", Attached())
 
 
 def test_a_second_kind_of_hook_is_refused_and_a_failed_one_leaves_nothing() -> None:

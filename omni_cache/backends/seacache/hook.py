@@ -19,7 +19,7 @@ from omni_cache.backends.attach import attach, begin, detach, guidance_of, own_m
 from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.backends.seacache.config import SeaCacheConfig
 from omni_cache.backends.seacache.state import SeaCacheState
-from omni_cache.capture.extractor import Extractor, register_extractor
+from omni_cache.capture.extractor import Extractor
 from omni_cache.pipelines import states_of
 from omni_cache.pipelines.enable import around_calls
 from omni_cache.runtime.calls import Call
@@ -73,9 +73,7 @@ class SeaCacheRootHook(ModelHook):
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Attach to a module."""
-        if self.extractor_fn is not None:
-            register_extractor(module, self.extractor_fn)
-        attach(module, self.config.strategy(), self._flags)
+        attach(module, self.config.strategy(), self._flags, self.extractor_fn)
         around_calls(own_module(module), self._around)
         return module
 
@@ -87,8 +85,6 @@ class SeaCacheRootHook(ModelHook):
     def remove_hook(self, module: nn.Module) -> None:
         """Leave the module as it was before."""
         detach(module)
-        if self.extractor_fn is not None:
-            register_extractor(module, None)
 
     def refresh(self, module: nn.Module, num_inference_steps: int | None = None) -> None:
         """Begin a request: forget what is kept and count from 0.

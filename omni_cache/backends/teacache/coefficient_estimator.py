@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from omni_cache.backends.attach import attach, detach, transformers_of
 from omni_cache.backends.hooks import ModelHook
 from omni_cache.backends.teacache.extractors import EXTRACTOR_REGISTRY
-from omni_cache.capture.extractor import register_extractor
 from omni_cache.runtime.contexts import Observed, observing
 from omni_cache.strategies.forecasts import Hold
 from omni_cache.strategies.schedules import Compute, Reuse
@@ -68,16 +67,13 @@ class DataCollectionHook(ModelHook):
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Attach to a module."""
         extractor = EXTRACTOR_REGISTRY.get(self.transformer_type)
-        if extractor is not None:
-            register_extractor(module, extractor)
-        attach(module, _Watched(), self._flags)
+        attach(module, _Watched(), self._flags, extractor)
         return module
 
     def remove_hook(self, module: nn.Module) -> None:
         """Leave the module as it was before."""
         self._collecting.close()
         detach(module)
-        register_extractor(module, None)
 
     def start_collection(self) -> None:
         """Collect from now on, in this context, and forget what was collected."""

@@ -20,7 +20,7 @@ from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.backends.teacache.config import TeaCacheConfig
 from omni_cache.backends.teacache.extractors import EXTRACTOR_REGISTRY
 from omni_cache.backends.teacache.state import TeaCacheState
-from omni_cache.capture.extractor import CacheContext, Extractor, find_extractor, register_extractor
+from omni_cache.capture.extractor import CacheContext, Extractor, find_extractor
 from omni_cache.pipelines import states_of
 from omni_cache.runtime.trajectory import Trajectory
 from omni_cache.strategies import TeaCache, Time
@@ -69,9 +69,9 @@ class TeaCacheHook(ModelHook):
         """Attach to a module, with the extractor of the type or of its class, if there is one."""
         registered = EXTRACTOR_REGISTRY.get(self.config.transformer_type)
         self.extractor_fn = self.extractor_fn or registered or find_extractor(module)
-        if self.extractor_fn is not None:
-            register_extractor(module, self._extract)
-        attach(module, self._strategy, {"signal": self.config.signal, **self._flags})
+        extractor = None if self.extractor_fn is None else self._extract
+        flags = {"signal": self.config.signal, **self._flags}
+        attach(module, self._strategy, flags, extractor)
         self.state_manager.show(module)
         self.state_manager.set_context(self._HOOK_NAME)
         return module
@@ -90,7 +90,6 @@ class TeaCacheHook(ModelHook):
     def remove_hook(self, module: nn.Module) -> None:
         """Leave the module as it was before."""
         detach(module)
-        register_extractor(module, None)
         self.state_manager.show(None)
 
     def _extract(self, module: nn.Module, *args: Any, **kwargs: Any) -> CacheContext:
