@@ -56,7 +56,8 @@ def resolve_cache_backend(arguments: Mapping[str, Any]) -> str:
     ``DIFFUSION_CACHE_BACKEND``, else the older ``DIFFUSION_CACHE_ADAPTER``.
     """
     if "cache_backend" in arguments:
-        return arguments["cache_backend"] or NO_BACKEND
+        value: str | None = arguments["cache_backend"]
+        return NO_BACKEND if value is None else value
     variables = ("DIFFUSION_CACHE_BACKEND", "DIFFUSION_CACHE_ADAPTER")
     named = [os.environ[each] for each in variables if os.environ.get(each)]
     return named[0].lower() if named else NO_BACKEND

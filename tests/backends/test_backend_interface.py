@@ -285,6 +285,13 @@ class Noting(ModelHook):
         self.notes.append("removed")
 
 
+def test_only_none_stands_for_no_backend() -> None:
+    assert resolve_cache_backend({"cache_backend": None}) == "none"
+    assert resolve_cache_backend({"cache_backend": ""}) == ""
+    with pytest.raises(ValueError, match="Unsupported cache backend"):
+        get_cache_backend("", None)
+
+
 def test_a_registry_has_one_hook_of_a_name_and_one_kind() -> None:
     module, first, second = nn.Linear(2, 2), Noting(), Noting()
     registry = HookRegistry.get_or_create(module)

@@ -281,6 +281,15 @@ def test_a_module_without_blocks_is_left_alone() -> None:
     assert not omni_cache.pipelines.is_enabled(module)
 
 
+def test_a_pipeline_without_blocks_has_lost_no_hook(recwarn: pytest.WarningsRecorder) -> None:
+    pipeline = FakePipeline(make=lambda seed: nn.Linear(2, 2))
+    made = get_cache_backend("mag_cache", CONFIG)
+    made.enable(pipeline)
+    made.refresh(pipeline, 8)
+    assert recwarn
+    assert all("has no ModuleList" in str(each.message) for each in recwarn)
+
+
 class Doubling(FluxMagCacheStrategy):
     def compute_residual(self, output: Tensor, head_input: Tensor) -> Tensor:
         return 2 * (output - head_input)

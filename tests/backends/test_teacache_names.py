@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,6 +130,22 @@ def test_a_threshold_has_to_be_more_than_0(threshold: Any) -> None:
 def test_there_are_five_coefficients(count: int) -> None:
     with pytest.raises(ValueError, match="five"):
         TeaCacheConfig(coefficients=[1.0] * count)
+
+
+@pytest.mark.parametrize(
+    "given", [["a", 0, 0, 0, 0], [None] * 5, "abcde", 5, [float("nan")] * 5], ids=str
+)
+def test_coefficients_are_numbers(given: Any) -> None:
+    with pytest.raises(ValueError, match="five numbers"):
+        TeaCacheConfig(coefficients=given)
+
+
+def test_a_copy_of_a_configuration_has_the_signal_of_its_coefficients() -> None:
+    config = TeaCacheConfig(transformer_type="HunyuanImage3Pipeline")
+    assert config.signal == "timestep_embedding"
+    assert replace(config, rel_l1_thresh=0.3).signal == config.signal
+    assert TeaCacheConfig(**asdict(config)).signal == config.signal
+    assert replace(config, coefficients=IDENTITY).signal == "auto"
 
 
 def test_an_unknown_type_is_a_key_error_that_lists_the_known() -> None:

@@ -59,7 +59,7 @@ class MagCacheBackend(CacheBackend):
         transformer, steps = first_transformer(pipeline), self._steps(num_inference_steps)
         known, hook = self._magcache_config, hook_of(transformer, MagCacheHeadHook)
         is_same = self._registered and self._transformer_id == id(transformer)
-        if is_same and hook is None and verbose:
+        if is_same and hook is None and self._hook is not None and verbose:
             message = "the transformer has lost its MagCache hook, which is applied again"
             warnings.warn(message, stacklevel=2)
         if is_same and hook is not None and known and known.num_inference_steps == steps:

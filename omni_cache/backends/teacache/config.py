@@ -42,7 +42,6 @@ class TeaCacheConfig:
         threshold = self.rel_l1_thresh
         fits = is_number(threshold) and threshold > 0
         require(fits, "rel_l1_thresh", threshold, "a finite number > 0")
-        self.signal = "auto"
         if self.coefficients is None:
             if table is None:
                 known = ", ".join(teacache_classes())
@@ -51,6 +50,8 @@ class TeaCacheConfig:
                     f"pass coefficients=[...], or choose one of: {known}"
                 )
             self.coefficients = list(table.coefficients)
-            self.signal = teacache_signal(self.transformer_type)
-        count = len(self.coefficients)
-        require(count == 5, "coefficients", self.coefficients, "five numbers, highest power first")
+        given = self.coefficients
+        fits = hasattr(given, "__len__") and len(given) == 5 and all(map(is_number, given))
+        require(fits, "coefficients", given, "five numbers, highest power first")
+        is_published = table is not None and tuple(given) == table.coefficients
+        self.signal = teacache_signal(self.transformer_type) if is_published else "auto"
