@@ -43,7 +43,7 @@ class MagnitudeRatios:
         ratio = 1.0
         if run is step.run and before.shape == residual.shape:
             ratio = float(magnitude_stats(residual, before)[0])
-        self._before[step.branch] = step.run, residual
+        self._before[step.branch] = step.run, residual.clone()  # it is the call's own
         self.steps.append(_measured(step, ratio))
 
 
@@ -62,7 +62,7 @@ class SignalAndOutput:
         if not step.residuals:
             return
         assert step.signal is not None, "TeaCache needs a signal"
-        signal, output = step.signal, step.output.detach().clone()
+        signal, output = step.signal.clone(), step.output.detach().clone()
         run, *before = self._before.get(step.branch, (None, signal, output))
         if run is step.run:
             measure = RelativeL1()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from toy_transformer import Loop, ToyTransformer, computed
 
 import omni_cache
 from omni_cache.backends import magcache
-from omni_cache.backends.hooks import HookRegistry
+from omni_cache.backends.hooks import HookRegistry, StateManager
 from omni_cache.backends.magcache import (
     Flux2MagCacheStrategy,
     FluxMagCacheStrategy,
@@ -426,6 +427,15 @@ def test_a_calibration_computes_every_step_and_offers_its_ratios(
         assert ours == pytest.approx(own, abs=1e-4)
     again = FakeRunner(FakePipeline(), mag_cache(mag_ratios=ratios))
     assert again.run(request) is not None
+
+
+def test_a_calibration_measures_against_a_copy() -> None:
+    hook = MagCacheHeadHook(StateManager(MagCacheState), MagCacheConfig(mag_calibrate=True))
+    residual = torch.ones(1, 4, 8)
+    for index in range(2):
+        residual.fill_(index + 1.0)  # in place, as graphs that reuse their memory do
+        hook._measure(SimpleNamespace(residuals=(residual,), branch="b", at=Time(index)))
+    assert hook.calibrated_ratios == {"b": [1.0, 2.0]}
 
 
 def test_an_aborted_calibration_keeps_what_it_has_measured() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import omni_cache
 from omni_cache import UncachedWarning
 from omni_cache.calibration import estimate_coefficients, estimate_mag_ratios
-from omni_cache.calibration.observe import MagnitudeRatios
+from omni_cache.calibration.observe import MagnitudeRatios, SignalAndOutput
 from omni_cache.runtime.contexts import Observed, Run
 from omni_cache.strategies import Time
 
@@ -99,6 +99,26 @@ def test_a_float64_model_is_measured_in_float32() -> None:
         call = run, 0, "blocks", "cond", Time(step), "computed", None
         observer(Observed(*call, made, (), torch.tensor(True), [residual]))
     assert [each.value for each in observer.steps] == [1.0, pytest.approx(2)]
+
+
+def test_ratios_are_measured_against_a_copy() -> None:
+    residual, run = torch.ones(1, 6, 8), cast("Run", object())
+    observer = MagnitudeRatios()
+    for step in range(2):
+        residual.fill_(step + 1.0)  # in place, as graphs that reuse their memory do
+        call = run, 0, "blocks", "cond", Time(step), "computed", None
+        observer(Observed(*call, (residual,), (), torch.tensor(True), [residual]))
+    assert [each.value for each in observer.steps] == [1.0, 2.0]
+
+
+def test_changes_are_measured_against_a_copy() -> None:
+    signal, run = torch.ones(1, 6, 8), cast("Run", object())
+    observer = SignalAndOutput()
+    for step in range(2):
+        signal.fill_(step + 1.0)
+        call = run, 0, "blocks", "cond", Time(step), "computed", signal
+        observer(Observed(*call, (signal,), (), torch.tensor(True), [signal]))
+    assert observer.steps[-1].value == pytest.approx((1.0, 1.0), rel=1e-6)
 
 
 def test_coefficients_fit_the_changes_of_signal_and_output() -> None:

@@ -111,7 +111,7 @@ class MagCacheHeadHook(ModelHook):
             state.reset()
             self._before.pop(step.branch, None)
         before = self._before.get(step.branch)
-        self._before[step.branch] = residual
+        self._before[step.branch] = residual.clone()  # it is the call's own
         metrics = (
             self.strategy.compute_calibration_metrics if self.strategy else calibration_metrics
         )
