@@ -77,6 +77,19 @@ def test_it_collects_what_leaves_the_blocks() -> None:
     assert "_compiled_call_impl" not in vars(model)
 
 
+@torch.no_grad()
+def test_it_collects_of_its_own_module_alone() -> None:
+    model, other = FakeTransformer(), FakeTransformer(1)
+    hooks = [DataCollectionHook("Nothing registered", inner="eager") for _ in range(2)]
+    for hook, module in zip(hooks, (model, other), strict=True):
+        hook.initialize_hook(module)
+    hooks[0].start_collection()
+    Loop().run(model)
+    Loop().run(other)
+    assert len(hooks[0].stop_collection()) == 8
+    assert len(hooks[0].branches) == 1
+
+
 class Own(DefaultAdapter):
     @staticmethod
     def load_pipeline(model_path: str, device: str, dtype: torch.dtype) -> Any:

@@ -7,7 +7,8 @@ any model, without keeping tensors; this is for who has code for the former.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from omni_cache.backends.attach import attach, detach, transformers_of
 from omni_cache.backends.hooks import ModelHook
 from omni_cache.backends.teacache.extractors import EXTRACTOR_REGISTRY
+from omni_cache.pipelines import states_of
 from omni_cache.runtime.contexts import Observed, observing
 from omni_cache.strategies.forecasts import Hold
 from omni_cache.strategies.schedules import Compute, Reuse
@@ -63,11 +65,13 @@ class DataCollectionHook(ModelHook):
         self._flags = flags
         self._found: dict[tuple[int, str], Trajectory] = {}
         self._collecting = ExitStack()
+        self._module: Callable[[], nn.Module | None] = lambda: None
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """Attach to a module."""
         extractor = EXTRACTOR_REGISTRY.get(self.transformer_type)
         attach(module, _Watched(), self._flags, extractor)
+        self._module = weakref.ref(module)
         return module
 
     def remove_hook(self, module: nn.Module) -> None:
@@ -97,6 +101,10 @@ class DataCollectionHook(ModelHook):
         return list(self._found.values())
 
     def _note(self, step: Observed) -> None:
+        module = self._module()
+        states = [] if module is None else states_of(module)
+        if not any(state.latest is step.run for _, state in states):  # another module's
+            return
         if step.signal is None or not step.residuals or not step.entered:
             return
         left = step.entered[0].float() + step.residuals[0].float()
