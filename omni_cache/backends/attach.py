@@ -164,6 +164,7 @@ def remove_hook(module: nn.Module, kind: type[ModelHook]) -> None:
     registry = getattr(own_module(module), "_hook_registry", None)
     if isinstance(registry, HookRegistry):
         registry.remove_hook(kind._HOOK_NAME)
+        registry.leave_if_empty()
 
 
 def guidance_of(module: nn.Module) -> Guidance | None:

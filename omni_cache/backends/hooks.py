@@ -152,6 +152,11 @@ class HookRegistry:
         if hook is not None:
             hook.remove_hook(self.module)
 
+    def leave_if_empty(self) -> None:
+        """Take the registry itself off its module, where it has no hook."""
+        if not self._hooks and vars(self.module).get("_hook_registry") is self:
+            del vars(self.module)["_hook_registry"]
+
     def get_hook(self, name: str) -> ModelHook | None:
         """A hook; None where there is none of the name."""
         return self._hooks.get(name)

@@ -551,6 +551,21 @@ def test_refreshing_what_is_not_enabled_warns_if_verbose(recwarn: pytest.Warning
         made.refresh(FakePipeline(), 8)
 
 
+@pytest.mark.parametrize("kind", ["tea_cache", "mag_cache", "sea_cache"])
+def test_a_backend_leaves_nothing_on_a_module(kind: str) -> None:
+    config = {"coefficients": IDENTITY, "mag_ratios": [1.0] * 8, "inner": "eager"}
+    pipeline, made = FakePipeline(), get_cache_backend(kind, config)
+    before = dict(vars(pipeline.transformer))
+    made.disable(pipeline)
+    assert vars(pipeline.transformer) == before
+    if kind == "tea_cache":
+        made.refresh(pipeline, 8, verbose=False)
+        assert vars(pipeline.transformer) == before
+    made.enable(pipeline)
+    made.disable(pipeline)
+    assert vars(pipeline.transformer) == before
+
+
 def test_refresh_refuses_what_is_no_number_of_steps() -> None:
     runner = FakeRunner(FakePipeline(), backend(coefficients=IDENTITY))
     with pytest.raises(ValueError, match="num_inference_steps"):
