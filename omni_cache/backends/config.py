@@ -65,10 +65,14 @@ class DiffusionCacheConfig:
     _extra_params: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> DiffusionCacheConfig:
+    def from_dict(cls, data: dict[str, Any], *, stacklevel: int = 1) -> DiffusionCacheConfig:
         """A configuration of a dictionary's keys; those that are no field are kept as well.
 
         Warns of a key that is nearly a field's name, since it takes no effect.
+
+        Args:
+            data: the dictionary.
+            stacklevel: whom a warning points at: the caller, 2 for the caller's caller.
 
         Raises:
             TypeError: ``data`` is no dictionary.
@@ -81,7 +85,7 @@ class DiffusionCacheConfig:
         for key in unknown:
             for meant in get_close_matches(str(key), names, n=1, cutoff=0.85):
                 message = f"{key!r} is no field of {cls.__name__} and takes no effect"
-                warnings.warn(f"{message}; did you mean {meant!r}?", stacklevel=2)
+                warnings.warn(f"{message}; did you mean {meant!r}?", stacklevel=stacklevel + 1)
         return cls(**known, _extra_params=unknown)
 
     def __getattr__(self, name: str) -> Any:

@@ -41,7 +41,7 @@ def get_cache_backend(cache_backend: str | None, cache_config: Any) -> CacheBack
         listed = ", ".join(map(repr, _HOMES))
         raise ValueError(f"Unsupported cache backend: {cache_backend}. Supported are: {listed}")
     if isinstance(cache_config, dict):
-        cache_config = DiffusionCacheConfig.from_dict(cache_config)
+        cache_config = DiffusionCacheConfig.from_dict(cache_config, stacklevel=2)
     module, class_name = _HOMES[name]
     backend: CacheBackend = getattr(import_module(f"omni_cache.backends.{module}"), class_name)(
         cache_config

@@ -17,6 +17,7 @@ import omni_cache
 import omni_cache.backends as root
 from omni_cache.backends import selector
 from omni_cache.backends.base import CacheBackend, CachedTransformer
+from omni_cache.backends.cachedit import CacheDiTBackend
 from omni_cache.backends.config import DiffusionCacheConfig
 from omni_cache.backends.hooks import HookRegistry, ModelHook, StateManager
 from omni_cache.backends.selector import get_cache_backend, resolve_cache_backend
@@ -196,6 +197,20 @@ def test_from_dict_takes_a_dict_only(given: Any) -> None:
 def test_a_key_that_is_nearly_a_field_is_said_to_take_no_effect() -> None:
     with pytest.warns(UserWarning, match="did you mean 'residual_diff_threshold'"):
         DiffusionCacheConfig.from_dict({"residual_diff_treshold": 0.1})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        DiffusionCacheConfig.from_dict,
+        lambda data: get_cache_backend("tea_cache", data),
+        lambda data: CacheDiTBackend(data),
+    ],
+)
+def test_the_warning_points_at_who_gave_the_key(make: Any) -> None:
+    with pytest.warns(UserWarning, match="did you mean 'rel_l1_thresh'") as caught:
+        make({"rel_l1_tresh": 0.2})
+    assert caught[0].filename == __file__
 
 
 def test_configs_copy_pickle_and_compare() -> None:

@@ -61,7 +61,7 @@ class CacheDiTBackend(CacheBackend):
         if cache_config is None:
             cache_config = DiffusionCacheConfig()
         elif isinstance(cache_config, dict):
-            cache_config = DiffusionCacheConfig.from_dict(cache_config)
+            cache_config = DiffusionCacheConfig.from_dict(cache_config, stacklevel=2)
         if engine is not None:  # for enablers, which see nothing but the configuration
             cache_config = copy.copy(cache_config)
             cache_config.engine = engine
