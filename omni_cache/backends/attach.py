@@ -20,11 +20,12 @@ from omni_cache.capture.extractor import Extractor, own_extractor, register_extr
 from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS
 from omni_cache.pipelines import disable, enable, is_enabled, refresh
-from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls
+from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls, own_module
+from omni_cache.pipelines.loop import TRANSFORMERS
 from omni_cache.strategies import Strategy
 
-TRANSFORMERS = ("transformer", "transformer_2", "denoising_transformer")
-"""Names under which pipelines keep their denoising transformers."""
+DENOISERS = (*TRANSFORMERS, "denoising_transformer")
+"""Names under which pipelines of vLLM-Omni keep their denoising transformers."""
 
 Hook = TypeVar("Hook", bound=ModelHook)
 
@@ -98,12 +99,12 @@ def transformers_of(pipeline: Any) -> list[nn.Module]:
     A pipeline names modules, as dotted paths, in ``_dit_modules``: those that are to be moved and
     sharded, a text tower among them.
     """
-    return _outermost(pipeline, TRANSFORMERS) or _outermost(pipeline, _named(pipeline))
+    return _outermost(pipeline, DENOISERS) or _outermost(pipeline, _named(pipeline))
 
 
 def named_transformers_of(pipeline: Any) -> list[nn.Module]:
     """The same, where what a pipeline names itself comes before the usual ones."""
-    return _outermost(pipeline, _named(pipeline)) or _outermost(pipeline, TRANSFORMERS)
+    return _outermost(pipeline, _named(pipeline)) or _outermost(pipeline, DENOISERS)
 
 
 def _named(pipeline: Any) -> Sequence[str]:
@@ -131,9 +132,15 @@ def first_transformer(pipeline: Any) -> nn.Module:
     """
     found = transformers_of(pipeline)
     if not found:
-        listed = ", ".join(TRANSFORMERS)
-        raise ValueError(f"{type(pipeline).__name__} has no transformer: none of {listed}")
+        raise no_transformer(pipeline)
     return found[0]
+
+
+def no_transformer(pipeline: Any) -> ValueError:
+    """What to raise of a pipeline that has nothing to cache."""
+    listed = ", ".join(DENOISERS)
+    message = f"{type(pipeline).__name__} has no transformer: none of {listed}"
+    return ValueError(f"{message}, and _dit_modules names none")
 
 
 def warn_of_others(pipeline: Any) -> None:
@@ -142,11 +149,6 @@ def warn_of_others(pipeline: Any) -> None:
     if kinds:
         message = f"only the first transformer is cached; {', '.join(kinds)} runs uncached"
         warnings.warn(message, UncachedWarning, stacklevel=3)
-
-
-def own_module(module: Any) -> Any:
-    """The module itself, where it is one that ``torch.compile`` has wrapped."""
-    return getattr(module, "_orig_mod", module)
 
 
 def hook_of(module: nn.Module, kind: type[Hook]) -> Hook | None:

@@ -144,7 +144,7 @@ def around_calls(
 
 def enabled_flags(module: nn.Module) -> dict[str, Any] | None:
     """The flags that a module is enabled with; None where it is not."""
-    call = _enabled.get(getattr(module, "_orig_mod", module))
+    call = _enabled.get(own_module(module))
     if call is None:
         return None
     flags = {key: value for key, value in call.flags.items() if key in FLAGS}
@@ -186,16 +186,17 @@ def summary(target: Any) -> Summary:
     return summarise(states_of(target))
 
 
+def own_module(module: Any) -> Any:
+    """The module itself, where it is one that ``torch.compile`` has wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
 def models_of(target: Any) -> dict[str, nn.Module]:
     """The modules to cache, by their names in the pipeline."""
     if isinstance(target, nn.Module):
-        return {"": getattr(target, "_orig_mod", target)}
+        return {"": own_module(target)}
     found = {name: getattr(target, name, None) for name in TRANSFORMERS}
-    models = {
-        name: getattr(each, "_orig_mod", each)
-        for name, each in found.items()
-        if isinstance(each, nn.Module)
-    }
+    models = {name: own_module(each) for name, each in found.items() if isinstance(each, nn.Module)}
     if not models:
         raise TypeError(
             f"target={type(target).__name__} is not allowed; target must be a torch.nn.Module or a "

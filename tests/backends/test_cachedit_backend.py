@@ -190,7 +190,7 @@ def test_a_refusal_of_the_library_names_pipeline_and_transformer() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_pipeline_without_a_transformer(engine: str) -> None:
     one = backend(engine)
-    with pytest.raises(ValueError, match="SimpleNamespace has no denoising transformer"):
+    with pytest.raises(ValueError, match="SimpleNamespace has no transformer"):
         one.enable(SimpleNamespace(transformer=None))
     assert not one.is_enabled()
 

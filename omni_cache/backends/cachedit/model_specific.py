@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from omni_cache.backends.attach import named_transformers_of
+from omni_cache.backends.attach import named_transformers_of, no_transformer
 from omni_cache.backends.cachedit.config import CacheDiTConfig
 from omni_cache.backends.cachedit.engines import Target
 
@@ -71,9 +71,7 @@ def recipe_of_modules(pipeline: Any, cache_config: Any, name: str | None = None)
     """
     found = named_transformers_of(pipeline) if name is None else [getattr(pipeline, name)]
     if not found:
-        raise ValueError(
-            f"{type(pipeline).__name__} has no denoising transformer; name it in _dit_modules"
-        )
+        raise no_transformer(pipeline)
     config = CacheDiTConfig.from_diffusion_config(cache_config)
     return Recipe(tuple(Target(each, config) for each in found))
 

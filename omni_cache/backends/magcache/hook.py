@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from omni_cache.backends.attach import attach, begin, detach, guidance_of, own_module
+from omni_cache.backends.attach import attach, begin, detach, guidance_of
 from omni_cache.backends.hooks import HookRegistry, ModelHook, StateManager
 from omni_cache.backends.magcache.config import MagCacheConfig
 from omni_cache.backends.magcache.state import MagCacheState
@@ -23,7 +23,7 @@ from omni_cache.backends.magcache.strategy import (
     MagCacheStrategyRegistry,
     calibration_metrics,
 )
-from omni_cache.pipelines.enable import around_calls
+from omni_cache.pipelines.enable import around_calls, own_module
 from omni_cache.runtime.calls import Call
 from omni_cache.runtime.contexts import Observed, current_observer, observing
 

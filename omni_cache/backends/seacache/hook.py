@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from omni_cache.backends.attach import attach, begin, detach, guidance_of, own_module
+from omni_cache.backends.attach import attach, begin, detach, guidance_of
 from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.backends.seacache.config import SeaCacheConfig
 from omni_cache.backends.seacache.state import SeaCacheState
 from omni_cache.capture.extractor import Extractor
 from omni_cache.pipelines import states_of
-from omni_cache.pipelines.enable import around_calls
+from omni_cache.pipelines.enable import around_calls, own_module
 from omni_cache.runtime.calls import Call
 from omni_cache.runtime.contexts import Generation, branch, named_generation
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from omni_cache.backends.attach import (
-    TRANSFORMERS,
     extra_flags,
     hook_of,
+    no_transformer,
     remove_hook,
     transformers_of,
 )
@@ -139,8 +139,7 @@ class TeaCacheBackend(CacheBackend):
 def _enable(pipeline: Any, config: Any) -> None:
     models = transformers_of(pipeline)
     if not models:
-        listed = ", ".join(TRANSFORMERS)
-        raise ValueError(f"{type(pipeline).__name__} has no transformer: none of {listed}")
+        raise no_transformer(pipeline)
     _apply({each: _type_of(each) for each in models}, config)
 
 

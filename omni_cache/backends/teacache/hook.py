@@ -15,13 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from omni_cache.backends.attach import attach, begin, detach, guidance_of, own_module
+from omni_cache.backends.attach import attach, begin, detach, guidance_of
 from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.backends.teacache.config import TeaCacheConfig
 from omni_cache.backends.teacache.extractors import EXTRACTOR_REGISTRY
 from omni_cache.backends.teacache.state import TeaCacheState
 from omni_cache.capture.extractor import CacheContext, Extractor, find_extractor
 from omni_cache.pipelines import states_of
+from omni_cache.pipelines.enable import own_module
 from omni_cache.runtime.trajectory import Trajectory
 from omni_cache.strategies import TeaCache, Time
 from omni_cache.strategies.gates import Accumulate, Accumulated
