@@ -65,7 +65,10 @@ class Guidance:
         self._step, self._called = step, (frozenset() if is_again else self._called) | {name}
 
     def _by_order(self, module: nn.Module) -> str:
-        is_second = getattr(module, "do_true_cfg", False) and self.calls % 2 == 1
+        if not getattr(module, "do_true_cfg", False):
+            return POSITIVE
+        rank = _rank_in_guidance()
+        is_second = self.calls % 2 == 1 if rank is None else rank > 0
         return NEGATIVE if is_second else POSITIVE
 
 
@@ -88,6 +91,18 @@ def _tag(module: Any) -> str | None:
     if name is None:
         name = getattr(_forward_context(), "cfg_branch_id", None)
     return None if name is None else str(name)
+
+
+def _rank_in_guidance() -> int | None:
+    """Which part of guidance this rank has in vLLM-Omni, where ranks share it; None where not."""
+    theirs: Any = sys.modules.get("vllm_omni.diffusion.distributed.parallel_state")
+    if theirs is None:
+        return None
+    try:
+        shared = theirs.get_classifier_free_guidance_world_size() > 1
+        return int(theirs.get_classifier_free_guidance_rank()) if shared else None
+    except AssertionError:  # it has set up no groups
+        return None
 
 
 def _forward_context() -> Any:

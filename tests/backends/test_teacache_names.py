@@ -318,6 +318,35 @@ def test_the_runner_of_vllm_omni_may_name_the_branch(monkeypatch: pytest.MonkeyP
     assert module.runs == 3
 
 
+@pytest.mark.parametrize(
+    ("size", "rank", "branches"),
+    [
+        (2, 0, {"teacache_positive"}),
+        (2, 1, {"teacache_negative"}),
+        (1, 0, {"teacache_positive", "teacache_negative"}),
+        (None, 0, {"teacache_positive", "teacache_negative"}),
+    ],
+)
+def test_a_rank_that_shares_guidance_has_one_branch(
+    size: int | None, rank: int, branches: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def world_size() -> int:
+        assert size is not None, "classifier-free guidance group is not initialized"
+        return size
+
+    theirs = SimpleNamespace(
+        get_classifier_free_guidance_world_size=world_size,
+        get_classifier_free_guidance_rank=lambda: rank,
+    )
+    monkeypatch.setitem(sys.modules, "vllm_omni.diffusion.distributed.parallel_state", theirs)
+    hook, module = make_hook()
+    module.do_true_cfg = True
+    for _ in range(4):
+        hook.new_forward(module, torch.zeros(4), torch.ones(4))
+    assert set(hook.state_manager._states) == branches
+    assert module.runs == len(branches)
+
+
 def test_an_extractor_names_the_branch_over_a_stamp() -> None:
     def extractor(module: Any, *args: Any) -> CacheContext:
         context = stub(module, *args)
@@ -681,6 +710,7 @@ def test_what_an_enabler_has_hooked_is_refreshed_and_taken_off(
     assert not hasattr(pipeline, "_tea_cache_modules")
 
 
+@pytest.mark.filterwarnings("ignore:the hook 'teacache' was registered before")
 def test_a_transformer_that_is_uncached_beside_others_is_told() -> None:
     pipeline, made = FakePipeline(experts=True), backend(coefficients=IDENTITY)
     made.enable(pipeline)
