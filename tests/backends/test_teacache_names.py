@@ -714,10 +714,12 @@ def test_what_an_enabler_has_hooked_is_refreshed_and_taken_off(
 def test_a_transformer_that_is_uncached_beside_others_is_told() -> None:
     pipeline, made = FakePipeline(experts=True), backend(coefficients=IDENTITY)
     made.enable(pipeline)
-    pipeline.transformer_2 = ToyTransformer()
+    replaced, pipeline.transformer_2 = pipeline.transformer_2, ToyTransformer()
     with pytest.warns(UncachedWarning, match="not enabled on ToyTransformer of FakePipeline"):
         made.refresh(pipeline, 8)
     made.enable(pipeline)
+    assert is_enabled(pipeline.transformer_2)
+    assert not is_enabled(replaced)
     omni_cache.disable(pipeline.transformer)
     with pytest.warns(UncachedWarning, match="not enabled on FakeTransformer of FakePipeline"):
         made.refresh(pipeline, 8)
@@ -735,6 +737,8 @@ def test_all_transformers_are_hooked_or_none() -> None:
     with pytest.raises(ValueError, match="inner"), pytest.warns(UserWarning, match="replaced"):
         made.enable(pipeline)
     assert not made.is_enabled()
+    assert not is_enabled(pipeline.transformer)
+    assert not is_enabled(pipeline.transformer_2)
 
 
 def test_a_compiled_transformer_is_hooked_itself() -> None:

@@ -6,7 +6,7 @@ It knows which module of a pipeline denoises, and by which type its coefficients
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -92,13 +92,14 @@ class TeaCacheBackend(CacheBackend):
         """
         self.enabled = False
         enabler = CUSTOM_TEACACHE_ENABLERS.get(type(pipeline).__name__, _enable)
+        before = {*getattr(pipeline, "_tea_cache_modules", ())}
         with collecting_hooked() as hooked:
             try:
                 enabler(pipeline, self.config)
             except BaseException:
-                for module in hooked:
-                    remove_hook(module, TeaCacheHook)
+                _remove_hooks({*before, *hooked})
                 raise
+        _remove_hooks(before - {*hooked})  # of what was replaced since
         pipeline._tea_cache_modules = hooked
         self.enabled = True
 
@@ -128,8 +129,7 @@ class TeaCacheBackend(CacheBackend):
 
     def disable(self, pipeline: Any) -> None:
         """Leave the pipeline's transformers as they were before."""
-        for module in _modules_of(pipeline):
-            remove_hook(module, TeaCacheHook)
+        _remove_hooks(_modules_of(pipeline))
         vars(pipeline).pop("_tea_cache_modules", None)
         if getattr(pipeline, "_tea_cache_config", None) is not None:
             pipeline._tea_cache_config = None
@@ -147,6 +147,11 @@ def _modules_of(pipeline: Any) -> list[nn.Module]:
     """The denoising transformers, and what an enabler has hooked besides."""
     hooked = getattr(pipeline, "_tea_cache_modules", ())
     return list(dict.fromkeys([*transformers_of(pipeline), *hooked]))
+
+
+def _remove_hooks(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        remove_hook(module, TeaCacheHook)
 
 
 def _apply(types: dict[nn.Module, str], config: Any) -> None:
