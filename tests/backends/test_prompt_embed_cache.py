@@ -9,6 +9,7 @@ import re
 import threading
 from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -514,6 +515,167 @@ def test_another_encoder_encodes_anew(pipe: Any, change: Any) -> None:
     with torch.no_grad():
         expected = type(pipe).encode_prompt(pipe, "fox")[0]
         assert torch.equal(pipe.encode_prompt("fox")[0], expected)
+
+
+def _encoded(encoder: nn.Module, prompt: str) -> torch.Tensor:
+    return encoder(torch.full((1, 1), float(len(prompt)), dtype=torch.float32))
+
+
+class Plain:
+    """A pipeline whose encoder has a name that says nothing."""
+
+    def __init__(self) -> None:
+        self.llm = nn.Linear(1, 3).requires_grad_(False)
+        self.bundle = SimpleNamespace(first=self.llm)
+        self.bundles = SimpleNamespace(all={"first": self.llm})
+        self._held = lambda: self.llm
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        return self._held()
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [self._held()]
+
+    @property
+    def inner(self) -> nn.Module:
+        return self.llm
+
+    @cached_property
+    def kept_llm(self) -> Any:
+        return SimpleNamespace(llm=self._held())
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        shape: tuple[int, ...] = ()
+        return _encoded(self.llm, prompt).reshape(*shape, 1, 3)
+
+    def _by_llm(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.llm, prompt)
+
+    @classmethod
+    def _of_class(cls, prompt: str) -> torch.Tensor:
+        return _encoded(cls.of_class, prompt)  # type: ignore[attr-defined]
+
+    _by_partial = partialmethod(_by_llm)
+
+
+class Derived(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return super().encode_prompt(prompt)
+
+
+class DerivedTwice(Derived):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return super(DerivedTwice, self).encode_prompt(prompt)  # noqa: UP008
+
+
+class ByName(Derived):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return Plain.encode_prompt(self, prompt)
+
+
+class OfTheBase(Plain):
+    def _by_llm(self, prompt: str) -> torch.Tensor:
+        return super()._by_llm(prompt)
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return self._by_llm(prompt)
+
+
+class ByAnother(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return super()._by_llm(prompt)
+
+
+class Partly(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return self._by_partial(prompt)
+
+
+class Property(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.text_encoder, prompt)
+
+
+class Properties(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.text_encoders[0], prompt)
+
+
+class InnerProperty(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.inner, prompt)
+
+
+class CachedProperty(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.kept_llm.llm, prompt)
+
+
+class Bundle(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.bundle.first, prompt)
+
+
+class Bundles(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.bundles.all["first"], prompt)
+
+
+class OfClass(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        OfClass.of_class = self.llm
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return self._of_class(prompt)
+
+
+WAYS = [
+    *(Plain, Derived, DerivedTwice, ByName, OfTheBase, ByAnother, Partly),
+    *(Property, Properties, InnerProperty, CachedProperty, Bundle, Bundles, OfClass),
+]
+
+
+@pytest.mark.parametrize("kind", WAYS)
+@torch.no_grad()
+def test_the_encoder_is_found_in_whatever_way_the_code_reaches_it(kind: Any) -> None:
+    pipe = kind()
+    cache = installed(pipe)
+    for _ in range(2):
+        pipe.encode_prompt("fox")
+    assert cache.hits == 1
+    pipe.llm.weight.add_(1)
+    assert torch.equal(pipe.encode_prompt("fox"), kind.encode_prompt(pipe, "fox"))
+    assert cache.hits == 1
+
+
+@torch.no_grad()
+def test_an_encoder_that_only_a_property_of_its_name_gives_is_found() -> None:
+    class Closed(Plain):
+        def encode_prompt(self, prompt: str) -> torch.Tensor:
+            return _encoded(getattr(self, "text" + "_encoder"), prompt)
+
+    pipe = Closed()
+    installed(pipe)
+    first = pipe.encode_prompt("fox")
+    pipe.llm.weight.add_(1)
+    assert not torch.equal(pipe.encode_prompt("fox"), first)
+
+
+@torch.no_grad()
+def test_a_property_that_has_nothing_to_give_is_left_out() -> None:
+    class Unloaded(Plain):
+        @property
+        def text_encoder(self) -> Any:
+            raise RuntimeError("not loaded")
+
+    pipe = Unloaded()
+    cache = installed(pipe)
+    pipe.encode_prompt("fox")
+    pipe.encode_prompt("fox")
+    assert cache.hits == 1
 
 
 def test_the_denoiser_is_trained_without_an_encoding(pipe: Any) -> None:
