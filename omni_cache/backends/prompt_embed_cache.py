@@ -39,6 +39,14 @@ EMBEDDINGS = (
 )
 """Arguments that bring what there would be to encode: a call with one of them is passed through."""
 
+_INSTALLED = (
+    "encode_prompt",
+    "__getstate__",
+    "_prompt_embed_cache",
+    "_prompt_embed_cache_original_fn",
+)
+"""What an instance gets with its cache, in the order in which it goes."""
+
 ENABLE_VARIABLE = "OMNI_DIFFUSION_PROMPT_EMBED_CACHE"
 SIZE_VARIABLE = "OMNI_DIFFUSION_PROMPT_EMBED_CACHE_SIZE"
 
@@ -229,8 +237,11 @@ def uninstall_prompt_embed_cache(pipeline: Any) -> None:
     attributes = getattr(pipeline, "__dict__", {})
     if isinstance(attributes.get("_prompt_embed_cache"), PromptEmbedCache):
         restored = _without_cache(pipeline, attributes)
-        attributes.clear()
-        attributes.update(restored)
+        for name in _INSTALLED:  # and no others, which threads may read or set meanwhile
+            if name in restored:
+                attributes[name] = restored[name]
+            else:
+                attributes.pop(name, None)
 
 
 def resolve_prompt_embed_cache_config(

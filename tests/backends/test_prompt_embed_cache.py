@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import nn
 
-from omni_cache.backends import plain
+from omni_cache.backends import plain, prompt_embed_cache
 from omni_cache.backends.prompt_embed_cache import (
     _CACHE_MISS,
     EMBEDDINGS,
@@ -295,6 +295,43 @@ def test_uninstall_gives_back_an_instances_own_function_and_keeps_a_later_one() 
     pipe.encode_prompt = later
     uninstall_prompt_embed_cache(pipe)
     assert vars(pipe) == {"encode_prompt": later}
+
+
+def test_uninstall_takes_nothing_else_away_even_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = Pipeline()
+    installed(pipe)
+    restore = prompt_embed_cache._without_cache
+
+    def restore_while_another_sets(*given: Any) -> Any:
+        restored = restore(*given)
+        pipe.vae = "set by another thread"  # type: ignore[attr-defined]
+        return restored
+
+    monkeypatch.setattr(prompt_embed_cache, "_without_cache", restore_while_another_sets)
+    uninstall_prompt_embed_cache(pipe)
+    assert pipe.vae == "set by another thread"  # type: ignore[attr-defined]
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_attributes_are_there_while_a_cache_comes_and_goes() -> None:
+    pipe = Pipeline()
+    done = threading.Event()
+
+    def read() -> int:
+        missing = 0
+        while not done.is_set():
+            missing += not hasattr(pipe, "transformer")
+        return missing
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        for _ in range(2000):
+            installed(pipe)
+            uninstall_prompt_embed_cache(pipe)
+        done.set()
+        assert reading.result() == 0
 
 
 async def _coroutine(prompt: str) -> str:
