@@ -845,11 +845,14 @@ def test_encode_prompt_may_call_itself_and_two_that_call_each_other_do_not_lock(
         assert [each.result(timeout=10) for each in asked] == [["ab"], ["ba"]]
 
 
-def test_what_was_being_encoded_at_a_clear_is_not_found_after_it() -> None:
+def test_what_was_being_encoded_at_a_clear_is_not_kept() -> None:
     pipe = Pipeline()
     cache = installed(pipe)
     pipe.before = lambda: cache.clear() if pipe.encoded == 1 else None
-    assert encodings(pipe, {}, {}, {}) == 2
+    assert encodings(pipe, {}) == 1
+    assert (cache.stats()["size"], cache.nbytes) == (0, 0)
+    assert encodings(pipe, {}, {}) == 1
+    assert cache.stats()["size"] == 1
 
 
 def test_threads_of_one_pipeline_get_what_they_asked_for() -> None:
