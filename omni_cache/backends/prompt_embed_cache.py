@@ -113,9 +113,8 @@ class PromptEmbedCache:
         entry = (value, _bytes_of(value))
         with self._lock:
             self._entries.pop(key, None)
-            if self.max_bytes is not None and entry[1] > self.max_bytes:
-                return
-            self._entries[key] = entry
+            if self.max_bytes is None or entry[1] <= self.max_bytes:
+                self._entries[key] = entry
             while len(self._entries) > self.max_size or self._is_too_large():
                 self._entries.popitem(last=False)
 

@@ -135,6 +135,18 @@ def test_the_byte_limit_counts_each_storage_once() -> None:
     assert cache.get("b") is not _CACHE_MISS
 
 
+def test_a_value_that_is_too_large_makes_way_for_no_other_but_new_limits_count() -> None:
+    cache = PromptEmbedCache(max_bytes=100)
+    for key in "abc":
+        cache.put(key, torch.ones(1))
+    cache.put("c", torch.ones(26))
+    assert [cache.get(key) is _CACHE_MISS for key in "abc"] == [False, False, True]
+    cache.max_size = 1
+    cache.put("d", torch.ones(26))
+    assert cache.stats()["size"] == 1
+    assert cache.get("b") is not _CACHE_MISS
+
+
 @pytest.mark.parametrize(
     "copied", [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))]
 )
