@@ -132,7 +132,10 @@ def _has_modules(value: Any) -> bool:
 
 
 def _tokenizer_state(tokenizer: Any) -> Hashable:
-    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    try:
+        size = len(tokenizer)
+    except Exception:  # it has none, such as a class
+        size = None
     state = (getattr(tokenizer, name, None) for name in _TOKENIZER_STATE)
     return size, *(plain_or(each, None) for each in state)
 

@@ -714,6 +714,29 @@ def test_an_encoder_that_only_a_property_of_its_name_gives_is_found() -> None:
 
 
 @torch.no_grad()
+def test_classes_and_things_without_a_length_are_known_by_which_they_are() -> None:
+    class Endless:
+        def __len__(self) -> int:
+            raise TypeError("nobody knows")
+
+    class Classes(Plain):
+        tokenizer_class: Any = dict
+        stream = Endless()
+
+        def encode_prompt(self, prompt: str) -> torch.Tensor:
+            return _encoded(self.llm, f"{prompt}{self.tokenizer_class()}{type(self.stream)}")
+
+    pipe = Classes()
+    cache = installed(pipe)
+    pipe.encode_prompt("fox")
+    pipe.encode_prompt("fox")
+    assert cache.hits == 1
+    Classes.tokenizer_class = list
+    pipe.encode_prompt("fox")
+    assert cache.hits == 1
+
+
+@torch.no_grad()
 def test_a_property_that_has_nothing_to_give_is_left_out() -> None:
     class Unloaded(Plain):
         @property
