@@ -29,6 +29,14 @@ from omni_cache.backends.plain import digest
 from omni_cache.strategies.base import require
 
 
+class _Prepared(NamedTuple):
+    """What is known of an embedding, in one piece: other threads prepare others."""
+
+    embedding: weakref.ref[Tensor]
+    version: int | None
+    digest: str
+
+
 class _Entry(NamedTuple):
     evidence: Evidence
     value: Tensor
@@ -73,21 +81,18 @@ class ExactProjectionCache:
         self._group = group
         self._lock = threading.Lock()
         self._entries: dict[tuple[Any, ...], _Entry] = {}
-        self._input: weakref.ref[Tensor] | None = None
-        self._version: int | None = None
-        self._digest = ""
+        self._prepared: _Prepared | None = None
 
     def prepare(self, embedding: Tensor) -> None:
         """Take note of the embedding that the next projections get.
 
-        Its bytes are copied to the host and hashed; it is held weakly.
+        Its bytes are copied to the host and hashed; it is held weakly. One that was made under
+        ``torch.inference_mode`` has no version counter, so `project` hashes it again.
         """
-        self._input = None
+        self._prepared = None
         if self.max_bytes and not _is_off():
-            digested = hashlib.sha256(repr((embedding.dtype, tuple(embedding.shape))).encode())
-            digested.update(digest(embedding).encode())
-            self._input = weakref.ref(embedding)
-            self._version, self._digest = version_of(embedding), digested.hexdigest()
+            version = version_of(embedding)  # before it is read, should others write to it
+            self._prepared = _Prepared(weakref.ref(embedding), version, _digest(embedding))
 
     def project(
         self, name: str, module: nn.Module, embedding: Tensor, compute: Callable[[], Tensor]
@@ -100,9 +105,10 @@ class ExactProjectionCache:
             embedding: what was prepared: the object itself, not written to since.
             compute: makes the projection, a tensor.
         """
-        if _is_off() or not self._is_prepared(embedding):
+        digested = None if _is_off() else self._digest_of(embedding)
+        if digested is None:
             return compute()
-        key = (self._digest, name, numerical_settings(embedding.device.type))
+        key = (digested, name, numerical_settings(embedding.device.type))
         evidence = evidence_of(module)
         lasts = not (evidence.unversioned or _has_hooks(module))
         ranks = _ranks(self._group)
@@ -127,7 +133,7 @@ class ExactProjectionCache:
         """Drop all results and the prepared embedding; the counters stay."""
         with self._lock:
             self._entries.clear()
-        self._input = None
+        self._prepared = None
 
     def _lookup_precomputed(
         self, name: str, embedding: Tensor, signature: Evidence
@@ -148,9 +154,21 @@ class ExactProjectionCache:
             if used + entry.nbytes <= self.max_bytes:
                 self._entries[key] = entry._replace(value=entry.value.detach().clone())
 
-    def _is_prepared(self, embedding: Tensor) -> bool:
-        is_same = self._input is not None and self._input() is embedding
-        return is_same and self._version == version_of(embedding)
+    def _digest_of(self, embedding: Tensor) -> str | None:
+        """That of the prepared embedding; None if it is another one or was written to since."""
+        prepared = self._prepared
+        if prepared is None or prepared.embedding() is not embedding:
+            return None
+        version = version_of(embedding)
+        is_same = version == prepared.version
+        if version is None:
+            is_same = _digest(embedding) == prepared.digest
+        return prepared.digest if is_same else None
+
+
+def _digest(embedding: Tensor) -> str:
+    kind = repr((embedding.dtype, tuple(embedding.shape)))
+    return hashlib.sha256((kind + digest(embedding)).encode()).hexdigest()
 
 
 def _is_off() -> bool:

@@ -39,6 +39,14 @@ EMBEDDINGS = (
 )
 """Arguments that bring what there would be to encode: a call with one of them is passed through."""
 
+_INSTALLED = (
+    "encode_prompt",
+    "__getstate__",
+    "_prompt_embed_cache",
+    "_prompt_embed_cache_original_fn",
+)
+"""What an instance gets with its cache, in the order in which it goes."""
+
 ENABLE_VARIABLE = "OMNI_DIFFUSION_PROMPT_EMBED_CACHE"
 SIZE_VARIABLE = "OMNI_DIFFUSION_PROMPT_EMBED_CACHE_SIZE"
 
@@ -105,14 +113,19 @@ class PromptEmbedCache:
         entry = (value, _bytes_of(value))
         with self._lock:
             self._entries.pop(key, None)
-            if self.max_bytes is not None and entry[1] > self.max_bytes:
-                return
-            self._entries[key] = entry
+            if self.max_bytes is None or entry[1] <= self.max_bytes:
+                self._entries[key] = entry
             while len(self._entries) > self.max_size or self._is_too_large():
                 self._entries.popitem(last=False)
 
+    def _put_if_not_cleared(self, clears: int, key: Hashable, value: Any) -> None:
+        """Keep a value that was begun after a number of clears, if there were no more since."""
+        with self._lock:
+            if clears == self._clears:
+                self.put(key, value)
+
     def clear(self) -> None:
-        """Drop all entries; the counters stay. What is being encoded will not be found, either."""
+        """Drop all entries; the counters stay. What is being encoded is not kept, either."""
         with self._lock:
             self._entries.clear()
             self._clears += 1
@@ -208,7 +221,7 @@ def install_prompt_embed_cache(
             cache._count(bypassed=1)
             return original(*args, **kwargs)
         state = encoders.look(cache.clear)
-        key = (tag, arguments, state, cache._clears)
+        key = (tag, arguments, state)
         return queue.encode(key, functools.partial(original, *args, **kwargs))
 
     vars(pipeline).update(
@@ -229,8 +242,11 @@ def uninstall_prompt_embed_cache(pipeline: Any) -> None:
     attributes = getattr(pipeline, "__dict__", {})
     if isinstance(attributes.get("_prompt_embed_cache"), PromptEmbedCache):
         restored = _without_cache(pipeline, attributes)
-        attributes.clear()
-        attributes.update(restored)
+        for name in _INSTALLED:  # and no others, which threads may read or set meanwhile
+            if name in restored:
+                attributes[name] = restored[name]
+            else:
+                attributes.pop(name, None)
 
 
 def resolve_prompt_embed_cache_config(
@@ -273,19 +289,20 @@ class _Queue:
     def __init__(self, cache: PromptEmbedCache, copy: bool) -> None:
         self._cache, self._copy = cache, copy
         self._lock = threading.Lock()
-        self._running: dict[Hashable, _Encoding] = {}
+        self._running: dict[tuple[Hashable, int], _Encoding] = {}
         self._thread = threading.local()
 
     def encode(self, key: Hashable, original: Callable[[], Any]) -> Any:
         """What is kept for a key, or what ``original()`` returns."""
+        clears = self._cache._clears
         while True:
             with self._lock:
-                running = self._running.get(key)
+                running = self._running.get((key, clears))
                 if running is None or self._is_encoding():
                     kept = self._cache.get(key)
                     if kept is _CACHE_MISS:
                         mine = _Encoding()
-                        self._running.setdefault(key, mine)
+                        self._running.setdefault((key, clears), mine)
                     break
             running.done.wait()
             kept = running.kept
@@ -293,22 +310,24 @@ class _Queue:
                 self._cache._count(hits=1)
                 break
         if kept is _CACHE_MISS:
-            return self._encode(key, original, mine)
+            return self._encode(key, clears, original, mine)
         return _copied(kept) if self._copy else kept
 
-    def _encode(self, key: Hashable, original: Callable[[], Any], mine: _Encoding) -> Any:
+    def _encode(
+        self, key: Hashable, clears: int, original: Callable[[], Any], mine: _Encoding
+    ) -> Any:
         outer, self._thread.encodes = self._is_encoding(), True
         try:
             result = original()
             mine.kept = _to_keep(result, self._copy)
             if mine.kept is not _CACHE_MISS:
-                self._cache.put(key, mine.kept)
+                self._cache._put_if_not_cleared(clears, key, mine.kept)
             return result
         finally:
             self._thread.encodes = outer
             with self._lock:
-                if self._running.get(key) is mine:
-                    del self._running[key]
+                if self._running.get((key, clears)) is mine:
+                    del self._running[key, clears]
             mine.done.set()
 
     def _is_encoding(self) -> bool:

@@ -84,6 +84,42 @@ def test_only_the_prepared_object_counts(layer: nn.Linear) -> None:
     assert counts(cache) == (0, 1)
 
 
+def test_an_embedding_prepared_in_between_takes_no_results(
+    layer: nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ExactProjectionCache()
+    first, second = torch.randn(3, 4), torch.randn(3, 4)
+    cache.prepare(first)
+    version_of = exact_projection_cache.version_of
+
+    def version_while_another_prepares(x: Tensor) -> int | None:
+        if x is first:  # as a thread may, while `project` checks the first one
+            cache.prepare(second)
+        return version_of(x)
+
+    monkeypatch.setattr(exact_projection_cache, "version_of", version_while_another_prepares)
+    cache.project("p", layer, first, lambda: layer(first))
+    monkeypatch.undo()
+    projected(cache, layer, second)
+    assert counts(cache) == (0, 2)
+    projected(cache, layer, first)
+    assert counts(cache) == (1, 2)
+
+
+def test_an_embedding_without_a_version_is_known_by_its_bytes(layer: nn.Linear) -> None:
+    cache = ExactProjectionCache()
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+        projected(cache, layer, x)
+        projected(cache, layer, x)
+        assert counts(cache) == (1, 1)
+        x.add_(1)
+        assert torch.equal(cache.project("p", layer, x, lambda: layer(x)), layer(x))
+        assert counts(cache) == (1, 1)
+        projected(cache, layer, x)
+    assert counts(cache) == (1, 2)
+
+
 def _write(layer: nn.Linear) -> None:
     layer.weight.mul_(2)
 

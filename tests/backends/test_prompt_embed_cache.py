@@ -9,6 +9,7 @@ import re
 import threading
 from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import nn
 
-from omni_cache.backends import plain
+from omni_cache.backends import plain, prompt_embed_cache
 from omni_cache.backends.prompt_embed_cache import (
     _CACHE_MISS,
     EMBEDDINGS,
@@ -131,6 +132,18 @@ def test_the_byte_limit_counts_each_storage_once() -> None:
     assert cache.nbytes == 100
     cache.put("c", torch.ones(26))
     assert cache.get("c") is _CACHE_MISS
+    assert cache.get("b") is not _CACHE_MISS
+
+
+def test_a_value_that_is_too_large_makes_way_for_no_other_but_new_limits_count() -> None:
+    cache = PromptEmbedCache(max_bytes=100)
+    for key in "abc":
+        cache.put(key, torch.ones(1))
+    cache.put("c", torch.ones(26))
+    assert [cache.get(key) is _CACHE_MISS for key in "abc"] == [False, False, True]
+    cache.max_size = 1
+    cache.put("d", torch.ones(26))
+    assert cache.stats()["size"] == 1
     assert cache.get("b") is not _CACHE_MISS
 
 
@@ -294,6 +307,43 @@ def test_uninstall_gives_back_an_instances_own_function_and_keeps_a_later_one() 
     pipe.encode_prompt = later
     uninstall_prompt_embed_cache(pipe)
     assert vars(pipe) == {"encode_prompt": later}
+
+
+def test_uninstall_takes_nothing_else_away_even_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = Pipeline()
+    installed(pipe)
+    restore = prompt_embed_cache._without_cache
+
+    def restore_while_another_sets(*given: Any) -> Any:
+        restored = restore(*given)
+        pipe.vae = "set by another thread"  # type: ignore[attr-defined]
+        return restored
+
+    monkeypatch.setattr(prompt_embed_cache, "_without_cache", restore_while_another_sets)
+    uninstall_prompt_embed_cache(pipe)
+    assert pipe.vae == "set by another thread"  # type: ignore[attr-defined]
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_attributes_are_there_while_a_cache_comes_and_goes() -> None:
+    pipe = Pipeline()
+    done = threading.Event()
+
+    def read() -> int:
+        missing = 0
+        while not done.is_set():
+            missing += not hasattr(pipe, "transformer")
+        return missing
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        for _ in range(2000):
+            installed(pipe)
+            uninstall_prompt_embed_cache(pipe)
+        done.set()
+        assert reading.result() == 0
 
 
 async def _coroutine(prompt: str) -> str:
@@ -516,6 +566,190 @@ def test_another_encoder_encodes_anew(pipe: Any, change: Any) -> None:
         assert torch.equal(pipe.encode_prompt("fox")[0], expected)
 
 
+def _encoded(encoder: nn.Module, prompt: str) -> torch.Tensor:
+    return encoder(torch.full((1, 1), float(len(prompt)), dtype=torch.float32))
+
+
+class Plain:
+    """A pipeline whose encoder has a name that says nothing."""
+
+    def __init__(self) -> None:
+        self.llm = nn.Linear(1, 3).requires_grad_(False)
+        self.bundle = SimpleNamespace(first=self.llm)
+        self.bundles = SimpleNamespace(all={"first": self.llm})
+        self._held = lambda: self.llm
+
+    @property
+    def text_encoder(self) -> nn.Module:
+        return self._held()
+
+    @property
+    def text_encoders(self) -> list[nn.Module]:
+        return [self._held()]
+
+    @property
+    def inner(self) -> nn.Module:
+        return self.llm
+
+    @cached_property
+    def kept_llm(self) -> Any:
+        return SimpleNamespace(llm=self._held())
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        shape: tuple[int, ...] = ()
+        return _encoded(self.llm, prompt).reshape(*shape, 1, 3)
+
+    def _by_llm(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.llm, prompt)
+
+    @classmethod
+    def _of_class(cls, prompt: str) -> torch.Tensor:
+        return _encoded(cls.of_class, prompt)  # type: ignore[attr-defined]
+
+    _by_partial = partialmethod(_by_llm)
+
+
+class Derived(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return super().encode_prompt(prompt)
+
+
+class DerivedTwice(Derived):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return super(DerivedTwice, self).encode_prompt(prompt)  # noqa: UP008
+
+
+class ByName(Derived):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return Plain.encode_prompt(self, prompt)
+
+
+class OfTheBase(Plain):
+    def _by_llm(self, prompt: str) -> torch.Tensor:
+        return super()._by_llm(prompt)
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return self._by_llm(prompt)
+
+
+class ByAnother(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return super()._by_llm(prompt)
+
+
+class Partly(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return self._by_partial(prompt)
+
+
+class Property(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.text_encoder, prompt)
+
+
+class Properties(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.text_encoders[0], prompt)
+
+
+class InnerProperty(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.inner, prompt)
+
+
+class CachedProperty(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.kept_llm.llm, prompt)
+
+
+class Bundle(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.bundle.first, prompt)
+
+
+class Bundles(Plain):
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return _encoded(self.bundles.all["first"], prompt)
+
+
+class OfClass(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        OfClass.of_class = self.llm
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        return self._of_class(prompt)
+
+
+WAYS = [
+    *(Plain, Derived, DerivedTwice, ByName, OfTheBase, ByAnother, Partly),
+    *(Property, Properties, InnerProperty, CachedProperty, Bundle, Bundles, OfClass),
+]
+
+
+@pytest.mark.parametrize("kind", WAYS)
+@torch.no_grad()
+def test_the_encoder_is_found_in_whatever_way_the_code_reaches_it(kind: Any) -> None:
+    pipe = kind()
+    cache = installed(pipe)
+    for _ in range(2):
+        pipe.encode_prompt("fox")
+    assert cache.hits == 1
+    pipe.llm.weight.add_(1)
+    assert torch.equal(pipe.encode_prompt("fox"), kind.encode_prompt(pipe, "fox"))
+    assert cache.hits == 1
+
+
+@torch.no_grad()
+def test_an_encoder_that_only_a_property_of_its_name_gives_is_found() -> None:
+    class Closed(Plain):
+        def encode_prompt(self, prompt: str) -> torch.Tensor:
+            return _encoded(getattr(self, "text" + "_encoder"), prompt)
+
+    pipe = Closed()
+    installed(pipe)
+    first = pipe.encode_prompt("fox")
+    pipe.llm.weight.add_(1)
+    assert not torch.equal(pipe.encode_prompt("fox"), first)
+
+
+@torch.no_grad()
+def test_classes_and_things_without_a_length_are_known_by_which_they_are() -> None:
+    class Endless:
+        def __len__(self) -> int:
+            raise TypeError("nobody knows")
+
+    class Classes(Plain):
+        tokenizer_class: Any = dict
+        stream = Endless()
+
+        def encode_prompt(self, prompt: str) -> torch.Tensor:
+            return _encoded(self.llm, f"{prompt}{self.tokenizer_class()}{type(self.stream)}")
+
+    pipe = Classes()
+    cache = installed(pipe)
+    pipe.encode_prompt("fox")
+    pipe.encode_prompt("fox")
+    assert cache.hits == 1
+    Classes.tokenizer_class = list
+    pipe.encode_prompt("fox")
+    assert cache.hits == 1
+
+
+@torch.no_grad()
+def test_a_property_that_has_nothing_to_give_is_left_out() -> None:
+    class Unloaded(Plain):
+        @property
+        def text_encoder(self) -> Any:
+            raise RuntimeError("not loaded")
+
+    pipe = Unloaded()
+    cache = installed(pipe)
+    pipe.encode_prompt("fox")
+    pipe.encode_prompt("fox")
+    assert cache.hits == 1
+
+
 def test_the_denoiser_is_trained_without_an_encoding(pipe: Any) -> None:
     installed(pipe)
     encodings(pipe, {})
@@ -646,11 +880,14 @@ def test_encode_prompt_may_call_itself_and_two_that_call_each_other_do_not_lock(
         assert [each.result(timeout=10) for each in asked] == [["ab"], ["ba"]]
 
 
-def test_what_was_being_encoded_at_a_clear_is_not_found_after_it() -> None:
+def test_what_was_being_encoded_at_a_clear_is_not_kept() -> None:
     pipe = Pipeline()
     cache = installed(pipe)
     pipe.before = lambda: cache.clear() if pipe.encoded == 1 else None
-    assert encodings(pipe, {}, {}, {}) == 2
+    assert encodings(pipe, {}) == 1
+    assert (cache.stats()["size"], cache.nbytes) == (0, 0)
+    assert encodings(pipe, {}, {}) == 1
+    assert cache.stats()["size"] == 1
 
 
 def test_threads_of_one_pipeline_get_what_they_asked_for() -> None:
