@@ -88,3 +88,28 @@ def test_disabling_leaves_the_pipeline_as_it_was() -> None:
     assert torch.equal(
         runner.run(Request(), refresh=False), FakeRunner(FakePipeline(), None).run(Request())
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("tea_cache", CONFIG),
+        ("mag_cache", {"mag_ratios": [1.0] * 28}),
+        ("sea_cache", {"sea_threshold": 0.6}),
+        ("cache_dit", {}),
+        ("cache_dit", {"scm_steps_mask_policy": "fast"}),
+    ],
+)
+def test_requests_of_other_lengths_compile_nothing_anew(name: str, config: dict[str, Any]) -> None:
+    compiled = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        compiled.append(gm)
+        return gm.forward
+
+    runner = FakeRunner(FakePipeline(), get_cache_backend(name, {**config, "inner": inner}))
+    runner.run(Request(steps=8))
+    parts = len(compiled)
+    for steps in (12, 8, 16):
+        runner.run(Request(steps=steps))
+    assert len(compiled) == parts > 0

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from omni_cache.backends.attach import (
     extra_flags,
     first_transformer,
@@ -62,10 +64,13 @@ class MagCacheBackend(CacheBackend):
         if is_same and hook is None and self._hook is not None and verbose:
             message = "the transformer has lost its MagCache hook, which is applied again"
             warnings.warn(message, stacklevel=2)
-        if is_same and hook is not None and known and known.num_inference_steps == steps:
+        if not is_same or hook is None or known is None:
+            self._enable(pipeline, steps)
+        elif known.num_inference_steps == steps:
             hook.reset_state(transformer)
         else:
-            self._enable(pipeline, steps)
+            self._magcache_config = self._config_of(transformer, steps)
+            hook.configure(transformer, self._magcache_config)
 
     def disable(self, pipeline: Any) -> None:
         """Leave the pipeline's transformer as it was; one that is not cached is left alone."""
@@ -74,8 +79,15 @@ class MagCacheBackend(CacheBackend):
         self._magcache_config = self._transformer_id = self._hook = None
 
     def _enable(self, pipeline: Any, steps: int) -> None:
-        transformer, given = first_transformer(pipeline), self.config
-        kind = type(transformer).__name__
+        transformer = first_transformer(pipeline)
+        config = self._config_of(transformer, steps)
+        apply_mag_cache_hook(transformer, config, **extra_flags(self.config))
+        self._magcache_config, self._transformer_id = config, id(transformer)
+        self._hook = hook_of(transformer, MagCacheHeadHook)
+        self._registered = self.enabled = True
+
+    def _config_of(self, transformer: nn.Module, steps: int) -> MagCacheConfig:
+        given, kind = self.config, type(transformer).__name__
         ratios: Ratios | None = given.mag_ratios
         if ratios is None and not given.mag_calibrate:
             ratios = get_strategy(kind).mag_ratios
@@ -92,10 +104,7 @@ class MagCacheBackend(CacheBackend):
             config.mag_ratios = each_row(
                 config.mag_ratios, lambda row: MagCacheStrategy.nearest_interp(row, steps)
             )
-        apply_mag_cache_hook(transformer, config, **extra_flags(given))
-        self._magcache_config, self._transformer_id = config, id(transformer)
-        self._hook = hook_of(transformer, MagCacheHeadHook)
-        self._registered = self.enabled = True
+        return config
 
     def _steps(self, told: int | None) -> int:
         return told or self.config.num_inference_steps or DEFAULT_STEPS

@@ -66,6 +66,14 @@ class MagCacheHeadHook(ModelHook):
         self.reset_state(module)
         return module
 
+    def configure(self, module: nn.Module, config: MagCacheConfig) -> None:
+        """Follow another configuration from now on, such as one for a request of other steps.
+
+        What the module is compiled for stays.
+        """
+        self.config = config
+        self.initialize_hook(module)
+
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Begin a request of as many steps as the configuration says."""
         begin(module, self.config.num_inference_steps)
