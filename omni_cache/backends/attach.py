@@ -19,9 +19,10 @@ from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.capture.extractor import Extractor, own_extractor, register_extractor
 from omni_cache.errors import UncachedWarning
 from omni_cache.options import FLAGS
-from omni_cache.pipelines import disable, enable, is_enabled, refresh
+from omni_cache.pipelines import disable, enable, is_enabled, refresh, states_of
 from omni_cache.pipelines.enable import COMPILE_FLAGS, around_calls, own_module
 from omni_cache.pipelines.loop import TRANSFORMERS
+from omni_cache.runtime.trajectory import Trajectory
 from omni_cache.strategies import Strategy
 
 DENOISERS = (*TRANSFORMERS, "denoising_transformer")
@@ -167,6 +168,12 @@ def remove_hook(module: nn.Module, kind: type[ModelHook]) -> None:
     if isinstance(registry, HookRegistry):
         registry.remove_hook(kind._HOOK_NAME)
         registry.leave_if_empty()
+
+
+def trajectories_of(module: nn.Module) -> list[Trajectory]:
+    """What the runtime keeps for each branch of a module's latest generation."""
+    runs = [state.latest for _, state in states_of(module)]
+    return [each for run in runs if run is not None for each in run.trajectories.values()]
 
 
 def guidance_of(module: nn.Module) -> Guidance | None:

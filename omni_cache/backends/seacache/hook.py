@@ -15,12 +15,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from omni_cache.backends.attach import attach, begin, detach, guidance_of
+from omni_cache.backends.attach import (
+    attach,
+    begin,
+    detach,
+    guidance_of,
+    trajectories_of,
+)
 from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.backends.seacache.config import SeaCacheConfig
 from omni_cache.backends.seacache.state import SeaCacheState
 from omni_cache.capture.extractor import Extractor
-from omni_cache.pipelines import states_of
 from omni_cache.pipelines.enable import around_calls, own_module
 from omni_cache.runtime.calls import Call
 from omni_cache.runtime.contexts import Generation, branch, named_generation
@@ -108,9 +113,7 @@ class SeaCacheRootHook(ModelHook):
 
     def states(self, module: nn.Module) -> dict[str, SeaCacheState]:
         """What is known of each context of the latest generation of a module."""
-        runs = [state.latest for _, state in states_of(module)]
-        found = [each for run in runs if run is not None for each in run.trajectories.values()]
-        return {each.branch: SeaCacheState.of(each) for each in found}
+        return {each.branch: SeaCacheState.of(each) for each in trajectories_of(module)}
 
     @contextmanager
     def _around(self, call: Call) -> Iterator[None]:

@@ -15,13 +15,18 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from omni_cache.backends.attach import attach, begin, detach, guidance_of
+from omni_cache.backends.attach import (
+    attach,
+    begin,
+    detach,
+    guidance_of,
+    trajectories_of,
+)
 from omni_cache.backends.hooks import HookRegistry, ModelHook
 from omni_cache.backends.teacache.config import TeaCacheConfig
 from omni_cache.backends.teacache.extractors import EXTRACTOR_REGISTRY
 from omni_cache.backends.teacache.state import TeaCacheState
 from omni_cache.capture.extractor import CacheContext, Extractor, find_extractor
-from omni_cache.pipelines import states_of
 from omni_cache.pipelines.enable import own_module
 from omni_cache.runtime.trajectory import Trajectory
 from omni_cache.strategies import TeaCache, Time
@@ -136,8 +141,7 @@ class _BranchStates:
     def _states(self) -> dict[str, TeaCacheState]:
         if self.module is None:
             return {}
-        runs = [state.latest for _, state in states_of(self.module)]
-        found = [each for run in runs if run is not None for each in run.trajectories.values()]
+        found = trajectories_of(self.module)
         return {f"teacache_{each.branch}": _state(each) for each in found}
 
     def set_context(self, name: str) -> None:
