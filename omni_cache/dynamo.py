@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from traceback import FrameSummary
 from types import CodeType, FrameType
@@ -53,6 +54,7 @@ __all__ = [
     "inductor_options",
     "inductor_setting",
     "is_bucket",
+    "kernels_together",
     "last_graph",
     "leave_uncompiled",
     "list_backends",
@@ -302,6 +304,37 @@ def run_inductor(
         gm, list(example_inputs), inner_compile=compile_inner, config_patches=dict(patches)
     )
     return compile_part  # type: ignore[no-any-return]
+
+
+@contextmanager
+def kernels_together() -> Iterator[None]:
+    """Wait at the end for the C++ kernels of all graphs that Inductor compiles within.
+
+    It hands kernels to other processes and ends each graph by waiting for them; like this, the next
+    graph is lowered meanwhile. Nothing that is compiled within may run before the end. Triton's
+    kernels are waited for as ever, because Inductor's cache takes them in with their graph.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CodeCacheFuture, LambdaFuture
+
+    wait, thread = AsyncCompile.wait, threading.get_ident()
+    later: list[Callable[[], None]] = []
+
+    def wait_later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        pending = [each for each in scope.values() if isinstance(each, CodeCacheFuture)]
+        cpp = all(isinstance(each, LambdaFuture) and each.future is None for each in pending)
+        if cpp and threading.get_ident() == thread:
+            later.append(functools.partial(wait, self, scope))
+        else:
+            wait(self, scope)
+
+    AsyncCompile.wait = wait_later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait  # type: ignore[method-assign]
+        for each in later:
+            each()
 
 
 def _input_of(placeholder: Node) -> int | None:
