@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType, FrameType
 from typing import Any
@@ -25,6 +27,7 @@ from torch._dynamo.exc import (
     Unsupported,
     UserError,
 )
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -48,6 +51,8 @@ __all__ = [
     "Unwrapped",
     "break_of",
     "callers",
+    "captures_conditionals",
+    "compile_ahead",
     "compiled",
     "forget_compiled",
     "inductor_modes",
@@ -63,6 +68,7 @@ __all__ = [
     "prepare_for_part",
     "run_inductor",
     "traced_frame",
+    "write_package",
 ]
 
 
@@ -335,6 +341,32 @@ def kernels_together() -> Iterator[None]:
         AsyncCompile.wait = wait  # type: ignore[method-assign]
         for each in later:
             each()
+
+
+def compile_ahead(program: ExportedProgram, patches: Mapping[str, Any]) -> list[Any]:
+    """Compile an exported program with AOTInductor; returns the files that a package is made of.
+
+    Args:
+        program: what is compiled, weights included.
+        patches: options of Inductor, by name.
+    """
+    args, kwargs = program.example_inputs
+    options = {**patches, "aot_inductor.package": True}
+    module: Any = program.module(check_guards=False)
+    files: Any = torch._inductor.aot_compile(module, args, kwargs, options=options)
+    return list(files)
+
+
+def write_package(path: Path, files: Mapping[str, list[Any]], texts: Mapping[str, str]) -> None:
+    """Write compiled programs by name, and texts by file name, as one ``.pt2``."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    package_pt2(path, aoti_files=dict(files), extra_files=dict(texts))
+
+
+def captures_conditionals() -> bool:
+    """Whether this PyTorch captures ``torch.cond`` in a CUDA graph, as a conditional node."""
+    return find_spec("torch._higher_order_ops.cudagraph_conditional_nodes") is not None
 
 
 def _input_of(placeholder: Node) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -420,3 +421,25 @@ def test_inductors_modes_and_options_are_known() -> None:
 def test_backends_are_known_by_name() -> None:
     assert "inductor" in dynamo.list_backends(exclude_tags=())
     assert dynamo.lookup_backend("eager")
+
+
+@pytest.mark.slow
+def test_a_program_is_compiled_ahead_and_packed_with_a_text(tmp_path: Path) -> None:
+    from torch.export.pt2_archive._package import load_pt2
+
+    module, x = nn.Linear(6, 2).requires_grad_(False), torch.ones(1, 6)
+    files = {
+        "one": dynamo.compile_ahead(torch.export.export(module, (x,)), {"max_autotune": False})
+    }
+    dynamo.write_package(tmp_path / "one.pt2", files, {"words.json": "{}"})
+    contents = load_pt2(tmp_path / "one.pt2")
+    assert contents.extra_files == {"words.json": "{}"}
+    (found,) = contents.aoti_runners["one"].loader.boxed_run([x])
+    assert torch.allclose(found, module(x))
+
+
+def test_whether_cuda_graphs_take_conditional_nodes_is_known() -> None:
+    from torch._inductor import cudagraph_trees
+
+    known = hasattr(cudagraph_trees, "ControlFlowOpWarmupDispatchMode")
+    assert dynamo.captures_conditionals() is known
