@@ -148,6 +148,7 @@ def _compile_guarded(
             per_sample=program.per_sample and not groups,
             inputs=flags.guard.inputs,
             skips=flags.guard.skips,
+            hoists=analysis.hoisted is not None and len(analysis.hoisted.constants.results) > 0,
         ),
         owner,
         flags.guard,
@@ -163,6 +164,7 @@ def _compile_guarded(
         # Behind a graph break nothing tells it: models name other things timestep on their way.
         constant=None if frame.is_resumed else frame.timestep,
         by_call=frame.is_resumed,
+        constants=program.constant_inputs,
         uncounted=[region],
     )
     return Executor(program, placement)
@@ -207,6 +209,8 @@ def analyse_for_guard(
         first=flags.guard.first,
         last=flags.guard.last,
         whole=flags.guard.whole,
+        # Behind a graph break nothing tells which inputs stay: the piece before makes them.
+        hoist=flags.hoist if not frame.is_resumed else False,
     )
 
 

@@ -17,6 +17,7 @@ from .block_loop import (
     find_block_loop,
 )
 from .build import Part
+from .hoist import Cut, Hoisted, parameter_elements
 from .region import (
     NoBlockLoopError,
     Region,
@@ -41,8 +42,10 @@ __all__ = [
     "Block",
     "BlockList",
     "BlockLoop",
+    "Cut",
     "Entered",
     "GuardedGraph",
+    "Hoisted",
     "NoBlockLoopError",
     "Part",
     "Region",
@@ -64,6 +67,7 @@ __all__ = [
     "is_static_input",
     "overwritten_inputs",
     "pair_outputs",
+    "parameter_elements",
     "roll",
     "split",
     "timestep_name",

@@ -6,12 +6,13 @@ block loop -> region -> residual pairs -> signal -> what the body takes in -> ch
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from .block_loop import BlockLoop, candidate_loops, find_block_loop
+from .hoist import Hoisted, find_hoisted
 from .names import nodes_in
 from .order import Dependencies, computation, dependencies
 from .region import (
@@ -34,6 +35,8 @@ from .signal import (
     find_signal,
     find_timestep,
     first_residual,
+    hidden_states,
+    moving_inputs,
 )
 from .values import nbytes, numel, same_shape, tensor_of
 from .views import Leaf, leaves
@@ -48,6 +51,7 @@ class Analysis:
 
     ``overwritten`` are the region inputs that the body writes into, ``last`` says how many blocks
     follow the region, ``whole`` that it is the whole graph, ``signals`` how many are kept.
+    ``hoisted`` is what was taken out of ``region``, None where that was not asked for.
     """
 
     graph: Graph
@@ -60,6 +64,7 @@ class Analysis:
     last: int = 0
     whole: bool = False
     signals: int = 1
+    hoisted: Hoisted | None = None
 
     @property
     def supposed(self) -> tuple[Node, ...]:
@@ -94,6 +99,7 @@ def analyse(
     first: int = 0,
     last: int = 0,
     whole: bool = False,
+    hoist: bool | str = False,
 ) -> Analysis:
     """Find block loop, region, residual pairs and signal. Changes nothing.
 
@@ -109,6 +115,8 @@ def analyse(
         last: how many blocks at its end always run.
         whole: whether the region is the whole graph. Its results are held as values, or, with
             ``"latents"`` for the signal, are updates of these.
+        hoist: whether what does not change over a generation is taken out of the region, and with
+            ``"modulations"`` what only the timestep changes.
 
     Raises:
         RegionError: nothing in the graph can be skipped; the message says why.
@@ -116,7 +124,23 @@ def analyse(
     before = dependencies(graph)
     timestep = find_timestep(graph, parameters)
     if whole:
-        return _whole(graph, find_block_loop(graph, region), signal, timestep, before)
+        loop = find_block_loop(graph, region)
+        found = _whole(graph, loop, signal, timestep, before)
+    else:
+        found = _around_blocks(graph, region, signal, timestep, before, first, last)
+    return _hoisted(found, before, parameters, hoist == "modulations") if hoist else found
+
+
+def _around_blocks(
+    graph: Graph,
+    region: Sequence[str] | None,
+    signal: str | None,
+    timestep: Node | None,
+    before: Dependencies,
+    first: int,
+    last: int,
+) -> Analysis:
+    """The analysis whose region is the block loop, or what lies between its first and last."""
     loop, found, pairs = _paired_loop(graph, region, before, first, last)
     chosen = None
     if signal is not None:
@@ -145,6 +169,23 @@ def analyse(
     check_results(graph, found, pairs)
     overwritten = overwritten_inputs(found)
     return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten, last)
+
+
+def _hoisted(
+    found: Analysis, before: Dependencies, parameters: Sequence[str], modulations: bool
+) -> Analysis:
+    """The analysis whose region lacks what need not be computed at every step."""
+    graph, timestep, signal = found.graph, found.timestep, found.signal
+    partners = [pair.partner for pair in found.pairs if pair.partner is not None]
+    needed = [leaf for partner in partners for leaf in leaves(partner)]
+    pinned = [pair.output for pair in found.pairs]
+    if signal is not None:
+        pinned.append(signal.node)
+        needed += leaves(signal.minus) if signal.minus is not None else ()
+    hidden = hidden_states(found.pairs) if partners else None
+    moving = moving_inputs(graph, hidden, timestep, parameters)
+    hoisted = find_hoisted(graph, before, moving, timestep, needed, pinned, modulations)
+    return replace(found, region=hoisted.rest_of(found.region), hoisted=hoisted)
 
 
 def _whole(

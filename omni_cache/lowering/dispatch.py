@@ -62,6 +62,8 @@ def compile_program(
         signal=guarded.signal,
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
         per_sample=per_sample,
+        constants=_compile_hoisted(guarded.constants, examples, flags),
+        modulations=_compile_hoisted(guarded.modulations, examples, flags),
     )
     return Program(
         parts,
@@ -85,6 +87,12 @@ def _split(
         with contextlib.suppress(RegionError):
             return split(gm, analysis, *flags, per_sample=True, inputs=inputs), True
     return split(gm, analysis, *flags, inputs=inputs), False
+
+
+def _compile_hoisted(
+    part: Part | None, examples: Mapping[str, Any], flags: CompileOptions
+) -> CompiledPart | None:
+    return None if part is None else _compile_named(part, examples, flags)
 
 
 def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:
