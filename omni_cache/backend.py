@@ -30,6 +30,7 @@ from omni_cache.passes import (
     check_writes,
     find_block_loop,
     is_static_input,
+    take_out,
 )
 from omni_cache.passes.names import op_name
 from omni_cache.passes.values import is_shape, tensor_of
@@ -201,17 +202,20 @@ def analyse_for_guard(
     owner = frame.owner(loop)
     name = None if owner is None else owner.__name__
     signal = flags.guard.source_of(name)
-    return name, analyse(
+    parameters = frame.parameters(owner)
+    found = analyse(
         gm.graph,
         region=flags.region,
         signal=None if signal is None else (flags.signal or signal),
-        parameters=frame.parameters(owner),
+        parameters=parameters,
         first=flags.guard.first,
         last=flags.guard.last,
         whole=flags.guard.whole,
-        # Behind a graph break nothing tells which inputs stay: the piece before makes them.
-        hoist=flags.hoist if not frame.is_resumed else False,
     )
+    # Behind a graph break nothing tells which inputs stay: the piece before makes them.
+    if flags.hoist and not frame.is_resumed:
+        found = take_out(found, parameters)
+    return name, found
 
 
 _CUT_AT_BUCKETS = (

@@ -1,6 +1,7 @@
 """Graph passes: find the transformer-block loop of a Dynamo graph and split the graph around it.
 
     analyse(graph) -> Analysis        what is there: block loop, region, residual pairs, signal
+    take_out(analysis) -> Analysis    what no step changes, out of the region
     split(gm, analysis) -> GuardedGraph   the same graph as prologue, body, epilogue and reuse
     roll(part) -> part                a part in which blocks of one structure share one subgraph
     graph_text / guarded_text         both as short readable programs
@@ -8,7 +9,7 @@
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
 """
 
-from .analysis import Analysis, analyse
+from .analysis import Analysis, analyse, take_out
 from .block_loop import (
     Block,
     BlockList,
@@ -70,6 +71,7 @@ __all__ = [
     "parameter_elements",
     "roll",
     "split",
+    "take_out",
     "timestep_name",
     "without_residuals",
 ]

@@ -99,7 +99,6 @@ def analyse(
     first: int = 0,
     last: int = 0,
     whole: bool = False,
-    hoist: bool | str = False,
 ) -> Analysis:
     """Find block loop, region, residual pairs and signal. Changes nothing.
 
@@ -115,8 +114,6 @@ def analyse(
         last: how many blocks at its end always run.
         whole: whether the region is the whole graph. Its results are held as values, or, with
             ``"latents"`` for the signal, are updates of these.
-        hoist: whether what does not change over a generation is taken out of the region, and with
-            ``"modulations"`` what only the timestep changes.
 
     Raises:
         RegionError: nothing in the graph can be skipped; the message says why.
@@ -124,23 +121,7 @@ def analyse(
     before = dependencies(graph)
     timestep = find_timestep(graph, parameters)
     if whole:
-        loop = find_block_loop(graph, region)
-        found = _whole(graph, loop, signal, timestep, before)
-    else:
-        found = _around_blocks(graph, region, signal, timestep, before, first, last)
-    return _hoisted(found, before, parameters, hoist == "modulations") if hoist else found
-
-
-def _around_blocks(
-    graph: Graph,
-    region: Sequence[str] | None,
-    signal: str | None,
-    timestep: Node | None,
-    before: Dependencies,
-    first: int,
-    last: int,
-) -> Analysis:
-    """The analysis whose region is the block loop, or what lies between its first and last."""
+        return _whole(graph, find_block_loop(graph, region), signal, timestep, before)
     loop, found, pairs = _paired_loop(graph, region, before, first, last)
     chosen = None
     if signal is not None:
@@ -171,10 +152,16 @@ def _around_blocks(
     return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten, last)
 
 
-def _hoisted(
-    found: Analysis, before: Dependencies, parameters: Sequence[str], modulations: bool
+def take_out(
+    found: Analysis, parameters: Sequence[str] = (), modulations: bool = False
 ) -> Analysis:
-    """The analysis whose region lacks what need not be computed at every step."""
+    """The same analysis, its region without what need not be computed at every step.
+
+    Args:
+        found: by :func:`analyse`.
+        parameters: as there.
+        modulations: whether what only the timestep changes is taken out too.
+    """
     graph, timestep, signal = found.graph, found.timestep, found.signal
     partners = [pair.partner for pair in found.pairs if pair.partner is not None]
     needed = [leaf for partner in partners for leaf in leaves(partner)]
@@ -184,6 +171,7 @@ def _hoisted(
         needed += leaves(signal.minus) if signal.minus is not None else ()
     hidden = hidden_states(found.pairs) if partners else None
     moving = moving_inputs(graph, hidden, timestep, parameters)
+    before = dependencies(graph)
     hoisted = find_hoisted(graph, before, moving, timestep, needed, pinned, modulations)
     return replace(found, region=hoisted.rest_of(found.region), hoisted=hoisted)
 

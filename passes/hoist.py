@@ -101,15 +101,22 @@ class Hoisted:
 
     Attributes:
         constants: what depends on nothing that moves.
-        modulations: what depends on the timestep besides; nothing unless it was asked for.
+        modulations: what depends on the timestep besides. It is found in any case.
+        takes_modulations: whether it is taken out too.
     """
 
     constants: Cut
     modulations: Cut
+    takes_modulations: bool
+
+    @property
+    def taken(self) -> tuple[Cut, ...]:
+        """What is taken out, one after the other."""
+        return (self.constants, self.modulations) if self.takes_modulations else (self.constants,)
 
     def rest_of(self, region: Region) -> Region:
         """A region without what is taken out."""
-        gone = {*self.constants.freed, *self.modulations.freed}
+        gone = {node for cut in self.taken for node in cut.freed}
         prologue, body, epilogue = (
             tuple(node for node in nodes if node not in gone)
             for nodes in (region.prologue, region.body, region.epilogue)
@@ -147,17 +154,18 @@ def find_hoisted(
         timestep: the one that modulations may depend on, None where there is none.
         needed: values that the rest has to know besides what it reads.
         pinned: those that the rest has to compute itself.
-        modulations: whether what depends on the timestep is looked for.
+        modulations: whether what depends on the timestep is taken out too.
     """
     search = _Search(graph, before, needed, pinned)
     constants = search.take(moving)
     time = None if timestep is None else timestep.meta.get("example_value")
-    if not modulations or not isinstance(time, torch.Tensor) or time.dim() > 1:
-        return Hoisted(constants, NOTHING)
+    if not isinstance(time, torch.Tensor) or time.dim() > 1:  # one for each token
+        return Hoisted(constants, NOTHING, modulations)
     others = [node for node in moving if node is not timestep]
     values = [value for value in map(tensor_of, others) if value is not None]
     batches = [size_hint(value.shape[0]) for value in values if value.dim() > 1]
-    return Hoisted(constants, search.take(others, max([numel(time), *batches])))
+    found = search.take(others, max([numel(time), *batches]))
+    return Hoisted(constants, found, modulations)
 
 
 def parameter_elements(graph: Graph) -> int:
@@ -201,9 +209,10 @@ class _Search:
             *(w for node in graph.nodes for w in written_nodes(node)),
         ]
         self._others = set(map(memory_root, handed_out))
-        # What was taken out before, and what it left.
+        # What was taken out before, what it left, and what the rest can make of that.
         self._taken: set[Node] = set()
         self._held: set[Node] = set()
+        self._known: set[Node] = set()
 
     def take(self, moving: Collection[Node], rows: int | None = None) -> Cut:
         """Take out what depends on none of the graph inputs ``moving``.
@@ -216,17 +225,17 @@ class _Search:
         read = [each for node in rest for each in node.all_input_nodes]
         wanted = dict.fromkeys(each for each in (*read, *self._needed) if each in fixed)
         results = self._least(wanted, *self._frontiers(fixed))
-        known = self._held | results
+        held = self._held | results
         # Everything is computed that the results need, and nothing by the rest that only they do.
         nodes = self._ancestors(results, fixed - self._held, self._before)
         stays = self._ancestors(
-            [node for node in wanted if node not in known],
-            fixed - known,
+            [node for node in wanted if node not in held],
+            fixed - held,
             {node: node.all_input_nodes for node in fixed},
         )
         freed = (fixed & self._working) - stays - self._taken
         self._taken |= freed
-        self._held = known
+        self._held, self._known = held, fixed
         return Cut(*map(self._in_order, (nodes, results, freed)))
 
     def _in_order(self, nodes: Collection[Node]) -> tuple[Node, ...]:
@@ -256,7 +265,7 @@ class _Search:
         for node in self._graph.nodes:
             if node not in fixed:
                 continue
-            if node.op in ("placeholder", "get_attr") or node in self._held:
+            if node.op in ("placeholder", "get_attr") or node in self._known:
                 frontiers[node] = frozenset()
                 if is_static_input(node):
                     of_weights.add(node)

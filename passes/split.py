@@ -243,11 +243,12 @@ def split(
         reuse.copy(region.epilogue)
         merge = reuse.finish_with(result)
 
-    hoisted = analysis.hoisted
+    cuts = () if analysis.hoisted is None else analysis.hoisted.taken
+    constants, modulations, *_ = *(_apart(gm, cut, held_modes) for cut in cuts), None, None
     return GuardedGraph(
         analysis,
-        constants=None if hoisted is None else _apart(gm, hoisted.constants, held_modes),
-        modulations=None if hoisted is None else _apart(gm, hoisted.modulations, held_modes),
+        constants=constants,
+        modulations=modulations,
         prologue=prologue.finish(made),
         body=body.finish({**outputs, **residuals, FINITE: finite}),
         epilogue=epilogue.finish_with(result),

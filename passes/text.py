@@ -558,13 +558,14 @@ def _taken_out(graph: Graph, hoisted: Hoisted, work: int) -> Iterator[str]:
     """What is computed less often than at every step."""
     elements = parameter_elements(graph)
     cuts = {
-        "once in a generation and branch": hoisted.constants,
-        "from the timestep and what is constant": hoisted.modulations,
+        "hoisted, computed once in a generation and branch": hoisted.constants,
+        f"{'hoisted' if hoisted.takes_modulations else 'not hoisted'}, changes with the timestep "
+        "alone": hoisted.modulations,
     }
-    for when, cut in cuts.items():
+    for what, cut in cuts.items():
         if cut.results:
             yield (
-                f"hoisted, computed {when}: {_share(cut.arithmetic, work)} of the arithmetic, "
+                f"{what}: {_share(cut.arithmetic, work)} of the arithmetic, "
                 f"{_share(cut.weight_elements, elements)} of the parameters "
                 f"({_bytes(cut.weight_bytes)}) in {_count(len(cut.results), 'tensor')}, "
                 f"{_bytes(cut.held_bytes)}"

@@ -46,7 +46,7 @@ def compile_program(
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
-    row = rows.get(WEIGHTS)
+    row, constants = rows.get(WEIGHTS), guarded.constants
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
         body=_compile_named(guarded.body, examples, flags),
@@ -62,8 +62,7 @@ def compile_program(
         signal=guarded.signal,
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
         per_sample=per_sample,
-        constants=_compile_hoisted(guarded.constants, examples, flags),
-        modulations=_compile_hoisted(guarded.modulations, examples, flags),
+        constants=None if constants is None else _compile_named(constants, examples, flags),
     )
     return Program(
         parts,
@@ -87,12 +86,6 @@ def _split(
         with contextlib.suppress(RegionError):
             return split(gm, analysis, *flags, per_sample=True, inputs=inputs), True
     return split(gm, analysis, *flags, inputs=inputs), False
-
-
-def _compile_hoisted(
-    part: Part | None, examples: Mapping[str, Any], flags: CompileOptions
-) -> CompiledPart | None:
-    return None if part is None else _compile_named(part, examples, flags)
 
 
 def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOptions) -> CompiledPart:

@@ -1,7 +1,7 @@
 """A guarded model as a program: its parts, and where their values lie in one flat list.
 
-    values: inputs | constants, modulations | the prologue's outputs | the body's outputs
-                                                                     | history, entered, weights
+    values: inputs | constants | the prologue's outputs | the body's outputs
+                                                        | the history, what entered, the weights
 
 Graphs and extractors each make one. It knows nothing of strategies or calls, and holds no state.
 """
@@ -54,7 +54,6 @@ class GuardedParts:
         supposed: names of the prologue's outputs that are numbers below 0 where a call has one.
         constants: what was hoisted out of all of these, and is the same for calls with the same
             inputs; None where nothing was.
-        modulations: what was hoisted and changes with the timestep, None where nothing was.
     """
 
     prologue: CompiledPart
@@ -72,7 +71,6 @@ class GuardedParts:
     supposed: Sequence[str] = ()
     entered: Sequence[Entered] = ()
     constants: CompiledPart | None = None
-    modulations: CompiledPart | None = None
 
 
 class Computed(NamedTuple):
@@ -106,14 +104,14 @@ class Program:
         self._reuses_memory = reuses_memory
         self._copies_signal = copies_signal or reuses_memory
         body = parts.body
-        hoisted = [part for part in (parts.constants, parts.modulations) if part is not None]
-        made = [name for part in (*hoisted, parts.prologue) for name in part.outputs]
+        constants = parts.constants or _NONE
+        made = [*constants.outputs, *parts.prologue.outputs]
         slots = {name: slot for slot, name in enumerate([*inputs, *made])}
         self.slots = slots
         after_body = {**slots, **_numbered(body.outputs, len(slots))}
         held = [name for names in parts.history for name in names]
         held += [*(each.kept for each in parts.entered), parts.weights]
-        self._hoisted_inputs = [_picker(part, slots) for part in hoisted]
+        self._constants_inputs = _picker(constants, slots)
         self._prologue_inputs = _picker(parts.prologue, slots)
         self._body_inputs = _picker(body, slots)
         self._epilogue_inputs = _picker(parts.epilogue, after_body)
@@ -128,22 +126,20 @@ class Program:
         self._finite = body.outputs.index(FINITE)
         self._signal = None if parts.signal is None else slots[parts.signal]
         # What the body reads decides the shape of what it returns, held values included.
-        constant = set(() if parts.constants is None else parts.constants.outputs)
+        # The constants have the shapes that their inputs give them.
         read = {
             slots[name]
-            for name in (*body.inputs, *parts.reuse.inputs)
-            if name in slots and name not in constant
+            for name in (*body.inputs, *parts.reuse.inputs, *constants.inputs)
+            if name in slots and name not in constants.outputs
         }
-        asked = () if parts.constants is None else parts.constants.inputs
-        # Where the constants come from: the inputs that may not change while they are held.
-        self.constant_inputs = [slots[name] for name in asked if not static[slots[name]]]
-        read.update(self.constant_inputs)
         if self._signal is not None:
             read.add(self._signal)
         self._shaped = sorted(slot for slot in read if slot >= len(static) or not static[slot])
         # The last weight, because a signal may have moved the first ones out of the body.
         weights = [slot for slot in read if slot < len(static) and static[slot]]
         self.identity = max(weights, default=None)
+        asked = (slots[name] for name in constants.inputs)
+        self.constant_inputs = [slot for slot in asked if not static[slot]]
 
     @property
     def per_sample(self) -> bool:
@@ -155,14 +151,12 @@ class Program:
         part = self._parts.constants
         if part is None:
             return ()
-        made = part.run(*self._hoisted_inputs[0](args))
+        made = part.run(*self._constants_inputs(args))
         return tuple([each.clone() for each in made] if self._reuses_memory else made)
 
     def begin(self, args: Sequence[Any], constants: Sequence[Tensor]) -> Values:
         """Run what comes before the block loop, given the constants."""
         values = [*args, *constants]
-        if self._parts.modulations is not None:
-            values += self._parts.modulations.run(*self._hoisted_inputs[-1](values))
         values += self._parts.prologue.run(*self._prologue_inputs(values))
         return values
 
@@ -219,6 +213,10 @@ class Program:
     def has_residual(self, values: Values) -> bool:
         """Whether the blocks' outputs are of the shapes that their partners have."""
         return all(values[slot] < 0 for slot in self._supposed)
+
+
+_NONE = CompiledPart(lambda: (), ())
+"""A part that makes nothing."""
 
 
 def _samples(history: Sequence[Tensor]) -> int:

@@ -54,7 +54,7 @@ class Constants(NamedTuple):
         return cls(tuple(results), made_by, tuple(seen), torch.is_inference_mode_enabled())
 
     def serve(
-        self, made_by: object, given: Sequence[Any], inputs: Inputs, unread: bool = False
+        self, made_by: object, given: Sequence[Any], inputs: Inputs, trusted: Sequence[Tensor] = ()
     ) -> bool:
         """Whether they are what a call would make.
 
@@ -62,19 +62,19 @@ class Constants(NamedTuple):
             made_by: who would make them.
             given: the inputs of that call.
             inputs: all of them, fingerprinted where the place of the call has asked for it.
-            unread: whether contents that nobody has read yet count as the same.
+            trusted: those whose contents count as the same as long as nobody has read them.
         """
         return (
             self.made_by is made_by
             and self.inference_mode == torch.is_inference_mode_enabled()
             and all(
-                _is_same(before, now, inputs, unread)
+                _is_same(before, now, inputs, trusted)
                 for before, now in zip(self.given, given, strict=True)
             )
         )
 
 
-def _is_same(before: Any, now: Any, inputs: Inputs, unread: bool) -> bool:
+def _is_same(before: Any, now: Any, inputs: Inputs, trusted: Sequence[Tensor]) -> bool:
     """Whether an input is known to be as it was."""
     if not isinstance(now, Tensor):
         return bool(before == now)
@@ -83,4 +83,5 @@ def _is_same(before: Any, now: Any, inputs: Inputs, unread: bool) -> bool:
     content = inputs.content_of(now)
     if content is None or before.content is None or before.content.differs(content):
         return False
-    return unread or (content.numbers is not None and before.content.numbers is not None)
+    is_read = content.numbers is not None and before.content.numbers is not None
+    return is_read or any(each is now for each in trusted)

@@ -218,7 +218,8 @@ class Step:
     def held(self) -> tuple[Tensor, ...] | None:
         """The constants of an earlier call that are this one's too; None where there are none.
 
-        Where the host does not know the place by now, they are those of the likely one.
+        Where the host does not know the place by now, they are those of the likely one, and inputs
+        that have stayed there are taken to stay.
         """
         if not self._guarded.hoists:
             return None
@@ -227,7 +228,8 @@ class Step:
             return None
         trajectory = place.run.trajectories.get((place.course.name, self._ran))
         held = None if trajectory is None else trajectory.constants
-        if held is None or not self._serve(held, unread=self._place is None):
+        trusted = place.stayed if self._place is None else ()
+        if held is None or not self._serve(held, trusted):
             return None
         self._constants = held
         return held.results
@@ -240,8 +242,8 @@ class Step:
             inputs = self._called.inputs
             self._constants = Constants.of(constants, self._guarded, self._given, inputs)
 
-    def _serve(self, held: Constants, unread: bool = False) -> bool:
-        return held.serve(self._guarded, self._given, self._called.inputs, unread)
+    def _serve(self, held: Constants, trusted: Sequence[Tensor] = ()) -> bool:
+        return held.serve(self._guarded, self._given, self._called.inputs, trusted)
 
     def _refute(self, place: Place | str) -> None:
         """Find out whether constants that were taken before the read are this call's."""

@@ -89,10 +89,8 @@ def test_keys_and_values_of_every_block_are_constants() -> None:
 def test_the_bytes_that_are_foretold_are_those_of_the_tensors() -> None:
     traced = hoisted(CrossAttention(depth=3), "modulations")
     values, guarded = traced.values(), traced.guarded
-    for part, cut in (
-        (guarded.constants, guarded.analysis.hoisted.constants),
-        (guarded.modulations, guarded.analysis.hoisted.modulations),
-    ):
+    parts = (guarded.constants, guarded.modulations)
+    for part, cut in zip(parts, guarded.analysis.hoisted.taken, strict=True):
         assert sum(values[name].nbytes for name in part.outputs) == cut.held_bytes > 0
 
 
@@ -327,8 +325,9 @@ def test_the_report_says_what_is_taken_out_and_what_it_takes() -> None:
     assert cut.held_bytes == 1024
     assert "constants 1.0 KiB" in traced.after
     assert "# modulations: " in traced.after
-    plain = hoisted(CrossAttention(), False)
-    assert "constants" not in plain.after
+    assert "hoisted, changes with the timestep alone" in traced.after
+    assert "not hoisted, changes with the timestep alone" in hoisted(CrossAttention()).after
+    assert "hoisted" not in hoisted(CrossAttention(), False).after
 
 
 def random_transformers_are_exact(examples: int, how: bool | str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from omni_cache.passes import (
     graph_text,
     guarded_text,
     split,
+    take_out,
 )
 from torch import Tensor
 from torch.fx import GraphModule
@@ -109,8 +110,9 @@ def trace(
                 parameters=parameters,
                 first=first,
                 whole=whole,
-                hoist=hoist,
             )
+            if hoist:
+                analysis = take_out(analysis, parameters, hoist == "modulations")
             guarded = split(gm, analysis, depth, history_dtype, per_sample)
             traces.append(Trace(gm, guarded, before, guarded_text(guarded), {}))
         except RegionError as error:
