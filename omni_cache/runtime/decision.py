@@ -236,7 +236,8 @@ class Step:
 
     def keep(self, constants: tuple[Tensor, ...], signal: Tensor | None) -> None:
         """Have the next call of the branch find what this one goes by, once it has ended well."""
-        self._signal = None if signal is None else local(signal)
+        if self.is_refuted:
+            self._signal = None if signal is None else local(signal)
         held = self._constants
         if self._guarded.hoists and (held is None or held.results is not constants):
             inputs = self._called.inputs

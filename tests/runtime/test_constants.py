@@ -70,7 +70,7 @@ class Crossing(nn.Module):
             self.embed_time = nn.Linear(1, WIDTH)
             self.embed_guidance = nn.Linear(1, WIDTH)
             self.embed_prompt = nn.Linear(CHANNELS, WIDTH)
-            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
             self.project = nn.Linear(WIDTH, CHANNELS)
         self.eval().requires_grad_(False)
 
@@ -176,6 +176,20 @@ def test_constants_are_computed_once_for_a_generation_and_branch(
     assert hoisting(loops(guided), **flags) == 2
     # Another request brings other prompts, or the same.
     assert hoisting(loops(guided, Loop(("cond", "other"), 1, explicit=explicit)), **flags) == 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"cache": "first_block_cache", "threshold": 0.5},
+        {"cache": "dbcache", "fn_compute_blocks": 1, "bn_compute_blocks": 1, "max_warmup_steps": 2},
+        {"cache": "taylorseer"},
+        {"forecast": "newton"},
+    ],
+    ids=["first block", "first and last block", "taylorseer", "newton"],
+)
+def test_they_are_computed_once_whatever_is_skipped_and_forecast(flags: dict[str, Any]) -> None:
+    assert hoisting(loops(Loop(steps=12)), **flags) == 1
 
 
 def test_they_are_computed_once_where_the_strategy_skips_whole_forwards() -> None:
@@ -372,6 +386,19 @@ def test_no_read_is_added_and_no_wrong_guess_is_used(
     assert same(predictions, expected)
 
 
+def test_a_guess_at_an_earlier_generation_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drive(model: nn.Module, cached: Callable[..., Tensor]) -> list[Tensor]:
+        once = steps(lambda step: {"prompt": PROMPT}, named=False)
+        first = once(model, cached)
+        for block in model.blocks:
+            block.key.weight.data.mul_(-2)
+        return first + once(model, cached)
+
+    with pretended_device(monkeypatch):
+        assert hoisting(drive) == 2
+        assert hoisting(drive, **MAGCACHE) == 2
+
+
 def test_constants_are_held_where_the_place_is_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counting = Crossing(), Counting()
     with pretended_device(monkeypatch):
@@ -395,7 +422,7 @@ def test_the_bytes_that_explain_foretells_are_held_and_freed() -> None:
     assert analysis is not None
     assert analysis.hoisted is not None
     foretold = analysis.hoisted.constants.held_bytes
-    assert foretold == 4 * (4 * 5 * WIDTH + WIDTH)  # keys and values of two blocks, the guidance
+    assert foretold == 4 * (6 * 5 * WIDTH + WIDTH)  # keys and values of three blocks, guidance
     cached = compiled(model, **flags)
     with omni_cache.generation(3), omni_cache.branch("cond"):
         cached(latents, **inputs)
