@@ -211,6 +211,17 @@ def test_under_inference_mode_contents_are_compared() -> None:
     assert hoisting(drive) <= 2
 
 
+@pytest.mark.slow
+def test_inductor_takes_constants_for_operands_of_rolled_blocks() -> None:
+    drive = steps(lambda step: {"prompt": PROMPT if step < 4 else OTHER}, 8)
+    expected = drive(plain := Crossing(), compiled(plain))
+    torch._dynamo.reset()
+    predictions = drive(model := Crossing(), compiled(model, hoist=True, inner="inductor"))
+    assert computed(model) == computed(plain)
+    for one, other in zip(predictions, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 # --- and anew where anything may have changed ---------------------------------------------------
 
 
