@@ -196,11 +196,12 @@ def _structure_up_to_layout(block: Block) -> str:
 
 def _joined(block: Block) -> frozenset[Node]:
     """The operands of fixed sizes that a block only concatenates, to which layout is nothing."""
-    inside = set(block.nodes)
+    others = (node for node in block.nodes if op_name(node) != "cat")
+    read_by_others = {each for node in others for each in node.all_input_nodes}
     return frozenset(
         node
         for node in _operands(block)
-        if all(op_name(user) == "cat" for user in node.users if user in inside)
+        if node not in read_by_others
         and isinstance(value := node.meta.get("example_value"), torch.Tensor)
         and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
     )
