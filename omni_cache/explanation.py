@@ -216,7 +216,10 @@ def examine(
         try:
             if flags.guard is None:
                 raise RegionError("cache='none'")
-            piece = TracedFrame(name, module, frame.values, is_piece=bool(breaks))
+            is_behind = bool(breaks)
+            piece = TracedFrame(
+                name, module, frame.values, is_piece=is_behind, is_resumed=is_behind
+            )
             owner, analysis = analyse_for_guard(gm, flags, piece)
             if flags.strategy is not None:
                 policy = flags.strategy.policy(owner)  # refuses a class that it has no numbers for

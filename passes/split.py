@@ -1,5 +1,6 @@
 """The split: a graph with a region becomes callable parts and the guard between them.
 
+    constants, modulations: inputs -> what was hoisted, for all of these to read
     prologue: inputs               -> signal, region inputs, whatever else the epilogue reads
     body:     region inputs        -> outputs, residuals (= outputs - partners), finite
     epilogue: outputs, ...         -> the graph's outputs                       (after the body)
@@ -32,6 +33,7 @@ from torch.fx import GraphModule, Node
 
 from .analysis import Analysis
 from .build import Builder, Part, Partner, numbers_of_data, symbols_of, unused, value_of
+from .hoist import Cut
 from .order import Modes, is_written, memory_root, modes, written_nodes
 from .region import Region, RegionError
 from .values import is_distributed, is_shape, is_static_input, nbytes, same_shape
@@ -80,6 +82,8 @@ class GuardedGraph:
 
     Attributes:
         analysis: what it was split by.
+        constants: what was hoisted because nothing changes it; None where nothing was.
+        modulations: what was hoisted because the timestep alone changes it, likewise.
         prologue: the part before the region.
         body: the region.
         epilogue: the part after it.
@@ -97,6 +101,8 @@ class GuardedGraph:
     """
 
     analysis: Analysis
+    constants: Part | None
+    modulations: Part | None
     prologue: Part
     body: Part
     epilogue: Part
@@ -248,8 +254,12 @@ def split(
         reuse.copy(region.epilogue)
         merge = reuse.finish_with(result)
 
+    cuts = () if analysis.hoisted is None else analysis.hoisted.taken
+    constants, modulations, *_ = *(_apart(gm, cut, held_modes) for cut in cuts), None, None
     return GuardedGraph(
         analysis,
+        constants=constants,
+        modulations=modulations,
         prologue=prologue.finish(made),
         body=body.finish({**outputs, **residuals, FINITE: finite}),
         epilogue=epilogue.finish_with(result),
@@ -281,6 +291,15 @@ def _blocks(gm: GraphModule, analysis: Analysis, held_modes: Mapping[Node, Modes
         part.values[node] = part.call(torch.clone, part.read(node))
     part.copy(analysis.region.body)
     return part
+
+
+def _apart(gm: GraphModule, cut: Cut, held_modes: Mapping[Node, Modes]) -> Part | None:
+    """What was hoisted, as a part; None where nothing was."""
+    if not cut.results:
+        return None
+    part = Builder(gm, held_modes)
+    part.copy(cut.nodes)
+    return part.finish({node.name: part.values[node] for node in cut.results})
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from .analysis import Analysis
 from .block_loop import find_block_lists, structure_of
 from .build import Part, is_guard
 from .cost import arithmetic
+from .hoist import Hoisted, parameter_elements
 from .names import ModulePath, input_name, module_class, op_name, parse_module_source
 from .order import computation, modes
 from .residual import ResidualPair
@@ -70,6 +71,14 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
         page.remark(line, "    ")
     page.open(analysis.graph, names)
 
+    hoisted = (("constants", guarded.constants), ("modulations", guarded.modulations))
+    for title, part in hoisted:
+        if part is not None:
+            page.part(title, part, names, work)
+            page.calls(names.enter(part), layout, names)
+            names.leave(part)
+            page.outputs(part, names)
+            page.write()
     page.part("prologue", guarded.prologue, names, work)
     page.calls(names.enter(guarded.prologue), layout, names)
     names.leave(guarded.prologue)
@@ -530,15 +539,39 @@ def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str
         held["input"] = guarded.entered_bytes
     if keeps_results:
         held["result"] = analysis.result_bytes(depth)
+    hoisted = analysis.hoisted
+    if hoisted is not None:
+        held["constants"] = hoisted.constants.held_bytes
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",
         f"region: {_count(len(region), 'op')}, {_share(sum(map(arithmetic, region)), work)} of the "
         "arithmetic, skipped on a reused step",
+        *([] if hoisted is None else _taken_out(analysis.graph, hoisted, work)),
         f"timestep: {timestep}",
         f"a trajectory holds {_bytes(sum(held.values()))}: {listed}",
     ]
+
+
+def _taken_out(graph: Graph, hoisted: Hoisted, work: int) -> Iterator[str]:
+    """What is computed less often than at every step."""
+    elements = parameter_elements(graph)
+    cuts = {
+        "hoisted, computed once in a generation and branch": hoisted.constants,
+        f"{'hoisted' if hoisted.takes_modulations else 'not hoisted'}, changes with the timestep "
+        "alone": hoisted.modulations,
+    }
+    for what, cut in cuts.items():
+        if cut.results:
+            yield (
+                f"{what}: {_share(cut.arithmetic, work)} of the arithmetic, "
+                f"{_share(cut.weight_elements, elements)} of the parameters "
+                f"({_bytes(cut.weight_bytes)}) in {_count(len(cut.results), 'tensor')}, "
+                f"{_bytes(cut.held_bytes)}"
+            )
+    if not hoisted.constants.results:
+        yield "hoisted: nothing is worth it that no input changes"
 
 
 def _result(graph: Graph) -> Node:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
@@ -345,6 +347,32 @@ def test_inductor_compiles_a_graph_under_patches() -> None:
 
     with torch.no_grad():
         assert torch.equal(dynamo.compiled(lambda x: x * 2 + 1, backend)(X), X * 2 + 1)
+
+
+def test_kernels_of_graphs_are_waited_for_when_all_are_lowered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    wait = AsyncCompile._wait_futures
+
+    def waited(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        events.append("waited")
+        wait(self, scope)
+
+    monkeypatch.setattr(AsyncCompile, "_wait_futures", waited)
+
+    def lower(constant: float) -> Callable[..., Any]:
+        gm = torch.fx.symbolic_trace(lambda x: (x * 2 + constant,))
+        lowered = dynamo.run_inductor(gm, [X], {})
+        events.append("lowered")
+        return lowered
+
+    with torch.no_grad(), config.patch(compile_threads=2):
+        with dynamo.kernels_together():
+            both = [lower(constant) for constant in (2.5, 3.5)]
+        made = [run(X)[0] for run in both]
+    assert torch.equal(made[1] - made[0], torch.ones(6))
+    assert events == ["lowered", "lowered", "waited", "waited"]
 
 
 @pytest.mark.parametrize("is_subclass", [False, True])

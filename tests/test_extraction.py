@@ -649,6 +649,8 @@ def test_flags_that_only_a_graph_understands_are_refused(registered: Any) -> Non
     registered(NumpyToy, extract_toy)
     with pytest.raises(ValueError, match=r"^region="):
         enabled(NumpyToy(), region=["blocks"], **TEACACHE)
+    with pytest.raises(ValueError, match=r"^hoist=True .*no graph"):
+        enabled(NumpyToy(), hoist=True, **TEACACHE)
     with pytest.raises(ValueError, match=r"^signal='blocks\.0\.norm'"):
         enabled(NumpyToy(), signal="blocks.0.norm", **TEACACHE)
     enabled(NumpyToy(), signal="timestep_embedding", **TEACACHE)

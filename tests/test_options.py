@@ -315,6 +315,7 @@ def test_a_flag_of_another_strategy_is_told_its_owner(
         ({"inner_options": 1}, "inner_options=1 is not allowed; it must be a dict"),
         ({"lowering": "kond"}, "lowering='kond' is not allowed (did you mean 'cond'?)"),
         ({"blocks": "all"}, "blocks='all' is not allowed; blocks must be one of 'rolled', 'unr"),
+        ({"hoist": "yes"}, "hoist='yes' is not allowed; hoist must be one of True, False, 'modul"),
         ({"signal": ""}, "signal='' is not allowed; signal must be 'auto', 'timestep_embedding'"),
         ({"signal": 3}, "signal=3 is not allowed"),
         ({"region": []}, "region=[] is not allowed; region must be 'auto' or the names"),
@@ -366,6 +367,10 @@ def test_a_wrong_value_names_the_flag_and_what_is_allowed(
 def test_what_is_not_built_yet_says_so() -> None:
     with pytest.raises(NotImplementedError, match=r"lowering='cond' is not built.*'dispatch'"):
         parse({"lowering": "cond"})
+    with pytest.raises(NotImplementedError, match=r"hoist='modulations' is not built.*hoist=True"):
+        parse({"hoist": "modulations"})
+    assert parse({"hoist": True}).hoist is True
+    assert parse({}).hoist is False
 
 
 def test_blocks_are_rolled_for_inductor_and_wherever_that_is_asked_for() -> None:

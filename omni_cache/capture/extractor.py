@@ -215,6 +215,8 @@ class ExtractedModel:
         assert flags.guard is not None  # without a cache there is nothing to take apart
         if flags.region is not None:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
+        if flags.hoist:
+            raise ValueError(_refusal("hoist", repr(flags.hoist), _NO_GRAPH))
         self._extractor = extractor
         self._model_class = model_class.__name__
         if flags.guard.whole or flags.guard.skips:
@@ -383,6 +385,9 @@ _STREAMS = ("hidden_states", "encoder_hidden_states")
 _LATENTS = "sea_cache_latents"
 _SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb", "latents": _LATENTS}
 _ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
+
+
+_NO_GRAPH = "left out for a model with an extractor, which has no graph to take anything out of"
 
 
 _RUNS_IN_PARTS = "another strategy for a model with an extractor, which runs in parts"

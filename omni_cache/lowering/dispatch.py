@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from omni_cache.dynamo import kernels_together
 from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
@@ -27,6 +28,7 @@ from omni_cache.passes.order import is_written
 from omni_cache.strategies import Guard
 
 
+@kernels_together()
 def compile_program(
     gm: GraphModule, analysis: Analysis, example_inputs: Sequence[Any], flags: CompileOptions
 ) -> Program:
@@ -46,7 +48,7 @@ def compile_program(
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
-    row = rows.get(WEIGHTS)
+    row, constants = rows.get(WEIGHTS), guarded.constants
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
         body=_compile_named(guarded.body, examples, flags),
@@ -62,6 +64,7 @@ def compile_program(
         signal=guarded.signal,
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
         per_sample=per_sample,
+        constants=None if constants is None else _compile_named(constants, examples, flags),
     )
     return Program(
         parts,
