@@ -283,6 +283,7 @@ def test_flux_decides_and_computes_as_under_dispatch(flags: dict[str, Any]) -> N
         ({**TEACACHE, "coefficients": {"cond": [1.0, 0.0], "uncond": [2.0, 0.0]}}, "for each bran"),
         ({**TEACACHE, "inner": "eager"}, "inner='eager' is not allowed; inner must be left out"),
         ({**TEACACHE, "history_device": "cpu"}, "history_device='cpu' is not allowed"),
+        ({**TEACACHE, "hoist": True}, "hoist=True is not allowed; hoist must be left out"),
         ({**TEACACHE, "mode": "reduce-overhead"}, "mode='reduce-overhead' is not allowed"),
         ({**TEACACHE, "branches": "cond"}, "branches='cond' is not allowed"),
         ({"cache": plan(size=(TOKENS + 1, CHANNELS))}, "size is"),
