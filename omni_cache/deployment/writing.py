@@ -217,6 +217,10 @@ def _options(flags: Mapping[str, Any]) -> CompileOptions:
             options.history_device is not None,
             "left out; a package keeps residuals where they are made",
         ),
+        "hoist": (
+            bool(options.hoist),
+            "left out; a package keeps nothing that is computed once in a generation",
+        ),
         "mode": (
             options.inner_reuses_memory,
             "one without CUDA graphs, which AOTInductor does not replay",
