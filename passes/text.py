@@ -27,6 +27,7 @@ from .names import ModulePath, input_name, module_class, op_name, parse_module_s
 from .order import computation, modes
 from .residual import ResidualPair
 from .split import FINITE, WEIGHTS, GuardedGraph
+from .storage import FLOAT8
 from .values import describe_value, is_static_input, nbytes, same_size, tensor_of
 from .views import Cat, Leaf, Permute, Reshape, Slice, View
 
@@ -63,7 +64,7 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     analysis = guarded.analysis
     work = sum(arithmetic(node) for node in computation(analysis.graph))
     layout = _Layout(analysis.graph)
-    pairs = dict(zip(guarded.residuals, analysis.pairs, strict=True))
+    pairs = dict(zip(guarded.residuals, analysis.pairs, strict=False))  # scales follow
     partners = _partners(guarded)
     names, page = _Names(), _Page()
     for line in _findings(guarded, work, keeps_results):
@@ -92,6 +93,8 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     names.leave(guarded.body)
     for residual, pair in pairs.items():
         kept = names.name(residual, "value" if pair.held else "residual")
+        if residual in guarded.scales:
+            kept = f"{kept}, {names.name(guarded.scales[residual], 'scale')}"
         page.write(
             f"{kept} = {_residual(pair, guarded, partners, names)}", _pair_comment(pair, analysis)
         )
@@ -104,8 +107,8 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     page.indent += 1
     names.name(WEIGHTS, "weights")
     for entry in guarded.history[1:]:
-        for older in entry:
-            names.name(older, "older_residual")
+        for older, newest in zip(entry, guarded.residuals, strict=True):
+            names.name(older, "older_residual" if newest in pairs else "older_scale")
     for each in guarded.entered:
         names.name(each.kept, "input_before")
     heading = "reuse" if guarded.merges else "reuse, with the epilogue"
@@ -460,6 +463,8 @@ def _residual(
     value, dtype = tensor_of(pair.output), guarded.history_dtype
     if dtype is None or value is None or dtype == value.dtype or not value.is_floating_point():
         return kept
+    if dtype is FLOAT8:
+        return f"in_8_bits({kept})"
     return f"{kept if pair.held else f'({kept})'}.to({_format(dtype, names.of)})"
 
 
@@ -467,15 +472,25 @@ def _forecast(
     guarded: GuardedGraph, place: int, partners: Mapping[Node, str], names: _Names
 ) -> list[str]:
     """The terms that stand in for a residual, by its place among all; newest first."""
-    kept = [entry[place] for entry in guarded.history]
+    name = guarded.residuals[place]
+    kept = _entries(guarded, name, names)
     output = guarded.analysis.pairs[place].output
     value = tensor_of(output)
     if value is None or not (value.is_floating_point() or value.is_complex()):
-        return [names.named(kept[0])]
+        return [kept[0]]
+    if name in guarded.scales:
+        scales = _entries(guarded, guarded.scales[name], names)
+        kept = [f"{each} * {scale}" for each, scale in zip(kept, scales, strict=True)]
     before = (each for each in guarded.entered if each.name == partners.get(output))
-    kept += [name for each in before for name in (each.name, each.kept)]
+    kept += [names.named(name) for each in before for name in (each.name, each.kept)]
     weights = names.named(WEIGHTS)
-    return [f"{weights}[:, {age}] * {names.named(each)}" for age, each in enumerate(kept)]
+    return [f"{weights}[:, {age}] * {each}" for age, each in enumerate(kept)]
+
+
+def _entries(guarded: GuardedGraph, name: str, names: _Names) -> list[str]:
+    """What the history calls an output of the body, newest first."""
+    place = guarded.residuals.index(name)
+    return [names.named(entry[place]) for entry in guarded.history]
 
 
 def _partners(guarded: GuardedGraph) -> dict[Node, str]:
