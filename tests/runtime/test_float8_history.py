@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from float8 import rounded
+from omni_cache.passes import RegionError
 from torch import Tensor
 from toy_transformer import (
     CHANNELS,
@@ -24,7 +25,6 @@ import omni_cache
 from omni_cache.lowering.dispatch import check_history_dtype
 from omni_cache.lowering.program import Computed
 from omni_cache.options import CompileOptions
-from omni_cache.passes import RegionError
 from omni_cache.runtime.contexts import Observed, observing
 from omni_cache.runtime.history import Kept
 from omni_cache.runtime.model_state import states_of_module
