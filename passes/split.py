@@ -114,12 +114,24 @@ class GuardedGraph:
     history_dtype: torch.dtype | None
     signal: str | None
 
-    @property
-    def entered_bytes(self) -> int:
-        """Bytes that the partners take which a trajectory holds of the newest computed step."""
-        examples = dict(zip(self.reuse.inputs, self.reuse.example_inputs, strict=True))
-        kept = (examples[each.kept] for each in self.entered)
-        return sum(nbytes(each) for each in kept if isinstance(each, torch.Tensor))
+    def held_bytes(self, keeps_results: bool = False) -> dict[str, int]:
+        """Bytes that a trajectory holds, by what it holds.
+
+        Args:
+            keeps_results: whether it holds what the graph returns, too.
+        """
+        analysis, depth = self.analysis, len(self.history)
+        held = {
+            "residual": analysis.residual_bytes(depth, self.history_dtype),
+            "signal": analysis.signal_bytes(),
+        }
+        if self.entered:
+            examples = dict(zip(self.reuse.inputs, self.reuse.example_inputs, strict=True))
+            kept = (examples[each.kept] for each in self.entered)
+            held["input"] = sum(nbytes(each) for each in kept if isinstance(each, torch.Tensor))
+        if keeps_results:
+            held["result"] = analysis.result_bytes(depth)
+        return held
 
 
 def split(

@@ -536,15 +536,7 @@ def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str
     structures = len({block.structure for block in blocks})
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
-    depth = len(guarded.history)
-    held = {
-        "residual": analysis.residual_bytes(depth, guarded.history_dtype),
-        "signal": analysis.signal_bytes(),
-    }
-    if guarded.entered:
-        held["input"] = guarded.entered_bytes
-    if keeps_results:
-        held["result"] = analysis.result_bytes(depth)
+    held = guarded.held_bytes(keeps_results)
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [

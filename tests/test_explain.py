@@ -323,7 +323,7 @@ def test_the_bytes_that_a_history_takes_are_foreseen(
 
     (trajectory,) = omni_cache.summary(model).trajectories
     residual, signal = 6 * row * depth, 6 * 8 * 4
-    assert trajectory.memory_bytes == residual + signal
+    assert trajectory.memory_bytes == residual + signal == graph.held_bytes
     assert f"a trajectory holds {residual + signal} bytes: residual {residual} bytes" in graph.text
 
 
