@@ -250,9 +250,10 @@ def as_markdown(report: dict[str, Any]) -> str:
             "# Host time of a reused or skipped step",
             "",
             f"Bars: {BAR_MICROSECONDS} us beyond the parts for a reused step, {BAR_SKIPPED} for "
-            "one that skips the forward (the last two strategies). The parts of a toy return what they "
-            "returned the first time, so a reused call, less a call of the same model compiled in "
-            "the same way and not cached, is the runtime's own time. Medians in microseconds.",
+            "one that skips the forward (the last two strategies). The parts of a toy return what "
+            "they returned the first time, so a reused call, less a call of the same model "
+            "compiled in the same way and not cached, is the runtime's own time. Medians in "
+            "microseconds.",
             "",
             "| strategy | way | uncached call | reused call | beyond the parts |",
             "|---|---|---:|---:|---:|",

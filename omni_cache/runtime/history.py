@@ -174,10 +174,10 @@ class History:
     def results(self, kept: Sequence[Kept], now: Time) -> list[Any]:
         """What stands in for the model's results, as new tensors."""
         row = self.forecast.skip_weights([each.at for each in kept], now)
-        known = [each.results or () for each in kept]
+        known, holds = [each.results or () for each in kept], _holds(row)
         return [
             _weighed(row, entries)
-            if isinstance(entries[0], Tensor) and _is_weighed(entries[0])
+            if not holds and isinstance(entries[0], Tensor) and _is_weighed(entries[0])
             else _copied(entries[0])
             for entries in zip(*known, strict=True)
         ]
@@ -216,7 +216,7 @@ class History:
         assert self.home is not None  # something was made
         usable = self.usable or self.kept
         (row,) = self.rows(usable, now, len(usable))
-        if row[0] == 1.0 and not any(row[1:]):
+        if _holds(row):
             return usable[0]
         entries = zip(*map(self.at_home, usable), strict=True)
         made = [_weighed(row, each) for each in entries]
@@ -263,6 +263,11 @@ def _is_weighed(residual: Tensor) -> bool:
     """Whether a residual is of numbers that a sum can weigh, and has any."""
     weighed = residual.is_floating_point() or residual.is_complex()
     return weighed and residual.numel() > 0
+
+
+def _holds(row: Row) -> bool:
+    """Whether a row takes the newest entry as it is."""
+    return row[0] == 1.0 and not any(row[1:])
 
 
 def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:
