@@ -3,6 +3,7 @@
     analyse(graph) -> Analysis        what is there: block loop, region, residual pairs, signal
     split(gm, analysis) -> GuardedGraph   the same graph as prologue, body, epilogue and reuse
     roll(part) -> part                a part in which blocks of one structure share one subgraph
+    Conditional(guarded, ...)         the parts as one graph that decides by itself
     graph_text / guarded_text         both as short readable programs
 
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
@@ -17,6 +18,7 @@ from .block_loop import (
     find_block_loop,
 )
 from .build import Part
+from .cond import Conditional, Holding
 from .region import (
     NoBlockLoopError,
     Region,
@@ -41,8 +43,10 @@ __all__ = [
     "Block",
     "BlockList",
     "BlockLoop",
+    "Conditional",
     "Entered",
     "GuardedGraph",
+    "Holding",
     "NoBlockLoopError",
     "Part",
     "Region",

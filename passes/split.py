@@ -141,6 +141,8 @@ def split(
     history_dtype: torch.dtype | None = None,
     per_sample: bool = False,
     inputs: bool = False,
+    merges: bool = False,
+    matches_strides: bool = True,
 ) -> GuardedGraph:
     """Cut a graph module into the parts of a guarded graph.
 
@@ -154,6 +156,9 @@ def split(
         per_sample: whether ``reuse`` is traced for a row of weights for each sample, not for one
             row. It matters to compilers that specialise on sizes.
         inputs: whether ``reuse`` weighs partners too, where an output has one that may change.
+        merges: whether ``reuse`` ends with the outputs even where the epilogue has no blocks in it.
+        matches_strides: whether outputs that ``reuse`` ends with are laid out as the body's are, as
+            compilers of separate parts need it.
 
     Raises:
         ValueError: ``depth`` or ``history_dtype`` is not allowed.
@@ -263,9 +268,15 @@ def split(
             # Whoever writes into it must not write into what the next reused step takes over.
             forecast = reuse.call(torch.clone, forecast)
         reuse.values[pair.output] = reuse.cast(forecast, _dtype(pair.output))
-    if analysis.last:
+    merges = merges or analysis.last > 0
+    if merges:
         like = {pair.output: outputs[pair.output.name] for pair in pairs}
-        merged = {each.name: reuse.laid_out_like(reuse.values[each], like[each]) for each in like}
+        merged = {
+            each.name: reuse.laid_out_like(reuse.values[each], like[each])
+            if matches_strides
+            else reuse.values[each]
+            for each in like
+        }
         merge = reuse.finish(merged)
     else:
         reuse.copy(region.epilogue)
@@ -277,7 +288,7 @@ def split(
         body=body.finish({**outputs, **residuals, FINITE: finite}),
         epilogue=epilogue.finish_with(result),
         reuse=merge,
-        merges=analysis.last > 0,
+        merges=merges,
         supposed=tuple(number.name for number in analysis.supposed),
         residuals=tuple(residuals),
         history=history,

@@ -3,7 +3,8 @@
 Tunes a pipeline for each number of computed steps and for each PSNR, judges on samples that were
 used for nothing else, and draws the same samples with fewer steps of the uncached model. After
 every plan it writes plans-PIPELINE-EFFORT.json, .md and .png, and the plan itself; what the JSON
-has already is not measured again, and a tuning that was interrupted goes on. Pipelines are "demo",
+has already is not measured again, and a tuning that was interrupted goes on. Several processes may
+share a folder, each with points of its own. Pipelines are "demo",
 the bundled one, and "digits", which `scripts/digits.py train` makes.
 """
 
@@ -27,7 +28,7 @@ from matplotlib.figure import Figure
 
 import omni_cache
 from omni_cache.compare.report import processor
-from omni_cache.demo import load_demo_pipeline
+from omni_cache.demo import demo_arguments, load_demo_pipeline
 from omni_cache.demo.command import demo_captions
 from omni_cache.quality import Fidelity, fidelity_to
 
@@ -46,7 +47,11 @@ def bundled(count: int) -> tuple[Any, Callable[[int], Draw]]:
         def draw(sample: int) -> Any:
             noise = torch.Generator().manual_seed(sample)
             made = pipe(
-                captions[sample], num_inference_steps=steps, generator=noise, output_type="np"
+                captions[sample],
+                num_inference_steps=steps,
+                generator=noise,
+                output_type="np",
+                **demo_arguments(),
             )
             return made.images[0]
 
@@ -112,6 +117,7 @@ def main(
     targets: Annotated[str, typer.Option(help="PSNR to reach, in dB.")] = "40,45,50",
     confidence: Annotated[float, typer.Option(help="Share that has to reach a target.")] = 0.9,
     effort: Annotated[str, typer.Option(help="Of the tuning.")] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     inner: Annotated[str, typer.Option(help="Inner compiler.")] = "inductor",
     steps: Annotated[int, typer.Option(help="Of a loop.")] = 28,
     samples: Annotated[int, typer.Option(help="How many calibrate.")] = 16,
@@ -119,12 +125,13 @@ def main(
 ) -> None:
     """Measure what plans reach."""
     pipe, with_steps = PIPELINES[pipeline](samples + judged)
+    pipe.to(device)
     generate, others = with_steps(steps), range(samples, samples + judged)
     output.mkdir(parents=True, exist_ok=True)
     stem = output / f"plans-{pipeline}-{effort}"
     settings = {"pipeline": pipeline, "effort": effort, "steps": steps, "samples": samples}
-    settings |= {"judged": judged, "confidence": confidence}
-    rows = known(stem.with_suffix(".json"), settings)
+    settings |= {"judged": judged, "confidence": confidence, "device": device, "inner": inner}
+    measured = [row["asked"] for row in known(stem.with_suffix(".json"), settings)]
     clock = Clock()
     references = [generate(each) for each in others]
     print(f"{clock.seconds:7.0f} s  drew {judged} pictures uncached", flush=True)
@@ -137,7 +144,7 @@ def main(
         for number in filter(None, targets.split(","))
     ]
     for name, target in asked:
-        if name in [row["asked"] for row in rows]:
+        if name in measured:
             print(f"{clock.seconds:7.0f} s  {name}: measured before", flush=True)
             continue
         print(f"{clock.seconds:7.0f} s  {name}", flush=True)
@@ -161,6 +168,7 @@ def main(
         omni_cache.disable(pipe)
         point, fewer = plan.point, with_steps(plan.point.computed_steps)
         reached = [each.psnr is None or each.psnr >= target.get("psnr", 0.0) for each in made]
+        rows = known(stem.with_suffix(".json"), settings)
         rows.append(
             {
                 "asked": name,
@@ -188,8 +196,8 @@ def main(
         )
         report = {
             "date": date.today().isoformat(),
-            "machine": f"{processor()}, {torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("torch", "diffusers", "omni-cache")},
+            "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
+            "versions": {name: version(name) for name in ("torch", "diffusers")},
             "command": shlex.join(["python", "scripts/bench_plans.py", *sys.argv[1:]]),
             "settings": settings,
             "rows": rows,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from omni_cache.dynamo import kernels_together
 from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
@@ -28,6 +29,7 @@ from omni_cache.passes.storage import FLOAT8
 from omni_cache.strategies import Guard
 
 
+@kernels_together()
 def compile_program(
     gm: GraphModule, analysis: Analysis, example_inputs: Sequence[Any], flags: CompileOptions
 ) -> Program:
