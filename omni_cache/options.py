@@ -190,7 +190,7 @@ def _signal(given: Any) -> str | None:
 
 def _history_dtype(given: Any) -> torch.dtype | None:
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    kept = ("float64", "float32", "bfloat16", "float16")
+    kept = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
     if given is not None and not any(dtype is getattr(torch, name) for name in kept):
         raise ValueError(
             f"history_dtype={given!r} is not allowed; history_dtype must be None or one of "

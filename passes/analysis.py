@@ -38,7 +38,8 @@ from .signal import (
     hidden_states,
     moving_inputs,
 )
-from .values import nbytes, numel, same_shape, tensor_of
+from .storage import stored_bytes
+from .values import nbytes, same_shape, tensor_of
 from .views import Leaf, leaves
 
 WORTHWHILE = 1 / 4
@@ -72,7 +73,7 @@ class Analysis:
         return tuple(dict.fromkeys(node for pair in self.pairs for node in pair.supposed))
 
     def residual_bytes(self, depth: int = 1, history_dtype: torch.dtype | None = None) -> int:
-        """Bytes that a trajectory's residuals take.
+        """Bytes that a trajectory's residuals take, with their scales.
 
         Args:
             depth: of how many computed steps they are kept.
@@ -269,5 +270,5 @@ def _bytes(node: Node, dtype: torch.dtype | None = None) -> int:
     if value is None:
         return 0
     if dtype is not None and value.dtype.is_floating_point:
-        return numel(value) * dtype.itemsize
+        return stored_bytes(value, dtype)
     return nbytes(value)

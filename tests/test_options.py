@@ -246,6 +246,7 @@ def test_region_takes_auto_or_names(given: Any, expected: Any) -> None:
         ("half", torch.float16),
         ("float64", torch.float64),
         (torch.float32, torch.float32),
+        ("float8_e4m3fn", torch.float8_e4m3fn),
     ],
 )
 def test_history_dtype_takes_a_floating_dtype_or_its_name(given: Any, expected: Any) -> None:
@@ -339,9 +340,23 @@ def test_a_flag_of_another_strategy_is_told_its_owner(
                 {"history_dtype": given},
                 f"history_dtype={given!r} is not allowed; history_dtype must",
             )
-            for given in ("flot32", "int8", "", "nn", torch.int32, 3, True, [], float)
+            for given in (
+                "flot32",
+                "int8",
+                "float8_e5m2",
+                "",
+                "nn",
+                torch.int32,
+                3,
+                True,
+                [],
+                float,
+            )
         ),
-        ({"history_dtype": "int8"}, "None or one of 'float64', 'float32', 'bfloat16', 'float16'"),
+        (
+            {"history_dtype": "int8"},
+            "None or one of 'float64', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn'",
+        ),
         *(
             ({"history_device": given}, f"history_device={given!r} is not allowed; history_device")
             for given in ("gpu", "", 1.5, [], torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from omni_cache.passes import (
     without_residuals,
 )
 from omni_cache.passes.order import is_written
+from omni_cache.passes.storage import FLOAT8
 from omni_cache.strategies import Guard
 
 
@@ -41,6 +42,7 @@ def compile_program(
         flags: with a guard.
     """
     assert flags.guard is not None
+    check_history_dtype(flags, {x.device for x in example_inputs if isinstance(x, torch.Tensor)})
     placeholders = gm.graph.find_nodes(op="placeholder")
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
     rest = None
@@ -73,6 +75,18 @@ def compile_program(
         reuses_memory=flags.inner_reuses_memory,
         copies_signal=analysis.signal is not None and is_written(analysis.signal.node),
     )
+
+
+def check_history_dtype(flags: CompileOptions, devices: Iterable[torch.device]) -> None:
+    """Raise RegionError where Inductor would fail on residuals of 8 bits."""
+    if flags.history_dtype is not FLOAT8 or flags.inner != "inductor":
+        return
+    for each in devices:
+        if each.type == "cuda" and torch.cuda.get_device_capability(each) < (8, 9):
+            raise RegionError(
+                f"history_dtype={FLOAT8} is compiled by Inductor for GPUs of compute capability "
+                f"8.9 and newer, and {each} is older; use history_dtype='bfloat16'"
+            )
 
 
 def _split(
