@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 import omni_cache
 from omni_cache.compare.report import processor
-from omni_cache.demo import load_demo_pipeline
+from omni_cache.demo import demo_arguments, load_demo_pipeline
 from omni_cache.demo.command import demo_captions
 from omni_cache.quality import Fidelity, fidelity_to
 
@@ -46,7 +46,11 @@ def bundled(count: int) -> tuple[Any, Callable[[int], Draw]]:
         def draw(sample: int) -> Any:
             noise = torch.Generator().manual_seed(sample)
             made = pipe(
-                captions[sample], num_inference_steps=steps, generator=noise, output_type="np"
+                captions[sample],
+                num_inference_steps=steps,
+                generator=noise,
+                output_type="np",
+                **demo_arguments(),
             )
             return made.images[0]
 
