@@ -158,7 +158,7 @@ class Made:
     judged: int
     loops: float
     seconds: float | None
-    targets: Mapping[str, float] = field(hash=False)
+    targets: Mapping[str, float | tuple[float, ...]] = field(hash=False)
     verified: bool = True
 
 
@@ -331,7 +331,10 @@ def _read_made(fields: Fields) -> Made:
         fields.count("judged", least=0),
         fields.number("loops"),
         fields.optional("seconds", fields.positive),
-        {name: targets.number(name) for name in targets.content},
+        {
+            name: (targets.numbers if isinstance(value, list) else targets.number)(name)
+            for name, value in targets.content.items()
+        },
         verified,
     )
 

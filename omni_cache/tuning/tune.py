@@ -41,7 +41,7 @@ def tune(
     psnr: float | None = None,
     ssim: float | None = None,
     speedup: float | None = None,
-    computed_steps: int | None = None,
+    computed_steps: int | Sequence[int] | None = None,
     confidence: float | None = None,
     samples: int = 16,
     judged: int = 16,
@@ -69,7 +69,8 @@ def tune(
         ssim: what the median of the SSIM has to reach.
         speedup: how many times faster than uncached ``generate`` has to be, by times measured here.
             Such plans also skip forwards, where that hardly costs quality.
-        computed_steps: how many steps may be computed.
+        computed_steps: how many steps may be computed. Several numbers ask for a plan of each and
+            for no others: they share calibration and refinement, and the largest is chosen.
         confidence: with ``psnr`` or ``ssim``, the share of the results that have to reach it, such
             as 0.9, in place of half of them.
         samples: how many samples calibrate, at least 2.
