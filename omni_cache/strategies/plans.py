@@ -150,6 +150,7 @@ class Made:
         seconds: of an uncached generation, median.
         targets: what was asked for, by the name of the argument.
         verified: whether the points were run; what is re-timed was not.
+        tuning_seconds: how long it took, None where nobody has measured it.
     """
 
     date: str
@@ -160,6 +161,7 @@ class Made:
     seconds: float | None
     targets: Mapping[str, float | tuple[float, ...]] = field(hash=False)
     verified: bool = True
+    tuning_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -336,6 +338,7 @@ def _read_made(fields: Fields) -> Made:
             for name, value in targets.content.items()
         },
         verified,
+        fields.optional("tuning_seconds", fields.positive),
     )
 
 

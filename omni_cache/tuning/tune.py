@@ -28,7 +28,7 @@ from omni_cache.tuning.judge import Candidate, Target, choose, played, undominat
 from omni_cache.tuning.refine import Refiner
 from omni_cache.tuning.rehearse import Generate, Rehearsal, rehearsing
 from omni_cache.tuning.sensitivity import measure
-from omni_cache.tuning.unfinished import Kept, Unfinished
+from omni_cache.tuning.unfinished import Unfinished
 
 DEPTH = 3
 """How many computed steps a plan keeps."""
@@ -183,15 +183,17 @@ class _Tuning:
             made = replace(made, seconds=before.content.made.seconds)
             content, references = replace(before.content, made=made), before.references
             self._rehearsal.content = content
-            budget.earlier, budget.earlier_seconds = before.content.made.loops, before.seconds
+            budget.earlier = before.content.made.loops
+            budget.earlier_seconds = before.content.made.tuning_seconds or 0.0
         done = {each.computed_steps: each for each in content.frontier}
 
         def keep(*points: Point) -> None:
             done.update({each.computed_steps: each for each in points})
-            spent = replace(made, loops=budget.loops)
-            refined = replace(content, made=spent, frontier=tuple(done.values()))
-            self._unfinished.keep(Kept(refined, references, budget.seconds))
+            spent = replace(made, loops=budget.loops, tuning_seconds=budget.seconds)
+            self._unfinished.keep(replace(content, made=spent, frontier=tuple(done.values())))
 
+        if before is None:
+            self._unfinished.begin(references)
         keep()
         refiner = Refiner(self._rehearsal, references, content.grams)
         drafts = Drafts(content, DEPTH, skips=self._rehearsal.compiled_for.skips)
@@ -215,7 +217,12 @@ class _Tuning:
         chosen, unmet = choose(candidates, self._target, seconds)
         if unmet is not None:
             warnings.warn(f"omni-cache: {unmet}.", stacklevel=3)
-        made = replace(made, loops=budget.loops + budget.judging, seconds=seconds)
+        made = replace(
+            made,
+            loops=budget.loops + budget.judging,
+            seconds=seconds,
+            tuning_seconds=budget.seconds,
+        )
         frontier = tuple(each.finished for each in candidates)
         return Plan(content=replace(content, made=made, frontier=frontier, chosen=chosen))
 
