@@ -1,11 +1,11 @@
-"""What tuned plans reach, beside fewer steps: at numbers of computed steps, and for targets.
+"""What tuned plans reach, beside fewer steps and other strategies, on the same samples.
 
-Tunes a pipeline for each number of computed steps and for each PSNR, judges on samples that were
-used for nothing else, and draws the same samples with fewer steps of the uncached model. After
-every plan it writes plans-PIPELINE-EFFORT.json, .md and .png, and the plan itself; what the JSON
-has already is not measured again, and a tuning that was interrupted goes on. Several processes may
-share a folder, each with points of its own. Pipelines are "demo",
-the bundled one, and "digits", which `scripts/digits.py train` makes.
+Tunes a pipeline once for all numbers of computed steps, and once for each PSNR, and judges on
+samples that were used for nothing else. The same samples are drawn with fewer steps of the uncached
+model, and by the strategies that lead the table of `omni-cache compare`. After every tuning it
+writes plans-PIPELINE-EFFORT.json, .md and .png, and the plan itself; what the JSON has already is
+not measured again, and a tuning that was interrupted goes on. Pipelines are "demo", the bundled
+one, and "digits", which `scripts/digits.py train` makes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,20 @@ import omni_cache
 from omni_cache.compare.report import processor
 from omni_cache.demo import demo_arguments, load_demo_pipeline
 from omni_cache.demo.command import demo_captions
+from omni_cache.pipelines import is_enabled
 from omni_cache.quality import Fidelity, fidelity_to
 
-BAR_OVER_FEWER, BAR_PREDICTION = 6.0, 1.5
+BAR_OVER_FEWER, BAR_OVER_OTHERS, BAR_PREDICTION = 6.0, 3.0, 1.5
+
+OTHERS: dict[str, dict[str, Any]] = {
+    f"{name}, {setting} {value}, newton": {"cache": cache, setting: value, "forecast": "newton"}
+    for name, cache, setting, value in (
+        ("FirstBlockCache", "first_block_cache", "threshold", 0.3),
+        ("FirstBlockCache", "first_block_cache", "threshold", 0.2),
+        ("TaylorSeer", "taylorseer", "cache_interval", 3),
+    )
+}
+"""Those that lead docs/benchmarks/compare/results.md at up to 6, 8 and 12 computed steps."""
 
 Draw = Callable[[int], Any]
 """Draws a sample: an RGB picture, (H, W, 3), with numbers in [0, 1]."""
@@ -74,6 +85,8 @@ def digits(count: int) -> tuple[Any, Callable[[int], Draw]]:
 
 
 PIPELINES = {"demo": bundled, "digits": digits}
+BRANCHES = {"demo": 1, "digits": 2}
+"""Calls of the model at each step."""
 
 
 class Clock:
@@ -81,12 +94,18 @@ class Clock:
 
     def __init__(self) -> None:
         self.began = self._told = time.perf_counter()
+        self._processor_began = time.process_time()
         self._stage = ""
 
     @property
     def seconds(self) -> float:
         """Since it was made."""
         return time.perf_counter() - self.began
+
+    @property
+    def processor_seconds(self) -> float:
+        """Of this process since then, which other processes hardly change."""
+        return time.process_time() - self._processor_began
 
     def __call__(self, stage: str, loops: float, planned: float) -> None:
         """The progress of a tuning."""
@@ -131,24 +150,50 @@ def main(
     stem = output / f"plans-{pipeline}-{effort}"
     settings = {"pipeline": pipeline, "effort": effort, "steps": steps, "samples": samples}
     settings |= {"judged": judged, "confidence": confidence, "device": device, "inner": inner}
-    measured = [row["asked"] for row in known(stem.with_suffix(".json"), settings)]
+    report = known(stem.with_suffix(".json"), settings) or {"others": {}, "rows": []}
+    report |= {
+        "date": date.today().isoformat(),
+        "machine": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{processor()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "omni-cache")},
+        "command": shlex.join(["python", "scripts/bench_plans.py", *sys.argv[1:]]),
+        "settings": settings,
+    }
     clock = Clock()
     references = [generate(each) for each in others]
     print(f"{clock.seconds:7.0f} s  drew {judged} pictures uncached", flush=True)
+
+    def drawn(draw: Draw, wanted: float = 0.0) -> dict[str, Any]:
+        """What the judged samples come to, the share that has the PSNR, and how many steps ran."""
+        made, ran = [], []
+        for each in others:
+            made.append(draw(each))
+            if is_enabled(pipe):
+                ran.append(omni_cache.summary(pipe).computed_steps / BRANCHES[pipeline])
+        found = [fidelity_to(*pair) for pair in zip(references, made, strict=True)]
+        reached = [each.psnr is None or each.psnr >= wanted for each in found]
+        return {
+            "computed_steps": float(np.median(ran)) if ran else None,
+            "reached": float(np.mean(reached)),
+            **summary_of(found),
+        }
+
+    counts = [int(number) for number in filter(None, computed.split(","))]
     asked: list[tuple[str, dict[str, Any]]] = [
-        (f"{number} computed", {"computed_steps": int(number)})
-        for number in filter(None, computed.split(","))
-    ]
+        ("computed", {"computed_steps": counts[0] if len(counts) == 1 else counts})
+    ][: len(counts)]
     asked += [
         (f"PSNR >= {number}", {"psnr": float(number), "confidence": confidence})
         for number in filter(None, targets.split(","))
     ]
     for name, target in asked:
-        if name in measured:
+        wanted = [f"{number} computed" for number in counts] if name == "computed" else [name]
+        if {row["asked"] for row in report["rows"]} >= set(wanted):
             print(f"{clock.seconds:7.0f} s  {name}: measured before", flush=True)
             continue
         print(f"{clock.seconds:7.0f} s  {name}", flush=True)
-        path = output / f"plan-{pipeline}-{effort}-{name.replace(' >= ', '-').replace(' ', '-')}"
+        path = output / f"plan-{pipeline}-{effort}-{name.replace(' >= ', '-')}"
         tuning = Clock()
         plan = omni_cache.tune(
             pipe,
@@ -161,72 +206,72 @@ def main(
             resume=path.with_suffix(".partial"),
             **target,
         )
-        seconds = tuning.seconds
+        seconds, processor_seconds = tuning.seconds, tuning.processor_seconds
         plan.save(path.with_suffix(".json"))
-        omni_cache.enable(pipe, plan, inner=inner)
-        made = compared(references, [generate(each) for each in others])
-        omni_cache.disable(pipe)
-        point, fewer = plan.point, with_steps(plan.point.computed_steps)
-        reached = [each.psnr is None or each.psnr >= target.get("psnr", 0.0) for each in made]
-        rows = known(stem.with_suffix(".json"), settings)
-        rows.append(
-            {
-                "asked": name,
-                "target": target,
-                "computed_steps": point.computed_steps,
-                "actions": point.actions,
-                "plan": summary_of(made),
-                "predicted": None if point.predicted is None else point.predicted._asdict(),
-                "judged": None if point.judged is None else point.judged._asdict(),
-                "fewer": summary_of(compared(references, [fewer(each) for each in others])),
-                "share": float(np.mean(reached)),
-                "loops": plan.content.made.loops,
-                "seconds": seconds,
-                "frontier": [
-                    {
-                        "computed_steps": each.computed_steps,
-                        "skipped_steps": each.skipped_steps,
-                        "seconds": each.seconds,
-                        "predicted": None if each.predicted is None else each.predicted._asdict(),
-                        "judged": None if each.judged is None else each.judged._asdict(),
-                    }
-                    for each in plan.frontier
-                ],
-            }
-        )
-        report = {
-            "date": date.today().isoformat(),
-            "machine": torch.cuda.get_device_name() if device == "cuda" else processor(),
-            "versions": {name: version(name) for name in ("torch", "diffusers")},
-            "command": shlex.join(["python", "scripts/bench_plans.py", *sys.argv[1:]]),
-            "settings": settings,
-            "rows": rows,
-        }
-        stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
-        draw(report, stem.with_suffix(".png"))
-        print(f"{clock.seconds:7.0f} s  {name}: {rows[-1]['plan']}, tuned in {seconds:.0f} s")
+        for place, row_name in enumerate(wanted):
+            if name == "computed":
+                plan = plan.at(computed_steps=counts[place])
+            point = plan.point
+            omni_cache.enable(pipe, plan, inner=inner)
+            made = drawn(generate, target.get("psnr", 0.0))
+            omni_cache.disable(pipe)
+            report["rows"].append(
+                {
+                    "asked": row_name,
+                    "target": target,
+                    "computed_steps": point.computed_steps,
+                    "actions": point.actions,
+                    "plan": made,
+                    "predicted": None if point.predicted is None else point.predicted._asdict(),
+                    "judged": None if point.judged is None else point.judged._asdict(),
+                    "fewer": drawn(with_steps(point.computed_steps)),
+                    "loops": plan.content.made.loops,
+                    "seconds": seconds,
+                    "processor_seconds": processor_seconds,
+                    "frontier": [
+                        {
+                            "computed_steps": each.computed_steps,
+                            "skipped_steps": each.skipped_steps,
+                            "seconds": each.seconds,
+                            "optimism": each.optimism,
+                            "predicted": each.predicted and each.predicted._asdict(),
+                            "judged": each.judged and each.judged._asdict(),
+                        }
+                        for each in plan.frontier
+                    ],
+                }
+            )
+            write(report, stem)
+            print(f"{clock.seconds:7.0f} s  {row_name}: {made}", flush=True)
+    for name, flags in OTHERS.items():
+        if name not in report["others"]:
+            omni_cache.enable(pipe, **flags, inner=inner)
+            report["others"][name] = drawn(generate)
+            omni_cache.disable(pipe)
+            write(report, stem)
+            print(f"{clock.seconds:7.0f} s  {name}: {report['others'][name]}", flush=True)
     print(stem.with_suffix(".md").read_text(encoding="utf-8"))
 
 
-def known(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was measured before with these settings.
+def known(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of what was measured before with these settings.
 
     Raises:
         ValueError: the file has other settings.
     """
     if not path.exists():
-        return []
-    report = json.loads(path.read_text(encoding="utf-8"))
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if report["settings"] != settings:
         raise ValueError(f"{path} was measured with {report['settings']}; name another folder")
-    rows: list[dict[str, Any]] = report["rows"]
-    return rows
+    return report
 
 
-def compared(references: Sequence[Any], made: Sequence[Any]) -> list[Fidelity]:
-    """How near each picture is to its reference."""
-    return [fidelity_to(*pair) for pair in zip(references, made, strict=True)]
+def write(report: dict[str, Any], stem: Path) -> None:
+    """The report in all its forms."""
+    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
+    draw(report, stem.with_suffix(".png"))
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -251,40 +296,53 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    settings = report["settings"]
+    settings, others = report["settings"], report["others"]
     lines = [
         "# Tuned plans of the pipeline {pipeline!r}, effort {effort!r}".format(**settings),
         "",
         "{steps} steps, tuned on {samples} samples, judged on {judged} others: PSNR in dB and SSIM "
         'against the uncached pipeline, median and, in brackets, 5th percentile. "Reached by" is '
-        "the share of the judged samples that meet the target. Beside it the same model with only "
-        "as many steps.".format(**settings),
+        "the share of the judged samples that meet the target. On the same samples: the model with "
+        "only as many steps, and the best of the other strategies below that computes no "
+        "more.".format(**settings),
         "",
-        "| asked for | computed | PSNR | predicted | SSIM | predicted | fewer steps | plan over "
-        "fewer | reached by | loops | tuned in |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| asked for | computed | PSNR | predicted | SSIM | fewer steps | plan over fewer | best "
+        "other | plan over other | reached by | loops | processor time |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
-        over = row["plan"]["psnr"] - row["fewer"]["psnr"]
-        share = f"{100 * row['share']:.0f}%" if "psnr" in row["target"] else ""
+        plan, count = row["plan"], row["plan"]["computed_steps"]
+        fits = [each for each in others.values() if each["computed_steps"] <= count]
+        best = max(fits, key=lambda each: each["psnr"], default=None)
+        over = "" if best is None else f"{plan['psnr'] - best['psnr']:+.1f}"
         lines.append(
-            f"| {row['asked']} | {row['computed_steps']} | {cell(row['plan'], 'psnr', 1)} | "
-            f"{cell(row['predicted'], 'psnr', 1)} | {cell(row['plan'], 'ssim', 4)} | "
-            f"{cell(row['predicted'], 'ssim', 4)} | {cell(row['fewer'], 'psnr', 1)} | {over:+.1f} "
-            f"| {share} | {row['loops']:.0f} | {row['seconds']:.0f} s |"
+            f"| {row['asked']} | {count:g} | {cell(plan, 'psnr', 1)} | "
+            f"{cell(row['predicted'], 'psnr', 1)} | {cell(plan, 'ssim', 4)} | "
+            f"{cell(row['fewer'], 'psnr', 1)} | {plan['psnr'] - row['fewer']['psnr']:+.1f} | "
+            f"{cell(best, 'psnr', 1)} | {over} | "
+            f"{100 * plan['reached']:.0f}% | {row['loops']:.0f} | "
+            f"{row['processor_seconds']:.0f} s |"
         )
     off = [
-        abs(point["predicted"]["psnr"] - point["judged"]["psnr"])
+        abs(row["predicted"]["psnr"] - row["judged"]["psnr"])
         for row in report["rows"]
-        for point in row["frontier"]
-        if point["predicted"] is not None and point["judged"] is not None
+        if row["predicted"] is not None and row["judged"] is not None
+    ]
+    lines += ["", "| strategy | computed | PSNR | SSIM |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {name} | {each['computed_steps']:g} | {cell(each, 'psnr', 1)} | "
+        f"{cell(each, 'ssim', 4)} |"
+        for name, each in others.items()
     ]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines += [
         "",
-        f"Bars: {BAR_OVER_FEWER:g} dB over fewer steps; predicted and judged medians within "
-        f"{BAR_PREDICTION:g} dB. The largest difference of the two over all points of all plans is "
-        f"{max(off, default=0.0):.1f} dB.",
+        f"- Aims: {BAR_OVER_FEWER:g} dB over fewer steps and {BAR_OVER_OTHERS:g} dB over other "
+        f"strategies; predicted and judged medians within {BAR_PREDICTION:g} dB. The largest "
+        f"difference of the two is {max(off, default=0.0):.1f} dB.",
+        "- Loops, of one sample, and processor time are those of the tuning, judging and "
+        "compilation included. All numbers of computed steps were tuned together, and cost so much "
+        "in all.",
         "",
         f"{report['date']}, {report['machine']}, {versions}.",
         "",

@@ -150,6 +150,7 @@ class Made:
         seconds: of an uncached generation, median.
         targets: what was asked for, by the name of the argument.
         verified: whether the points were run; what is re-timed was not.
+        tuning_seconds: how long it took, None where nobody has measured it.
     """
 
     date: str
@@ -158,8 +159,9 @@ class Made:
     judged: int
     loops: float
     seconds: float | None
-    targets: Mapping[str, float] = field(hash=False)
+    targets: Mapping[str, float | tuple[float, ...]] = field(hash=False)
     verified: bool = True
+    tuning_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -331,8 +333,12 @@ def _read_made(fields: Fields) -> Made:
         fields.count("judged", least=0),
         fields.number("loops"),
         fields.optional("seconds", fields.positive),
-        {name: targets.number(name) for name in targets.content},
+        {
+            name: (targets.numbers if isinstance(value, list) else targets.number)(name)
+            for name, value in targets.content.items()
+        },
         verified,
+        fields.optional("tuning_seconds", fields.positive),
     )
 
 

@@ -13,6 +13,7 @@ from omni_cache.tuning.drafts import Drafts
 from omni_cache.tuning.judge import Target, played
 from omni_cache.tuning.refine import (
     FIRST_SAMPLES,
+    LENGTHS,
     Refiner,
     directions_of,
     first_difference,
@@ -55,9 +56,9 @@ def improved(
     """
     budget = refiner.rehearsal.budget
     counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
-    asked: set[int] = set()
-    if target.computed_steps is not None:
-        asked = {min(max(target.computed_steps, drafts.least), drafts.steps)}
+    asked = {min(max(each, drafts.least), drafts.steps) for each in target.counts}
+    if len(target.counts) > 1:
+        counts, asked = sorted(asked), set()
     while len(counts) > 1 and sum({*counts, *asked}) * playing > budget.left:
         counts = counts[::2]
     if asked and sum({*counts, *asked}) * playing > budget.left:
@@ -72,13 +73,12 @@ def improved(
         for position, count in enumerate(near):
             share = (budget.left - reserve) / (len(near) - position)
             budget.begin(f"tries schedules of {count} computed steps")
-            before = budget.left
+            until = budget.loops + share
             point = _best_draft(refiner, drafts.of(count), count / drafts.steps, share / 4)
             budget.begin(f"moves single steps of the plan of {count} computed steps")
-            point = _moved(refiner, point, drafts, (share - before + budget.left) / 2)
+            point = _moved(refiner, point, drafts, (until - budget.loops) / 2)
             budget.begin(f"refines the plan of {count} computed steps by what it leads to")
-            share -= before - budget.left
-            points[count] = _refined(refiner, point, drafts, share)
+            points[count] = _refined(refiner, point, drafts, until)
             tell(points[count])
     return [points[count] for count in sorted(points)]
 
@@ -91,10 +91,10 @@ def _near(
     The first draft that meets a quality, and those below it, since refining gains some decibels.
     """
     counts = sorted(points)
-    if target.computed_steps is not None:
-        return [max(each for each in counts if each <= max(target.computed_steps, counts[0]))]
+    if len(target.counts) == 1:
+        return [max(each for each in counts if each <= max(*target.counts, counts[0]))]
     if target.psnr is None and target.ssim is None and target.speedup is None:
-        return counts
+        return counts  # those that were asked for, or the whole frontier
     refiner.rehearsal.budget.begin("looks for the target")
     for position, count in enumerate(counts):
         found = played(refiner.rehearsal, points[count], refiner.samples, refiner.references)
@@ -131,8 +131,8 @@ def _moved(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Poin
     return point
 
 
-def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Point:
-    """Gauss-Newton steps until the loops are spent or none helps.
+def _refined(refiner: Refiner, point: Point, drafts: Drafts, until: float) -> Point:
+    """Gauss-Newton steps until so many loops have been run or none helps.
 
     The steps of a gap change together at first; at high effort, then each for itself.
     """
@@ -142,13 +142,13 @@ def _refined(refiner: Refiner, point: Point, drafts: Drafts, loops: float) -> Po
         for _ in range(_ITERATIONS):
             ways = directions_of(point, refiner.grams, per_step)
             differences = play + jacobian_steps(ways, point.actions) / steps
-            checking = 2 * play * len(refiner.samples)
-            learning = int(min((loops - checking) / differences, len(refiner.samples)))
+            checking = (1 + len(LENGTHS)) * play * len(refiner.samples)
+            left = until - refiner.rehearsal.budget.loops - checking
+            learning = int(min(left / differences, len(refiner.samples)))
             if learning < 2:
                 return point
             samples = refiner.samples[:learning]
             better = refiner.gauss_newton(point, samples, per_step)
-            loops -= learning * differences + checking
             if better is point:
                 break
             point = better

@@ -29,7 +29,7 @@ class Target:
         psnr: in dB.
         ssim: from 0 to 1.
         speedup: of the whole loop, in seconds.
-        computed_steps: how many steps are computed.
+        computed_steps: how many steps are computed; several numbers ask for a plan of each.
         confidence: the share of samples that have to meet a quality; None for half of them.
 
     Raises:
@@ -39,7 +39,7 @@ class Target:
     psnr: float | None = None
     ssim: float | None = None
     speedup: float | None = None
-    computed_steps: int | None = None
+    computed_steps: int | Sequence[int] | None = None
     confidence: float | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +54,10 @@ class Target:
                 "psnr": (positive, "a positive number of decibels"),
                 "ssim": (positive and value <= 1, "a number above 0 and at most 1"),
                 "speedup": (is_number(value) and value > 1, "a number above 1"),
-                "computed_steps": (is_count(value, 1), "an integer >= 1"),
+                "computed_steps": (
+                    bool(self.counts) and all(is_count(each, 1) for each in self.counts),
+                    "an integer >= 1, or several",
+                ),
             }
             require(allowed[name][0], name, value, allowed[name][1])
         share = self.confidence
@@ -65,13 +68,25 @@ class Target:
                 raise ValueError("confidence is given without psnr or ssim, which it refers to")
 
     @property
-    def named(self) -> dict[str, float]:
-        """What was asked for, by the name of the argument."""
-        asked = {**self.given, "confidence": self.confidence}
-        return {name: float(value) for name, value in asked.items() if value is not None}
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of computed steps that were asked for."""
+        several = self.computed_steps
+        if isinstance(several, Sequence) and not isinstance(several, str):
+            return tuple(several)
+        return () if several is None else (several,)
 
     @property
-    def given(self) -> dict[str, float | int | None]:
+    def named(self) -> dict[str, float | tuple[float, ...]]:
+        """What was asked for, by the name of the argument."""
+        asked = {**self.given, "confidence": self.confidence}
+        return {
+            name: tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
+            for name, value in asked.items()
+            if value is not None
+        }
+
+    @property
+    def given(self) -> dict[str, float | int | Sequence[int] | None]:
         """The targets by name."""
         return {
             "psnr": self.psnr,
@@ -219,12 +234,12 @@ def choose(
         Its position, and what to warn of, None where the target is met.
     """
     last = len(candidates) - 1
-    if target.computed_steps is not None:
-        computed = [each.computed for each in candidates]
-        fits = [place for place, each in enumerate(computed) if each <= target.computed_steps]
+    if target.counts:
+        computed, most = [each.computed for each in candidates], max(target.counts)
+        fits = [place for place, each in enumerate(computed) if each <= most]
         if fits:
             return fits[-1], None
-        return 0, f"no plan computes only {target.computed_steps} steps; {computed[0]} is the least"
+        return 0, f"no plan computes only {most} steps; {computed[0]} is the least"
     if target.speedup is not None:
         speedups = [uncached_seconds / each.judged.seconds for each in candidates]
         fits = [place for place, each in enumerate(speedups) if each >= target.speedup]

@@ -28,6 +28,8 @@ from omni_cache.tuning.rehearse import Rehearsal
 from omni_cache.tuning.results import Result
 
 DAMPINGS = tuple(np.logspace(-4, 0.5, 10).tolist())
+LENGTHS = (1.0, 0.5, 0.25)
+"""How much of a Gauss-Newton step is tried, in this order."""
 FIRST_SAMPLES = 6
 """Samples that all moves are tried on."""
 _SMALLEST = 1e-3
@@ -169,7 +171,9 @@ class Refiner:
         """One step on all weights, or the plan itself where none helps.
 
         The damping is the one that helps a sample most whose differences were left out, by the
-        linear model, so that no run is spent on it and few samples are not followed too far.
+        linear model, so that no run is spent on it and few samples are not followed too far. What
+        is not linear runs tell: a step counts if it gains more than it flatters the samples that
+        it was taken from, and a shorter one is tried otherwise.
 
         Args:
             point: the plan.
@@ -178,25 +182,34 @@ class Refiner:
         """
         ways = directions_of(point, self.grams, per_step)
         found: list[Normal] = []
+        before: dict[int, float] = {}
         for sample in samples if ways else ():
             error, columns = self._differences(point, ways, sample)
+            before[sample] = float(np.mean(error**2))
             if error.any():
                 found.append(Normal(len(ways)))
                 found[-1].add(error, columns)
         if len(found) < 2:
             return point
         damping = min(DAMPINGS, key=lambda each: _left_out(found, each))
-        expected = _left_out(found, damping)
-        if expected >= 0:
+        if _left_out(found, damping) >= 0:
             return point
-        step = _sum(found).step(damping)
-        fitted = float(np.mean([_change(each, step) for each in found]))
-        tried = replace(
-            moved(point, list(zip(ways, step.tolist(), strict=True))),
-            optimism=point.optimism + (expected - fitted) * len(found) / len(self.samples),
-        )
-        is_better = self.loss(tried, self.samples) < self.loss(point, self.samples)
-        return tried if is_better else point
+        rest = [each for each in self.samples if each not in before]
+        errors = [*before.values(), *self.errors(point, rest)]
+        whole = _sum(found).step(damping)
+        for length in LENGTHS:
+            step = length * whole
+            fitted = float(np.mean([_change(each, step) for each in found]))
+            flattery = _left_out(found, damping, length) - fitted
+            optimism = flattery * len(found) / len(self.samples)
+            tried = replace(
+                moved(point, list(zip(ways, step.tolist(), strict=True))),
+                optimism=point.optimism + optimism,
+            )
+            gain = float(np.mean(decibels(errors))) - self.loss(tried, self.samples)
+            if gain > max(optimism, 0.0):
+                return tried
+        return point
 
     def _differences(
         self, point: Point, ways: Sequence[Direction], sample: int
@@ -225,7 +238,7 @@ def _sum(normals: Sequence[Normal]) -> Normal:
     return total
 
 
-def _left_out(normals: Sequence[Normal], damping: float) -> float:
+def _left_out(normals: Sequence[Normal], damping: float, length: float = 1.0) -> float:
     """The change of a sample's error in dB, by a step that was taken from the others: the mean."""
     total, changes = _sum(normals), []
     for each in normals:
@@ -233,7 +246,7 @@ def _left_out(normals: Sequence[Normal], damping: float) -> float:
         others.matrix = total.matrix - each.matrix
         others.vector = total.vector - each.vector
         others.samples = total.samples - each.samples
-        changes.append(_change(each, others.step(damping)))
+        changes.append(_change(each, length * others.step(damping)))
     return float(np.mean(changes))
 
 

@@ -28,7 +28,7 @@ from omni_cache.tuning.judge import Candidate, Target, choose, played, undominat
 from omni_cache.tuning.refine import Refiner
 from omni_cache.tuning.rehearse import Generate, Rehearsal, rehearsing
 from omni_cache.tuning.sensitivity import measure
-from omni_cache.tuning.unfinished import Kept, Unfinished
+from omni_cache.tuning.unfinished import Unfinished
 
 DEPTH = 3
 """How many computed steps a plan keeps."""
@@ -41,7 +41,7 @@ def tune(
     psnr: float | None = None,
     ssim: float | None = None,
     speedup: float | None = None,
-    computed_steps: int | None = None,
+    computed_steps: int | Sequence[int] | None = None,
     confidence: float | None = None,
     samples: int = 16,
     judged: int = 16,
@@ -69,7 +69,8 @@ def tune(
         ssim: what the median of the SSIM has to reach.
         speedup: how many times faster than uncached ``generate`` has to be, by times measured here.
             Such plans also skip forwards, where that hardly costs quality.
-        computed_steps: how many steps may be computed.
+        computed_steps: how many steps may be computed. Several numbers ask for a plan of each and
+            for no others: they share calibration and refinement, and the largest is chosen.
         confidence: with ``psnr`` or ``ssim``, the share of the results that have to reach it, such
             as 0.9, in place of half of them.
         samples: how many samples calibrate, at least 2.
@@ -182,15 +183,17 @@ class _Tuning:
             made = replace(made, seconds=before.content.made.seconds)
             content, references = replace(before.content, made=made), before.references
             self._rehearsal.content = content
-            budget.earlier, budget.earlier_seconds = before.content.made.loops, before.seconds
+            budget.earlier = before.content.made.loops
+            budget.earlier_seconds = before.content.made.tuning_seconds or 0.0
         done = {each.computed_steps: each for each in content.frontier}
 
         def keep(*points: Point) -> None:
             done.update({each.computed_steps: each for each in points})
-            spent = replace(made, loops=budget.loops)
-            refined = replace(content, made=spent, frontier=tuple(done.values()))
-            self._unfinished.keep(Kept(refined, references, budget.seconds))
+            spent = replace(made, loops=budget.loops, tuning_seconds=budget.seconds)
+            self._unfinished.keep(replace(content, made=spent, frontier=tuple(done.values())))
 
+        if before is None:
+            self._unfinished.begin(references)
         keep()
         refiner = Refiner(self._rehearsal, references, content.grams)
         drafts = Drafts(content, DEPTH, skips=self._rehearsal.compiled_for.skips)
@@ -214,7 +217,12 @@ class _Tuning:
         chosen, unmet = choose(candidates, self._target, seconds)
         if unmet is not None:
             warnings.warn(f"omni-cache: {unmet}.", stacklevel=3)
-        made = replace(made, loops=budget.loops + budget.judging, seconds=seconds)
+        made = replace(
+            made,
+            loops=budget.loops + budget.judging,
+            seconds=seconds,
+            tuning_seconds=budget.seconds,
+        )
         frontier = tuple(each.finished for each in candidates)
         return Plan(content=replace(content, made=made, frontier=frontier, chosen=chosen))
 

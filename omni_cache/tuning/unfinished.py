@@ -28,12 +28,10 @@ class Kept:
     Attributes:
         content: with the points that have been refined.
         references: of each calibration sample, what it returns uncached.
-        seconds: how long it has taken.
     """
 
     content: Content
     references: list[Result]
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,10 @@ class Unfinished:
         content = Content.load_unfinished(self.path)
         try:
             with np.load(self._results) as found:
-                names = [name for name in found.files if name != "seconds"]
                 arrays: list[list[np.ndarray]] = [[] for _ in range(content.made.samples)]
-                for name in names:
+                for name in found.files:
                     arrays[int(name.split(".")[0])].append(found[name])
-                return Kept(content, list(map(Result.of, arrays)), float(found["seconds"]))
+                return Kept(content, list(map(Result.of, arrays)))
         except (BadZipFile, KeyError, IndexError, TypeError, ValueError, EOFError) as error:
             raise ValueError(f"{self._results} is broken: {error}; delete it") from None
 
@@ -98,22 +95,26 @@ class Unfinished:
                 "delete it, or name another file"
             )
 
-    def keep(self, kept: Kept) -> None:
-        """Write what there is, each file whole or not at all."""
+    def begin(self, references: list[Result]) -> None:
+        """Write what the calibration samples return, which stays as it is from now on."""
         if self.path is None:
             return
         arrays: dict[str, Any] = {
             f"{sample}.{place}": array
-            for sample, result in enumerate(kept.references)
+            for sample, result in enumerate(references)
             for place, array in enumerate(result.arrays)
         }
 
         def write_results(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, seconds=np.float64(kept.seconds), **arrays)
+                np.savez(file, **arrays)
 
         _replaced(self._results, write_results)
-        _replaced(self.path, kept.content.save)
+
+    def keep(self, content: Content) -> None:
+        """Write the plans that there are, the whole file or nothing of it."""
+        if self.path is not None:
+            _replaced(self.path, content.save)
 
     def remove(self) -> None:
         """The tuning has ended."""

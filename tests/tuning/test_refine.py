@@ -136,6 +136,28 @@ def test_gauss_newton_improves_weights_that_are_off(branches: tuple[str, ...]) -
             assert refined.weights[""][branch] != off.weights[""][branch]
 
 
+@pytest.mark.parametrize(("gains", "length"), [((0.01, 0.01, 99.0), 0.25), ((0.01,) * 3, 0.0)])
+def test_a_step_that_gains_less_than_it_flatters_is_shortened_or_not_taken(
+    monkeypatch: pytest.MonkeyPatch, gains: tuple[float, ...], length: float
+) -> None:
+    with calibrated() as (rehearsal, found, drafts):
+        grams = drafts.content.grams
+        (point, *_) = drafts.of(4)
+        off = moved(point, [(each, each.size / 2) for each in directions_of(point, grams)])
+        refiner = Refiner(rehearsal, found.references, grams)
+        before, left = refiner.loss(off, SAMPLES), iter((99.0, *gains))
+        monkeypatch.setattr(Refiner, "loss", lambda *_: before - next(left))
+        monkeypatch.setattr("omni_cache.tuning.refine._left_out", lambda *_: -0.1)
+        whole, refined = (refiner.gauss_newton(off, SAMPLES) for _ in range(2))
+    assert (refined is off) == (length == 0.0)
+    rows = [
+        np.array([each.row for each in one.weights[""]["cond"].values() if len(each.row) == 3])
+        for one in (off, whole, refined)
+    ]
+    assert rows[2] - rows[0] == pytest.approx(length * (rows[1] - rows[0]))
+    assert len(list(left)) == 0
+
+
 def test_drafts_weigh_the_input_or_do_not() -> None:
     with calibrated() as (rehearsal, found, drafts):
         weighs = {each.weighs_inputs: each for each in drafts.of(4)}

@@ -65,6 +65,26 @@ def test_a_plan_does_what_it_says() -> None:
     assert plan.point.judged.ssim is None  # latents are no pictures
 
 
+def test_several_numbers_of_computed_steps_share_one_tuning(tmp_path: Path) -> None:
+    model, stages = ToyTransformer(), []
+    plan = tuned(
+        model, computed_steps=[5, 3], samples=2, progress=lambda stage, *_: stages.append(stage)
+    )
+    assert {each.computed_steps for each in plan.frontier} <= {3, 5}
+    assert plan.point is plan.frontier[-1]
+    for count in (3, 5):
+        assert f"tries schedules of {count} computed steps" in stages
+    changes = [
+        stage for stage, before in zip(stages, ["", *stages], strict=False) if stage != before
+    ]
+    assert sum("sensitive" in each for each in changes) == 1
+    plan.save(tmp_path / "plan.json")
+    made = Content.load(tmp_path / "plan.json").made
+    assert made == plan.content.made
+    assert made.targets == {"computed_steps": (5.0, 3.0)}
+    assert made.tuning_seconds is not None
+
+
 def test_nothing_is_left_behind_on_a_model_that_was_not_enabled() -> None:
     model = ToyTransformer()
     before = denoised(model, 0)
@@ -197,6 +217,8 @@ def test_two_loops_for_a_sample_are_refused() -> None:
         ({"ssim": 1.5}, "ssim=1.5 is not allowed"),
         ({"speedup": 1.0}, "speedup=1.0 is not allowed; speedup must be a number above 1"),
         ({"computed_steps": 2.5}, "computed_steps=2.5 is not allowed"),
+        ({"computed_steps": []}, r"computed_steps=\[\] is not allowed; .* >= 1, or several"),
+        ({"computed_steps": [3, 0]}, r"computed_steps=\[3, 0\] is not allowed"),
         ({"psnr": 40.0, "confidence": 1.0}, "confidence=1.0 is not allowed"),
         ({"confidence": 0.9}, "confidence is given without psnr or ssim"),
         ({"minutes": 0}, "minutes=0 is not allowed; minutes must be a number of minutes > 0"),
@@ -330,7 +352,11 @@ def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
     model, kept = ToyTransformer(), tmp_path / "plan.partial"
     settings: dict[str, Any] = {"samples": 2, "resume": kept}
 
+    written = set()
+
     def until(stage: str, loops: float, planned: float) -> None:
+        if stage.startswith(("tries schedules of 2", "refines the plan of 3")):
+            written.add(kept.with_name("plan.partial.npz").stat().st_ino)
         if stage.startswith("refines the plan of 3"):
             raise InterruptedError
 
@@ -338,6 +364,7 @@ def test_a_tuning_that_was_interrupted_goes_on(tmp_path: Path) -> None:
         tuned(model, progress=until, **settings)
     before = Content.load(kept)
     assert [each.computed_steps for each in before.frontier] == [1, 2]
+    assert len(written) == 1  # results do not change, and so are written once
     results = kept.with_name("plan.partial.npz").read_bytes()
 
     told: list[tuple[str, float]] = []
