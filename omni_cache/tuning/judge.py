@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from omni_cache.planning.search import COMPUTE, REUSE, SKIP
 from omni_cache.quality import Fidelity, percentile_of, quality_of
@@ -43,7 +44,7 @@ class Target:
     confidence: float | None = None
 
     def __post_init__(self) -> None:
-        given = {key: each for key, each in self.given.items() if each is not None}
+        given: dict[str, Any] = {key: each for key, each in self.given.items() if each is not None}
         if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(given)} are given; give at most one of {', '.join(self.given)}"
@@ -70,7 +71,7 @@ class Target:
     @property
     def counts(self) -> tuple[int, ...]:
         """The numbers of computed steps that were asked for."""
-        several = self.computed_steps
+        several: Any = self.computed_steps
         if isinstance(several, Sequence) and not isinstance(several, str):
             return tuple(several)
         return () if several is None else (several,)
