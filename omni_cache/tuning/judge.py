@@ -49,11 +49,12 @@ class Target:
                 f"{' and '.join(given)} are given; give at most one of {', '.join(self.given)}"
             )
         for name, value in given.items():
-            positive = is_number(value) and value > 0
+            number = 0 if isinstance(value, Sequence) else value
+            positive = is_number(number) and number > 0
             allowed = {
                 "psnr": (positive, "a positive number of decibels"),
-                "ssim": (positive and value <= 1, "a number above 0 and at most 1"),
-                "speedup": (is_number(value) and value > 1, "a number above 1"),
+                "ssim": (positive and number <= 1, "a number above 0 and at most 1"),
+                "speedup": (positive and number > 1, "a number above 1"),
                 "computed_steps": (
                     bool(self.counts) and all(is_count(each, 1) for each in self.counts),
                     "an integer >= 1, or several",
@@ -71,7 +72,7 @@ class Target:
     def counts(self) -> tuple[int, ...]:
         """The numbers of computed steps that were asked for."""
         several = self.computed_steps
-        if isinstance(several, Sequence) and not isinstance(several, str):
+        if isinstance(several, Sequence):
             return tuple(several)
         return () if several is None else (several,)
 
