@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         apply_teacache_hook,
     )
     from omni_cache.capture.extractor import CacheContext, register_extractor
+    from omni_cache.deployment import export
     from omni_cache.errors import UncachedWarning
     from omni_cache.explanation import Explanation, explain
     from omni_cache.passes import RegionError
@@ -69,6 +70,7 @@ _HOMES = {
     "disable": "omni_cache.pipelines",
     "enable": "omni_cache.pipelines",
     "explain": "omni_cache.explanation",
+    "export": "omni_cache.deployment",
     "generation": "omni_cache.runtime.contexts",
     "install_prompt_embed_cache": "omni_cache.backends.prompt_embed_cache",
     "omni_cache_backend": "omni_cache.backend",
@@ -108,6 +110,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "export",
     "generation",
     "install_prompt_embed_cache",
     "omni_cache_backend",

@@ -30,6 +30,7 @@ from omni_cache.passes import (
     check_writes,
     find_block_loop,
     is_static_input,
+    take_out,
 )
 from omni_cache.passes.names import op_name
 from omni_cache.passes.values import is_shape, tensor_of
@@ -148,6 +149,7 @@ def _compile_guarded(
             per_sample=program.per_sample and not groups,
             inputs=flags.guard.inputs,
             skips=flags.guard.skips,
+            hoists=analysis.hoisted is not None and len(analysis.hoisted.constants.results) > 0,
         ),
         owner,
         flags.guard,
@@ -163,6 +165,7 @@ def _compile_guarded(
         # Behind a graph break nothing tells it: models name other things timestep on their way.
         constant=None if frame.is_resumed else frame.timestep,
         by_call=frame.is_resumed,
+        constants=program.constant_inputs,
         uncounted=[region],
     )
     return Executor(program, placement)
@@ -199,15 +202,20 @@ def analyse_for_guard(
     owner = frame.owner(loop)
     name = None if owner is None else owner.__name__
     signal = flags.guard.source_of(name)
-    return name, analyse(
+    parameters = frame.parameters(owner)
+    found = analyse(
         gm.graph,
         region=flags.region,
         signal=None if signal is None else (flags.signal or signal),
-        parameters=frame.parameters(owner),
+        parameters=parameters,
         first=flags.guard.first,
         last=flags.guard.last,
         whole=flags.guard.whole,
     )
+    # Behind a graph break nothing tells which inputs stay: the piece before makes them.
+    if flags.hoist and not frame.is_resumed:
+        found = take_out(found, parameters)
+    return name, found
 
 
 _CUT_AT_BUCKETS = (

@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType, FrameType
 from typing import Any
@@ -24,6 +27,7 @@ from torch._dynamo.exc import (
     Unsupported,
     UserError,
 )
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -47,12 +51,15 @@ __all__ = [
     "Unwrapped",
     "break_of",
     "callers",
+    "captures_conditionals",
+    "compile_ahead",
     "compiled",
     "forget_compiled",
     "inductor_modes",
     "inductor_options",
     "inductor_setting",
     "is_bucket",
+    "kernels_together",
     "last_graph",
     "leave_uncompiled",
     "list_backends",
@@ -61,6 +68,7 @@ __all__ = [
     "prepare_for_part",
     "run_inductor",
     "traced_frame",
+    "write_package",
 ]
 
 
@@ -302,6 +310,79 @@ def run_inductor(
         gm, list(example_inputs), inner_compile=compile_inner, config_patches=dict(patches)
     )
     return compile_part  # type: ignore[no-any-return]
+
+
+_later: ContextVar[list[Callable[[], None]]] = ContextVar("waits_for_kernels")
+
+
+@contextmanager
+def kernels_together() -> Iterator[None]:
+    """Wait at the end for the C++ kernels of all graphs that Inductor compiles within.
+
+    It hands kernels to other processes and ends each graph by waiting for them; like this, the next
+    graph is lowered meanwhile. Nothing that is compiled within may run before the end. Triton's
+    kernels are waited for as ever, because Inductor's cache takes them in with their graph. Other
+    threads wait as ever too.
+    """
+    _let_waits_be_put_off()
+    later: list[Callable[[], None]] = []
+    token = _later.set(later)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+        for each in later:
+            each()
+
+
+@functools.cache
+def _let_waits_be_put_off() -> None:
+    """Have Inductor's wait look at `_later`.
+
+    For good, since of two threads that each put the method back one could put back the other's.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import CodeCacheFuture, LambdaFuture
+
+    wait = AsyncCompile.wait
+
+    @functools.wraps(wait)
+    def wait_later(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        later = _later.get(None)
+        pending = [each for each in scope.values() if isinstance(each, CodeCacheFuture)]
+        cpp = all(isinstance(each, LambdaFuture) and each.future is None for each in pending)
+        if later is None or not cpp:
+            wait(self, scope)
+        else:
+            later.append(functools.partial(wait, self, scope))
+
+    AsyncCompile.wait = wait_later  # type: ignore[method-assign]
+
+
+def compile_ahead(program: ExportedProgram, patches: Mapping[str, Any]) -> list[Any]:
+    """Compile an exported program with AOTInductor; returns the files that a package is made of.
+
+    Args:
+        program: what is compiled, weights included.
+        patches: options of Inductor, by name.
+    """
+    args, kwargs = program.example_inputs
+    options = {**patches, "aot_inductor.package": True}
+    module: Any = program.module(check_guards=False)
+    files: Any = torch._inductor.aot_compile(module, args, kwargs, options=options)
+    return list(files)
+
+
+def write_package(path: Path, files: Mapping[str, list[Any]], texts: Mapping[str, str]) -> None:
+    """Write compiled programs by name, and texts by file name, as one ``.pt2``."""
+    from torch.export.pt2_archive._package import package_pt2
+
+    package_pt2(path, aoti_files=dict(files), extra_files=dict(texts))
+
+
+def captures_conditionals() -> bool:
+    """Whether this PyTorch captures ``torch.cond`` in a CUDA graph, as a conditional node."""
+    return find_spec("torch._higher_order_ops.cudagraph_conditional_nodes") is not None
 
 
 def _input_of(placeholder: Node) -> int | None:

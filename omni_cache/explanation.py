@@ -47,13 +47,15 @@ from omni_cache.runtime.model_state import ModelState
 class GraphReport:
     """One captured graph: the text of its guarded form, or the reason why there is none.
 
-    ``has_blocks`` says whether a part of the block loop is in it.
+    ``has_blocks`` says whether a part of the block loop is in it, ``held_bytes`` how many bytes a
+    trajectory will hold.
     """
 
     text: str
     analysis: Analysis | None
     reason: str | None
     has_blocks: bool = True
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,10 @@ def examine(
         try:
             if flags.guard is None:
                 raise RegionError("cache='none'")
-            piece = TracedFrame(name, module, frame.values, is_piece=bool(breaks))
+            is_behind = bool(breaks)
+            piece = TracedFrame(
+                name, module, frame.values, is_piece=is_behind, is_resumed=is_behind
+            )
             owner, analysis = analyse_for_guard(gm, flags, piece)
             if flags.strategy is not None:
                 policy = flags.strategy.policy(owner)  # refuses a class that it has no numbers for
@@ -229,7 +234,8 @@ def examine(
             text = guarded_text(guarded, guard.skips)
             if flags.blocks == "rolled":
                 text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
-            reports.append(GraphReport(text, analysis, None))
+            held = sum(guarded.held_bytes(guard.skips).values())
+            reports.append(GraphReport(text, analysis, None, held_bytes=held))
         except NoBlockLoopError as error:
             reports.append(GraphReport("", None, str(error), has_blocks=False))
         except (RegionError, ValueError) as error:

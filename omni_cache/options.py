@@ -23,6 +23,7 @@ FLAGS = (
     "blocks",
     "signal",
     "region",
+    "hoist",
     "history_dtype",
     "history_device",
     "process_group",
@@ -43,6 +44,7 @@ class CompileOptions:
         blocks: whether blocks of one structure are compiled once ("rolled") or each ("unrolled").
         signal: the signal flag, None to leave the choice to the strategy.
         region: names of the ModuleLists of the block loop, None to find them.
+        hoist: whether what does not change over a generation is computed once in it.
         history_dtype: what floating residuals are kept in, None for their own dtype.
         history_device: where they are kept, None where they are made.
         process_group: the ranks that compute a call together, None to find them.
@@ -57,6 +59,7 @@ class CompileOptions:
     blocks: str = "unrolled"
     signal: str | None = None
     region: tuple[str, ...] | None = None
+    hoist: bool = False
     history_dtype: torch.dtype | None = None
     history_device: torch.device | None = None
     process_group: Any = None
@@ -130,6 +133,13 @@ class CompileOptions:
         if signal is not None and guard is not None and guard.source is None:
             name = "it" if strategy is None else f"cache={strategy.name!r}"
             raise ValueError(f"signal={signal!r} is not allowed; {name} decides without one")
+        hoist = given.pop("hoist", False)
+        one_of("hoist", hoist, (True, False, "modulations"))
+        if hoist == "modulations":
+            raise NotImplementedError(
+                "hoist='modulations' is not built yet; hoist=True takes out what no step changes, "
+                "and omni_cache.explain then tells what the timestep alone changes"
+            )
         strict = given.pop("strict", False)
         one_of("strict", strict, (True, False))
         return cls(
@@ -141,6 +151,7 @@ class CompileOptions:
             blocks=blocks,
             signal=signal,
             region=_region(given.pop("region", "auto")),
+            hoist=hoist,
             history_dtype=_history_dtype(given.pop("history_dtype", None)),
             history_device=_history_device(given.pop("history_device", None)),
             process_group=_process_group(given.pop("process_group", None)),
@@ -179,7 +190,7 @@ def _signal(given: Any) -> str | None:
 
 def _history_dtype(given: Any) -> torch.dtype | None:
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
-    kept = ("float64", "float32", "bfloat16", "float16")
+    kept = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")
     if given is not None and not any(dtype is getattr(torch, name) for name in kept):
         raise ValueError(
             f"history_dtype={given!r} is not allowed; history_dtype must be None or one of "

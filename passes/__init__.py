@@ -1,14 +1,16 @@
 """Graph passes: find the transformer-block loop of a Dynamo graph and split the graph around it.
 
     analyse(graph) -> Analysis        what is there: block loop, region, residual pairs, signal
+    take_out(analysis) -> Analysis    what no step changes, out of the region
     split(gm, analysis) -> GuardedGraph   the same graph as prologue, body, epilogue and reuse
     roll(part) -> part                a part in which blocks of one structure share one subgraph
+    Conditional(guarded, ...)         the parts as one graph that decides by itself
     graph_text / guarded_text         both as short readable programs
 
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
 """
 
-from .analysis import Analysis, analyse
+from .analysis import Analysis, analyse, take_out
 from .block_loop import (
     Block,
     BlockList,
@@ -17,6 +19,8 @@ from .block_loop import (
     find_block_loop,
 )
 from .build import Part
+from .cond import Conditional, Holding
+from .hoist import Cut, Hoisted, parameter_elements
 from .region import (
     NoBlockLoopError,
     Region,
@@ -41,8 +45,12 @@ __all__ = [
     "Block",
     "BlockList",
     "BlockLoop",
+    "Conditional",
+    "Cut",
     "Entered",
     "GuardedGraph",
+    "Hoisted",
+    "Holding",
     "NoBlockLoopError",
     "Part",
     "Region",
@@ -64,8 +72,10 @@ __all__ = [
     "is_static_input",
     "overwritten_inputs",
     "pair_outputs",
+    "parameter_elements",
     "roll",
     "split",
+    "take_out",
     "timestep_name",
     "without_residuals",
 ]

@@ -6,12 +6,13 @@ block loop -> region -> residual pairs -> signal -> what the body takes in -> ch
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from .block_loop import BlockLoop, candidate_loops, find_block_loop
+from .hoist import Hoisted, find_hoisted
 from .names import nodes_in
 from .order import Dependencies, computation, dependencies
 from .region import (
@@ -34,8 +35,11 @@ from .signal import (
     find_signal,
     find_timestep,
     first_residual,
+    hidden_states,
+    moving_inputs,
 )
-from .values import nbytes, numel, same_shape, tensor_of
+from .storage import stored_bytes
+from .values import nbytes, same_shape, tensor_of
 from .views import Leaf, leaves
 
 WORTHWHILE = 1 / 4
@@ -48,6 +52,7 @@ class Analysis:
 
     ``overwritten`` are the region inputs that the body writes into, ``last`` says how many blocks
     follow the region, ``whole`` that it is the whole graph, ``signals`` how many are kept.
+    ``hoisted`` is what was taken out of ``region``, None where that was not asked for.
     """
 
     graph: Graph
@@ -60,6 +65,7 @@ class Analysis:
     last: int = 0
     whole: bool = False
     signals: int = 1
+    hoisted: Hoisted | None = None
 
     @property
     def supposed(self) -> tuple[Node, ...]:
@@ -67,7 +73,7 @@ class Analysis:
         return tuple(dict.fromkeys(node for pair in self.pairs for node in pair.supposed))
 
     def residual_bytes(self, depth: int = 1, history_dtype: torch.dtype | None = None) -> int:
-        """Bytes that a trajectory's residuals take.
+        """Bytes that a trajectory's residuals take, with their scales.
 
         Args:
             depth: of how many computed steps they are kept.
@@ -145,6 +151,30 @@ def analyse(
     check_results(graph, found, pairs)
     overwritten = overwritten_inputs(found)
     return Analysis(graph, loop, found, pairs, chosen, timestep, overwritten, last)
+
+
+def take_out(
+    found: Analysis, parameters: Sequence[str] = (), modulations: bool = False
+) -> Analysis:
+    """The same analysis, its region without what need not be computed at every step.
+
+    Args:
+        found: by :func:`analyse`.
+        parameters: as there.
+        modulations: whether what only the timestep changes is taken out too.
+    """
+    graph, timestep, signal = found.graph, found.timestep, found.signal
+    partners = [pair.partner for pair in found.pairs if pair.partner is not None]
+    needed = [leaf for partner in partners for leaf in leaves(partner)]
+    pinned = [pair.output for pair in found.pairs]
+    if signal is not None:
+        pinned.append(signal.node)
+        needed += leaves(signal.minus) if signal.minus is not None else ()
+    hidden = hidden_states(found.pairs) if partners else None
+    moving = moving_inputs(graph, hidden, timestep, parameters)
+    before = dependencies(graph)
+    hoisted = find_hoisted(graph, before, moving, timestep, needed, pinned, modulations)
+    return replace(found, region=hoisted.rest_of(found.region), hoisted=hoisted)
 
 
 def _whole(
@@ -240,5 +270,5 @@ def _bytes(node: Node, dtype: torch.dtype | None = None) -> int:
     if value is None:
         return 0
     if dtype is not None and value.dtype.is_floating_point:
-        return numel(value) * dtype.itemsize
+        return stored_bytes(value, dtype)
     return nbytes(value)

@@ -264,7 +264,9 @@ def _repeated(loop: BlockLoop, kind: Literal["class_name", "structure"]) -> Bloc
     return BlockLoop(tuple(trimmed))
 
 
-def structure_of(nodes: Sequence[Node], held: Mapping[Node, Modes]) -> str:
+def structure_of(
+    nodes: Sequence[Node], held: Mapping[Node, Modes], any_layout: frozenset[Node] = frozenset()
+) -> str:
     """A digest of a block's operations, constants, operands, wiring and modes; no node's name.
 
     Shape, strides, dtype and device of what comes in settle those of all that is made of it.
@@ -272,6 +274,7 @@ def structure_of(nodes: Sequence[Node], held: Mapping[Node, Modes]) -> str:
     Args:
         nodes: the block's nodes, in graph order.
         held: the modes of the whole graph.
+        any_layout: operands whose strides do not count, but those of what is made of them do.
     """
     ambient = held[nodes[0].graph.output_node()]
     # What a graph holds as an attribute is an operand, whichever name it has there.
@@ -287,12 +290,15 @@ def structure_of(nodes: Sequence[Node], held: Mapping[Node, Modes]) -> str:
         numbers[node] = len(numbers)
         # Two operands in one memory are two tensors until somebody writes into one of them.
         alias = f"@{roots.setdefault(memory_root(node), len(roots))}" if writes else ""
-        return f"%{numbers[node]} {_operand(node)}{alias}"
+        known = _sizes(node.meta["example_value"]) if node in any_layout else _operand(node)
+        return f"%{numbers[node]} {known}{alias}"
 
     digest = hashlib.sha256()
     for node in nodes:
         operands = map_arg((node.args, node.kwargs), numbered)
         around = _described_modes(held[node], ambient)
+        if not any_layout.isdisjoint(node.all_input_nodes):
+            around += _layout(node.meta["example_value"])
         digest.update(f"{numbered(node)} = {full_name(node)}{operands} {around}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -314,7 +320,11 @@ def _layout(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {value}"
     strides = value.stride() if value.layout == torch.strided else value.layout
-    return f"{value.dtype} {tuple(value.shape)} {strides} {value.device}"
+    return f"{_sizes(value)} {strides}"
+
+
+def _sizes(value: torch.Tensor) -> str:
+    return f"{value.dtype} {tuple(value.shape)} {value.device}"
 
 
 def _described_modes(held: Modes, ambient: Modes) -> str:

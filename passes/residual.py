@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from .names import module_path, nodes_in, op_name
 from .region import Region, RegionError, extend_body
 from .streams import PIECES, Origins, trace_origins, view_origin
-from .values import same_shape, tensor_of
+from .values import nbytes, same_shape, tensor_of
 from .views import Leaf, View, dtype_of, is_concrete, leaves
 
 
@@ -52,7 +52,8 @@ def pair_outputs(graph: Graph, region: Region) -> tuple[Region, tuple[ResidualPa
     """Find the partner of every region output, and move the cut over views where that finds one.
 
     An output that is sliced or reshaped right after the region, and has no region input as its
-    partner as it stands, is replaced by the results of those views when each of them has one.
+    partner as it stands, is replaced by the results of those views when each of them has one. So is
+    one of which slices leave only a part, since the rest would be stored for nobody.
 
     Returns:
         The region, possibly with a few views of the epilogue taken into its body, and a pair for
@@ -116,15 +117,40 @@ def _pair(output: Node, origins: Origins) -> ResidualPair:
 
 
 def _views_to_take(region: Region, origins: Origins) -> list[Node]:
-    """The views behind outputs that lead from a compound of region inputs to bare ones."""
+    """The views behind outputs that lead to bare region inputs, or leave less to store."""
     known = Origins(origins, origins.sizes)
     epilogue = set(region.epilogue)
     taken: list[Node] = []
     for output in region.outputs:
         origin = known.get(output)
-        if origin is not None and origin.additions and not isinstance(origin.view, Leaf):
-            taken += _views_down_to_leaves(output, known, epilogue)
+        if origin is None or not origin.additions:
+            continue
+        views: list[Node] = []
+        if not isinstance(origin.view, Leaf):
+            views = _views_down_to_leaves(output, known, epilogue)
+        taken += views or _narrowed(output, known, epilogue)[1]
     return taken
+
+
+def _narrowed(output: Node, origins: Origins, epilogue: Collection[Node]) -> tuple[int, list[Node]]:
+    """The fewest bytes that views leave of an output for all who read it, and those views."""
+    value = tensor_of(output)
+    whole = 0 if value is None else nbytes(value)  # what is a tuple is taken apart
+    left, taken = 0, []
+    for user in output.users:
+        if user not in epilogue or any(
+            each in epilogue and each is not output for each in user.all_input_nodes
+        ):
+            return whole, []
+        if op_name(user) not in PIECES:
+            origin = view_origin(user, origins)
+            if origin is None or not _has_partner(user, origin.view):
+                return whole, []
+            origins.add(user, origin)
+        below, views = _narrowed(user, origins, epilogue)
+        left += below
+        taken += [user, *views]
+    return (left, taken) if value is None or left < whole else (whole, [])
 
 
 def _views_down_to_leaves(output: Node, origins: Origins, epilogue: Collection[Node]) -> list[Node]:
@@ -148,6 +174,11 @@ def _views_down_to_leaves(output: Node, origins: Origins, epilogue: Collection[N
             if op_name(user) in PIECES or not isinstance(origins[user].view, Leaf):
                 frontier.append(user)
     return views
+
+
+def _has_partner(node: Node, view: View) -> bool:
+    """Whether a view of region inputs can be written down as the partner of a node."""
+    return is_concrete(view) and _keeps_dtype(node, view)
 
 
 def _keeps_dtype(node: Node, view: View) -> bool:

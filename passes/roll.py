@@ -3,7 +3,9 @@
     x -> blocks.0 -> blocks.1 -> ... -> blocks.N
     x -> invoke(block, w0) -> invoke(block, w1) -> ... -> invoke(block, wN)
 
-What a compiler does for a part then no longer grows with its depth. A subgraph returns memory of
+What a compiler does for a part then no longer grows with its depth. A block that gets its streams
+in another memory layout than all others, as the first one often does, and only joins them to one
+tensor, is called on copies in the layout of the others. A subgraph returns memory of
 its own; views of it, such as two streams that leave as one tensor, are taken outside. A block stays
 as it is if it writes into what it is given or draws random numbers, or if something other than
 plain tensors and sizes enters or leaves it.
@@ -24,8 +26,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .block_loop import Block, find_block_lists
+from .block_loop import Block, find_block_lists, structure_of
 from .build import Builder, Part
+from .names import op_name
 from .order import (
     Dependencies,
     dependencies,
@@ -128,7 +131,12 @@ def _kinds(graph: Graph, before: Dependencies) -> list[_Kind]:
             around = nodes[place[block.nodes[0]] : place[block.nodes[-1]]]
             if _is_in_one_piece(block, around, before):
                 kinds.setdefault(block.structure, []).append(block)
-    return [_Kind(tuple(blocks)) for blocks in kinds.values() if len(blocks) > 1]
+    repeated = [blocks for blocks in kinds.values() if len(blocks) > 1]
+    up_to_layout = {_structure_up_to_layout(blocks[0]): blocks for blocks in repeated}
+    for block, *others in list(kinds.values()):
+        if not others and (alike := up_to_layout.get(_structure_up_to_layout(block))):
+            alike.append(block)
+    return [_Kind(tuple(blocks)) for blocks in repeated]
 
 
 def _without_last_views(block: Block) -> Block:
@@ -179,6 +187,24 @@ def _operands(block: Block) -> list[Node]:
     inside = set(block.nodes)
     read = (each for node in block.nodes for each in node.all_input_nodes)
     return list(dict.fromkeys(each for each in read if each not in inside))
+
+
+def _structure_up_to_layout(block: Block) -> str:
+    """What blocks share that differ in nothing but the layout of what they join."""
+    return structure_of(block.nodes, block.modes, _joined(block))
+
+
+def _joined(block: Block) -> frozenset[Node]:
+    """The operands of fixed sizes that a block only concatenates, to which layout is nothing."""
+    others = (node for node in block.nodes if op_name(node) != "cat")
+    read_by_others = {each for node in others for each in node.all_input_nodes}
+    return frozenset(
+        node
+        for node in _operands(block)
+        if node not in read_by_others
+        and isinstance(value := node.meta.get("example_value"), torch.Tensor)
+        and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
+    )
 
 
 def _leaving(block: Block) -> list[list[Node]]:
@@ -249,8 +275,15 @@ def _call(
 ) -> None:
     """Call the subgraph for a block; sizes that it takes besides are ``inputs`` of the graph."""
     pairs = zip(_operands(kind.blocks[0]), _operands(block), strict=True)
-    own = {first.name: node for first, node in pairs}
-    operands = [outer.read(own[name] if name in own else inputs[name]) for name in part.inputs]
+    own = {first.name: (node, first) for first, node in pairs}
+    joined = _joined(block)
+
+    def given(name: str) -> Node:
+        node, first = own.get(name) or (inputs[name],) * 2
+        value = outer.read(node)
+        return outer.laid_out_like(value, first) if node in joined else value
+
+    operands = [given(name) for name in part.inputs]
     subgraph = outer.graph.get_attr(kind.name)
     returned = outer.graph.call_function(invoke_subgraph, (subgraph, kind.name, *operands))
     values = [block.nodes[at].meta["example_value"] for at in kind.returned]

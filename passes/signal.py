@@ -67,13 +67,17 @@ def find_timestep(graph: Graph, parameters: Sequence[str] = ()) -> Node | None:
     named: dict[str, Node] = {}
     for node in graph.nodes:
         if node.op == "placeholder" and not is_static_input(node):
-            place = position(node)
-            if place is not None and place < len(parameters):
-                named.setdefault(parameters[place], node)
-            else:
-                named.setdefault(argument_name(node), node)
+            named.setdefault(_parameter(node, parameters), node)
     name = timestep_name(named)
     return None if name is None else named[name]
+
+
+def _parameter(node: Node, parameters: Sequence[str]) -> str:
+    """The name that the model's ``forward`` has for a graph input."""
+    place = position(node)
+    if place is not None and place < len(parameters):
+        return parameters[place]
+    return argument_name(node)
 
 
 def timestep_name(names: Iterable[str]) -> str | None:
@@ -114,6 +118,46 @@ def find_latents(graph: Graph, timestep: Node | None) -> Node:
     )
 
 
+def moving_inputs(
+    graph: Graph, hidden: Node | None, timestep: Node | None, parameters: Sequence[str] = ()
+) -> set[Node]:
+    """The graph inputs that differ from step to step: latents, and whatever is named as a time is.
+
+    For each result the input that it is a prediction of counts as latents: one of its shape, else
+    one with other channels. Where the hidden states come from none of these, the largest input that
+    they do come from counts.
+
+    Args:
+        graph: a Dynamo graph.
+        hidden: the largest stream that enters the region, if one is known.
+        timestep: the graph input that carries the timestep, if there is one.
+        parameters: names of the model's positional parameters, see `find_timestep`.
+    """
+    inputs = [node for node in graph.find_nodes(op="placeholder") if not is_static_input(node)]
+    times = {
+        node
+        for node in inputs
+        if node is timestep or timestep_name([_parameter(node, parameters)]) is not None
+    }
+    others = [node for node in inputs if node not in times and _is_floating(node)]
+    (end,) = graph.find_nodes(op="output")
+    latents: set[Node] = set()
+    for result in filter(_is_floating, dict.fromkeys(nodes_in(end.args))):
+        for alike in (same_shape, _same_but_channels):
+            found = [node for node in others if alike(_shape(node), _shape(result))]
+            # Several results of one shape are predictions of as many inputs.
+            new = next((node for node in found if node not in latents), None)
+            if new is not None:
+                latents.add(new)
+            if found:
+                break
+    behind = _ancestors(graph, hidden)
+    if latents.isdisjoint(behind):
+        sources = [node for node in others if node in behind]
+        latents.update(sorted(sources, key=_numel)[-1:])
+    return times | latents
+
+
 def find_signal(
     graph: Graph,
     loop: BlockLoop,
@@ -142,7 +186,7 @@ def find_signal(
     """
     before = dependencies(graph) if before is None else before
     first, origins = loop.lists[0], trace_origins(region)
-    hidden = _hidden_states(pairs)
+    hidden = hidden_states(pairs)
     if which == LATENTS:
         return Signal(find_latents(graph, timestep), LATENTS, ())
     if which not in ("auto", "timestep_embedding"):
@@ -183,7 +227,7 @@ def first_residual(
     Raises:
         RegionError: the hidden states behind the blocks are no update of what entered them.
     """
-    hidden = _hidden_states(pairs)
+    hidden = hidden_states(pairs)
     _, found = pair_outputs(graph, close_region(graph, head, before))
     minus = next((pair.partner for pair in found if pair.output is hidden), None)
     if minus is None:
@@ -195,7 +239,7 @@ def first_residual(
     return Signal(hidden, "residual of the first blocks", (), minus)
 
 
-def _hidden_states(pairs: Sequence[ResidualPair]) -> Node:
+def hidden_states(pairs: Sequence[ResidualPair]) -> Node:
     """The largest stream that enters the region and comes out of it again."""
     paired = (leaf for pair in pairs if pair.partner is not None for leaf in leaves(pair.partner))
     return max(paired, key=_numel)
@@ -234,10 +278,7 @@ def _timestep_embedding(
     graph: Graph, conditioning: Collection[Node], hidden: Node, timestep: Node
 ) -> Node:
     """The largest input of the region that descends from the timestep and not from the latents."""
-    behind = {hidden}
-    for node in reversed(graph.nodes):
-        if node in behind:
-            behind.update(node.all_input_nodes)
+    behind = _ancestors(graph, hidden)
     sources = [
         node
         for node in graph.nodes
@@ -294,6 +335,15 @@ def _descendants(graph: Graph, sources: Iterable[Node]) -> set[Node]:
         if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _ancestors(graph: Graph, node: Node | None) -> set[Node]:
+    """A node and all that it is made of."""
+    behind = set() if node is None else {node}
+    for each in reversed(graph.nodes):
+        if each in behind:
+            behind.update(each.all_input_nodes)
+    return behind
 
 
 def _shape(node: Node) -> Sequence[object]:

@@ -1,5 +1,6 @@
 """The split: a graph with a region becomes callable parts and the guard between them.
 
+    constants, modulations: inputs -> what was hoisted, for all of these to read
     prologue: inputs               -> signal, region inputs, whatever else the epilogue reads
     body:     region inputs        -> outputs, residuals (= outputs - partners), finite
     epilogue: outputs, ...         -> the graph's outputs                       (after the body)
@@ -11,7 +12,8 @@ the epilogue a second time, so that a compiler fuses both with their neighbours.
 has blocks in it, ``reuse`` ends with the outputs and the epilogue follows it too, so that no block
 is compiled twice. The history is the residuals of the last computed steps; every forecast is a row
 of weights over it, and to hold the last residual is the row (1,). With ``inputs``, each sum has two
-terms more: what enters at this call, and what entered at the newest computed step.
+terms more: what enters at this call, and what entered at the newest computed step. Residuals of 8
+bits leave the body with scales behind them, which the sum multiplies by.
 
 Where partners fit their outputs only if numbers that the prologue computes are below 0 (``-n`` of
 ``x[:, :-n]``), a part without residuals serves calls in which they are not.
@@ -32,8 +34,10 @@ from torch.fx import GraphModule, Node
 
 from .analysis import Analysis
 from .build import Builder, Part, Partner, numbers_of_data, symbols_of, unused, value_of
+from .hoist import Cut
 from .order import Modes, is_written, memory_root, modes, written_nodes
 from .region import Region, RegionError
+from .storage import FLOAT8, can_store, of_partners, restored, scaled, unscaled
 from .values import is_distributed, is_shape, is_static_input, nbytes, same_shape
 from .views import leaves
 
@@ -80,6 +84,8 @@ class GuardedGraph:
 
     Attributes:
         analysis: what it was split by.
+        constants: what was hoisted because nothing changes it; None where nothing was.
+        modulations: what was hoisted because the timestep alone changes it, likewise.
         prologue: the part before the region.
         body: the region.
         epilogue: the part after it.
@@ -91,12 +97,16 @@ class GuardedGraph:
         history: for each entry that ``reuse`` knows, newest first, the names of the residuals in
             it, in the order of ``residuals``. Those of the newest entry are ``residuals``. What
             ``reuse`` never reads (an older entry of an integer) is missing from its inputs.
+        scales: by the name of a residual of 8 bits that of its scale; they are the last of
+            ``residuals``.
         entered: the partners that ``reuse`` weighs, none without ``inputs``.
         history_dtype: what floating residuals are kept in; None for their own dtype.
         signal: name of the prologue's output that the gate compares, None if nothing is compared.
     """
 
     analysis: Analysis
+    constants: Part | None
+    modulations: Part | None
     prologue: Part
     body: Part
     epilogue: Part
@@ -105,16 +115,31 @@ class GuardedGraph:
     supposed: tuple[str, ...]
     residuals: tuple[str, ...]
     history: tuple[tuple[str, ...], ...]
+    scales: Mapping[str, str]
     entered: tuple[Entered, ...]
     history_dtype: torch.dtype | None
     signal: str | None
 
-    @property
-    def entered_bytes(self) -> int:
-        """Bytes that the partners take which a trajectory holds of the newest computed step."""
-        examples = dict(zip(self.reuse.inputs, self.reuse.example_inputs, strict=True))
-        kept = (examples[each.kept] for each in self.entered)
-        return sum(nbytes(each) for each in kept if isinstance(each, torch.Tensor))
+    def held_bytes(self, keeps_results: bool = False) -> dict[str, int]:
+        """Bytes that a trajectory holds, by what it holds.
+
+        Args:
+            keeps_results: whether it holds what the graph returns, too.
+        """
+        analysis, depth = self.analysis, len(self.history)
+        held = {
+            "residual": analysis.residual_bytes(depth, self.history_dtype),
+            "signal": analysis.signal_bytes(),
+        }
+        if self.entered:
+            examples = dict(zip(self.reuse.inputs, self.reuse.example_inputs, strict=True))
+            kept = (examples[each.kept] for each in self.entered)
+            held["input"] = sum(nbytes(each) for each in kept if isinstance(each, torch.Tensor))
+        if keeps_results:
+            held["result"] = analysis.result_bytes(depth)
+        if analysis.hoisted is not None:
+            held["constants"] = analysis.hoisted.constants.held_bytes
+        return held
 
 
 def split(
@@ -124,6 +149,8 @@ def split(
     history_dtype: torch.dtype | None = None,
     per_sample: bool = False,
     inputs: bool = False,
+    merges: bool = False,
+    matches_strides: bool = True,
 ) -> GuardedGraph:
     """Cut a graph module into the parts of a guarded graph.
 
@@ -131,11 +158,15 @@ def split(
         gm: the module that ``analysis`` was made from; it is left as it is.
         analysis: what to cut, from :func:`analyse`.
         depth: how many computed steps a forecast weighs, 1 or more.
-        history_dtype: the dtype of 16 bits or more that floating residuals are cast to before they
-            are kept; None keeps them in their own. An overflow in the cast counts as non-finite.
+        history_dtype: what floating residuals are cast to before they are kept: a dtype of 16 bits
+            or more, in which an overflow counts as non-finite, or float8_e4m3fn with a float32
+            scale for each row of the last dimension; None keeps them in their own.
         per_sample: whether ``reuse`` is traced for a row of weights for each sample, not for one
             row. It matters to compilers that specialise on sizes.
         inputs: whether ``reuse`` weighs partners too, where an output has one that may change.
+        merges: whether ``reuse`` ends with the outputs even where the epilogue has no blocks in it.
+        matches_strides: whether outputs that ``reuse`` ends with are laid out as the body's are, as
+            compilers of separate parts need it.
 
     Raises:
         ValueError: ``depth`` or ``history_dtype`` is not allowed.
@@ -143,10 +174,10 @@ def split(
     """
     if depth < 1:
         raise ValueError(f"depth={depth} is not allowed; depth must be 1 or more")
-    if history_dtype is not None and not _keeps_residuals(history_dtype):
+    if history_dtype is not None and not can_store(history_dtype):
         raise ValueError(
-            f"history_dtype={history_dtype} is not allowed; history_dtype must be None or a "
-            "floating-point dtype of 16 bits or more"
+            f"history_dtype={history_dtype} is not allowed; history_dtype must be None, {FLOAT8} "
+            "or a floating-point dtype of 16 bits or more"
         )
     region, pairs = analysis.region, analysis.pairs
     result: Node = gm.graph.find_nodes(op="output")[0]
@@ -188,7 +219,7 @@ def split(
             outputs[pair.output.name] = body.laid_out(value)
             value = residual
         if history_dtype is not None and _dtype(value).is_floating_point:
-            value = body.cast(value, history_dtype)
+            value = body.cast(value, unscaled(history_dtype))
         residuals[unused(f"{pair.output.name}_residual", taken)] = value
     finite = None
     for name, value in residuals.items():
@@ -197,6 +228,11 @@ def split(
         residuals[name] = body.call(torch.nan_to_num, value, 0.0, 0.0, 0.0)
         finite = fine if finite is None else body.call(torch.logical_and, finite, fine)
     assert finite is not None  # there is at least one pair
+    scales: dict[str, str] = {}
+    for name, value in list(residuals.items()) if history_dtype is FLOAT8 else ():
+        if _dtype(value).is_floating_point:
+            scales[name] = unused(f"{name}_scale", taken)
+            residuals[name], residuals[scales[name]] = scaled(value, body.call)
 
     epilogue = Builder(gm, held_modes, numbers)
     for pair in pairs:
@@ -213,40 +249,62 @@ def split(
     older = [tuple(unused(f"{name}_{age}", taken) for name in residuals) for age in range(1, depth)]
     history = (tuple(residuals), *older)
     weights = _Weights(reuse, residuals, depth + 2 * inputs, per_sample)
-    weighed = _Partners(reuse, made, taken, history_dtype)
-    for place, pair in enumerate(pairs):
-        newest = residuals[history[0][place]]
+    weighed = _Partners(reuse, made, taken, of_partners(history_dtype))
+
+    def read(name: str) -> list[Node]:
+        """All entries of the history of what the body returns under a name."""
+        place, like = history[0].index(name), value_of(residuals[name])
+        return [reuse.placeholder(entry[place], like) for entry in history]
+
+    for name, pair in zip(list(residuals), pairs, strict=False):  # scales follow
+        newest = residuals[name]
         if _is_weighed(newest):
-            entries = [reuse.placeholder(entry[place], value_of(newest)) for entry in history]
+            entries = read(name)
+            if name in scales:
+                beside = read(scales[name])
+                entries = [
+                    restored(*each, reuse.call) for each in zip(entries, beside, strict=True)
+                ]
             if inputs and pair.output in partners:
                 entries += weighed.now_and_before(partners[pair.output])
             forecast = weights.sum(entries)
         else:
-            forecast = reuse.placeholder(history[0][place], value_of(newest))
+            forecast = reuse.placeholder(name, value_of(newest))
         if pair.output in partners:
             forecast = reuse.call(torch.add, reuse.partner(partners[pair.output], made), forecast)
         elif not _is_weighed(newest) and (overwrites or memory_root(pair.output) in returned):
             # Whoever writes into it must not write into what the next reused step takes over.
             forecast = reuse.call(torch.clone, forecast)
         reuse.values[pair.output] = reuse.cast(forecast, _dtype(pair.output))
-    if analysis.last:
+    merges = merges or analysis.last > 0
+    if merges:
         like = {pair.output: outputs[pair.output.name] for pair in pairs}
-        merged = {each.name: reuse.laid_out_like(reuse.values[each], like[each]) for each in like}
+        merged = {
+            each.name: reuse.laid_out_like(reuse.values[each], like[each])
+            if matches_strides
+            else reuse.values[each]
+            for each in like
+        }
         merge = reuse.finish(merged)
     else:
         reuse.copy(region.epilogue)
         merge = reuse.finish_with(result)
 
+    cuts = () if analysis.hoisted is None else analysis.hoisted.taken
+    constants, modulations, *_ = *(_apart(gm, cut, held_modes) for cut in cuts), None, None
     return GuardedGraph(
         analysis,
+        constants=constants,
+        modulations=modulations,
         prologue=prologue.finish(made),
         body=body.finish({**outputs, **residuals, FINITE: finite}),
         epilogue=epilogue.finish_with(result),
         reuse=merge,
-        merges=analysis.last > 0,
+        merges=merges,
         supposed=tuple(number.name for number in analysis.supposed),
         residuals=tuple(residuals),
         history=history,
+        scales=scales,
         entered=tuple(weighed.entered.values()),
         history_dtype=history_dtype,
         signal=signal,
@@ -270,6 +328,15 @@ def _blocks(gm: GraphModule, analysis: Analysis, held_modes: Mapping[Node, Modes
         part.values[node] = part.call(torch.clone, part.read(node))
     part.copy(analysis.region.body)
     return part
+
+
+def _apart(gm: GraphModule, cut: Cut, held_modes: Mapping[Node, Modes]) -> Part | None:
+    """What was hoisted, as a part; None where nothing was."""
+    if not cut.results:
+        return None
+    part = Builder(gm, held_modes)
+    part.copy(cut.nodes)
+    return part.finish({node.name: part.values[node] for node in cut.results})
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -392,10 +459,6 @@ def _is_weighed(residual: Node) -> bool:
     """Whether a residual is of numbers that a sum can weigh; integers and masks are taken over."""
     dtype = _dtype(residual)
     return dtype.is_floating_point or dtype.is_complex
-
-
-def _keeps_residuals(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _dtype(node: Node) -> torch.dtype:

@@ -23,10 +23,12 @@ from .analysis import Analysis
 from .block_loop import find_block_lists, structure_of
 from .build import Part, is_guard
 from .cost import arithmetic
+from .hoist import Hoisted, parameter_elements
 from .names import ModulePath, input_name, module_class, op_name, parse_module_source
 from .order import computation, modes
 from .residual import ResidualPair
 from .split import FINITE, WEIGHTS, GuardedGraph
+from .storage import FLOAT8
 from .values import describe_value, is_static_input, nbytes, same_size, tensor_of
 from .views import Cat, Leaf, Permute, Reshape, Slice, View
 
@@ -63,13 +65,21 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     analysis = guarded.analysis
     work = sum(arithmetic(node) for node in computation(analysis.graph))
     layout = _Layout(analysis.graph)
-    pairs = dict(zip(guarded.residuals, analysis.pairs, strict=True))
+    pairs = dict(zip(guarded.residuals, analysis.pairs, strict=False))  # scales follow
     partners = _partners(guarded)
     names, page = _Names(), _Page()
     for line in _findings(guarded, work, keeps_results):
         page.remark(line, "    ")
     page.open(analysis.graph, names)
 
+    hoisted = (("constants", guarded.constants), ("modulations", guarded.modulations))
+    for title, part in hoisted:
+        if part is not None:
+            page.part(title, part, names, work)
+            page.calls(names.enter(part), layout, names)
+            names.leave(part)
+            page.outputs(part, names)
+            page.write()
     page.part("prologue", guarded.prologue, names, work)
     page.calls(names.enter(guarded.prologue), layout, names)
     names.leave(guarded.prologue)
@@ -92,6 +102,8 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     names.leave(guarded.body)
     for residual, pair in pairs.items():
         kept = names.name(residual, "value" if pair.held else "residual")
+        if residual in guarded.scales:
+            kept = f"{kept}, {names.name(guarded.scales[residual], 'scale')}"
         page.write(
             f"{kept} = {_residual(pair, guarded, partners, names)}", _pair_comment(pair, analysis)
         )
@@ -104,8 +116,8 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     page.indent += 1
     names.name(WEIGHTS, "weights")
     for entry in guarded.history[1:]:
-        for older in entry:
-            names.name(older, "older_residual")
+        for older, newest in zip(entry, guarded.residuals, strict=True):
+            names.name(older, "older_residual" if newest in pairs else "older_scale")
     for each in guarded.entered:
         names.name(each.kept, "input_before")
     heading = "reuse" if guarded.merges else "reuse, with the epilogue"
@@ -460,6 +472,8 @@ def _residual(
     value, dtype = tensor_of(pair.output), guarded.history_dtype
     if dtype is None or value is None or dtype == value.dtype or not value.is_floating_point():
         return kept
+    if dtype is FLOAT8:
+        return f"in_8_bits({kept})"
     return f"{kept if pair.held else f'({kept})'}.to({_format(dtype, names.of)})"
 
 
@@ -467,15 +481,25 @@ def _forecast(
     guarded: GuardedGraph, place: int, partners: Mapping[Node, str], names: _Names
 ) -> list[str]:
     """The terms that stand in for a residual, by its place among all; newest first."""
-    kept = [entry[place] for entry in guarded.history]
+    name = guarded.residuals[place]
+    kept = _entries(guarded, name, names)
     output = guarded.analysis.pairs[place].output
     value = tensor_of(output)
     if value is None or not (value.is_floating_point() or value.is_complex()):
-        return [names.named(kept[0])]
+        return [kept[0]]
+    if name in guarded.scales:
+        scales = _entries(guarded, guarded.scales[name], names)
+        kept = [f"{each} * {scale}" for each, scale in zip(kept, scales, strict=True)]
     before = (each for each in guarded.entered if each.name == partners.get(output))
-    kept += [name for each in before for name in (each.name, each.kept)]
+    kept += [names.named(name) for each in before for name in (each.name, each.kept)]
     weights = names.named(WEIGHTS)
-    return [f"{weights}[:, {age}] * {names.named(each)}" for age, each in enumerate(kept)]
+    return [f"{weights}[:, {age}] * {each}" for age, each in enumerate(kept)]
+
+
+def _entries(guarded: GuardedGraph, name: str, names: _Names) -> list[str]:
+    """What the history calls an output of the body, newest first."""
+    place = guarded.residuals.index(name)
+    return [names.named(entry[place]) for entry in guarded.history]
 
 
 def _partners(guarded: GuardedGraph) -> dict[Node, str]:
@@ -521,24 +545,37 @@ def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str
     structures = len({block.structure for block in blocks})
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
-    depth = len(guarded.history)
-    held = {
-        "residual": analysis.residual_bytes(depth, guarded.history_dtype),
-        "signal": analysis.signal_bytes(),
-    }
-    if guarded.entered:
-        held["input"] = guarded.entered_bytes
-    if keeps_results:
-        held["result"] = analysis.result_bytes(depth)
+    held, hoisted = guarded.held_bytes(keeps_results), analysis.hoisted
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",
         f"region: {_count(len(region), 'op')}, {_share(sum(map(arithmetic, region)), work)} of the "
         "arithmetic, skipped on a reused step",
+        *([] if hoisted is None else _taken_out(analysis.graph, hoisted, work)),
         f"timestep: {timestep}",
         f"a trajectory holds {_bytes(sum(held.values()))}: {listed}",
     ]
+
+
+def _taken_out(graph: Graph, hoisted: Hoisted, work: int) -> Iterator[str]:
+    """What is computed less often than at every step."""
+    elements = parameter_elements(graph)
+    cuts = {
+        "hoisted, computed once in a generation and branch": hoisted.constants,
+        f"{'hoisted' if hoisted.takes_modulations else 'not hoisted'}, changes with the timestep "
+        "alone": hoisted.modulations,
+    }
+    for what, cut in cuts.items():
+        if cut.results:
+            yield (
+                f"{what}: {_share(cut.arithmetic, work)} of the arithmetic, "
+                f"{_share(cut.weight_elements, elements)} of the parameters "
+                f"({_bytes(cut.weight_bytes)}) in {_count(len(cut.results), 'tensor')}, "
+                f"{_bytes(cut.held_bytes)}"
+            )
+    if not hoisted.constants.results:
+        yield "hoisted: nothing is worth it that no input changes"
 
 
 def _result(graph: Graph) -> Node:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import statistics
 import sys
@@ -135,24 +136,33 @@ def measure(case: Case, size: Size) -> dict[str, float]:
     """Compile once in this process.
 
     Returns:
-        `compile_s`, the seconds of the first two steps, and `step_ms`, of a computed step later.
+        `compile_s`, the seconds of the first two steps, `cpu_s`, what they take of all processors
+        together, compilers of C++ included, and `step_ms`, of a computed step later.
     """
     calls = inputs(size, 2 + 2 * STEADY_STEPS)
     model = build(case.depth, size.width)
     compile_by(case.way, model, len(calls))
-    seconds = []
+    seconds, used = [], [cpu_seconds()]
     for call in calls:
         start = time.perf_counter()
         model(**call)
         seconds.append(time.perf_counter() - start)
+        used.append(cpu_seconds())
     if case.way in ("rolled", "unrolled"):
         [trajectory] = omni_cache.summary(model).trajectories
         computed = [step.computed for step in trajectory.steps]
         assert computed == [True, False] * (1 + STEADY_STEPS), computed
     return {
         "compile_s": sum(seconds[:2]),
+        "cpu_s": used[2] - used[0],
         "step_ms": 1e3 * statistics.median(seconds[2::2]),
     }
+
+
+def cpu_seconds() -> float:
+    """What this process and those that it has waited for have used of all processors."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(each.ru_utime + each.ru_stime for each in map(resource.getrusage, kinds))
 
 
 def measure_elsewhere(case: Case, size: Size) -> dict[str, float]:
@@ -207,6 +217,7 @@ def row(case: Case, taken: list[dict[str, float]]) -> dict[str, Any]:
         "way": case.way,
         "depth": str(case.depth),
         "compile_s": statistics.median(each["compile_s"] for each in taken),
+        "cpu_s": statistics.median(each["cpu_s"] for each in taken),
         "step_ms": statistics.median(each["step_ms"] for each in taken),
         "compilations_s": [each["compile_s"] for each in taken],
     }
@@ -215,9 +226,11 @@ def row(case: Case, taken: list[dict[str, float]]) -> dict[str, Any]:
 def findings(rows: list[dict[str, Any]]) -> list[str]:
     """How the bars are met, as far as the depths tell."""
     seconds = {(each["way"], each["depth"]): each["compile_s"] for each in rows}
+    used = {(each["way"], each["depth"]): each["cpu_s"] for each in rows}
     found = [
         f"- At {depth}, rolled takes {own / seconds['compile_repeated_blocks', depth]:.2f} times "
-        f"what `compile_repeated_blocks` takes (bar {BAR_OVER_REGIONAL:g})."
+        f"what `compile_repeated_blocks` takes (bar {BAR_OVER_REGIONAL:g}); of all processors "
+        f"together {used[way, depth] / used['compile_repeated_blocks', depth]:.2f} times."
         for (way, depth), own in seconds.items()
         if way == "rolled"
     ]
@@ -245,13 +258,15 @@ def as_markdown(report: dict[str, Any]) -> str:
             "# Cold compilation over the number of blocks",
             "",
             "Seconds until the first two steps of a FLUX-architecture transformer are done, with "
-            "the cache a computed and a reused one; below, milliseconds of a computed step "
+            "the cache a computed and a reused one; below, what that takes of all processors "
+            "together, compilers of C++ included, and milliseconds of a computed step "
             f"afterwards. Width {size['width']}, {size['image_tokens']} + {size['text_tokens']} "
             "tokens, float32, Inductor without its caches, a process for each compilation.",
             "",
             f"| blocks of two streams + of one | {' | '.join(depths)} |",
             f"|---|{'---:|' * len(depths)}",
             *(f"| {way}, s | {line(way, 'compile_s', 1)} |" for way in WAYS),
+            *(f"| {way}, CPU s | {line(way, 'cpu_s', 1)} |" for way in WAYS),
             *(f"| {way}, ms a step | {line(way, 'step_ms', 0)} |" for way in WAYS),
             "",
             *findings(report["rows"]),

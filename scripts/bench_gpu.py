@@ -437,6 +437,12 @@ KINDS = {
         "MagCache",
         is_ours=True,
     ),
+    "hoisted": Kind(
+        "ours, MagCache, `hoist=True`",
+        ours(hoist=True, cache="magcache", **MAGCACHE),
+        "MagCache",
+        is_ours=True,
+    ),
     "hooks-magcache": Kind("diffusers MagCache, blocks compiled", hooks_magcache, "MagCache"),
     "first-block": Kind(
         "ours, DBCache with 1 block", ours(**FIRST_BLOCK), "first block", is_ours=True

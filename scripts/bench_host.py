@@ -1,4 +1,4 @@
-"""What a reused step costs the host beyond its parts, and how often it waits for the device.
+"""What a reused or skipped step costs the host beyond its parts, and how often it waits.
 
 Runs a toy transformer whose compiled parts do nothing: each returns what it returned the first
 time. A reused call of it, less a call of the same model compiled in the same way and not cached, is
@@ -34,10 +34,11 @@ from omni_cache.compare.report import processor
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "runtime")]
 
+from following import Followed, actions  # noqa: E402
 from test_device_read import pretended_device  # noqa: E402
 
 STEPS, TOKENS, CHANNELS = 28, 16, 32
-BAR_MICROSECONDS, BAR_READS = 60, 1
+BAR_MICROSECONDS, BAR_SKIPPED, BAR_READS = 60, 50, 1
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "TeaCache": {"cache": "teacache", "coefficients": [1.0, 0.0], "rel_l1_thresh": 1e9},
@@ -53,7 +54,13 @@ STRATEGIES["MagCache, newton 2"] = {
     "forecast": "newton",
     "forecast_order": 2,
 }
-"""All reuse whatever they may."""
+STRATEGIES["StepCache"] = {
+    "cache": "stepcache",
+    "sim_thresholds": (-2.0, -2.0),
+    "skip_countdowns": (STEPS, STEPS),
+}
+STRATEGIES["skips by a plan"] = {"cache": Followed(actions=actions("c" + (STEPS - 1) * "s"))}
+"""All reuse whatever they may; the last two skip the whole forward."""
 
 
 class Block(nn.Module):
@@ -240,11 +247,13 @@ def as_markdown(report: dict[str, Any]) -> str:
     reads = ", ".join(f"{strategy} {count}" for strategy, count in report["reads"].items())
     return "\n".join(
         [
-            "# Host time of a reused step",
+            "# Host time of a reused or skipped step",
             "",
-            f"Bar: {BAR_MICROSECONDS} us beyond the parts. The parts of a toy return what they "
-            "returned the first time, so a reused call, less a call of the same model compiled in "
-            "the same way and not cached, is the runtime's own time. Medians in microseconds.",
+            f"Bars: {BAR_MICROSECONDS} us beyond the parts for a reused step, {BAR_SKIPPED} for "
+            "one that skips the forward (the last two strategies). The parts of a toy return what "
+            "they returned the first time, so a reused call, less a call of the same model "
+            "compiled in the same way and not cached, is the runtime's own time. Medians in "
+            "microseconds.",
             "",
             "| strategy | way | uncached call | reused call | beyond the parts |",
             "|---|---|---:|---:|---:|",

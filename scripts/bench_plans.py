@@ -136,6 +136,7 @@ def main(
     targets: Annotated[str, typer.Option(help="PSNR to reach, in dB.")] = "40,45,50",
     confidence: Annotated[float, typer.Option(help="Share that has to reach a target.")] = 0.9,
     effort: Annotated[str, typer.Option(help="Of the tuning.")] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     inner: Annotated[str, typer.Option(help="Inner compiler.")] = "inductor",
     steps: Annotated[int, typer.Option(help="Of a loop.")] = 28,
     samples: Annotated[int, typer.Option(help="How many calibrate.")] = 16,
@@ -143,15 +144,18 @@ def main(
 ) -> None:
     """Measure what plans reach."""
     pipe, with_steps = PIPELINES[pipeline](samples + judged)
+    pipe.to(device)
     generate, others = with_steps(steps), range(samples, samples + judged)
     output.mkdir(parents=True, exist_ok=True)
     stem = output / f"plans-{pipeline}-{effort}"
     settings = {"pipeline": pipeline, "effort": effort, "steps": steps, "samples": samples}
-    settings |= {"judged": judged, "confidence": confidence}
+    settings |= {"judged": judged, "confidence": confidence, "device": device, "inner": inner}
     report = known(stem.with_suffix(".json"), settings) or {"others": {}, "rows": []}
     report |= {
         "date": date.today().isoformat(),
-        "machine": f"{processor()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{processor()}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "diffusers", "omni-cache")},
         "command": shlex.join(["python", "scripts/bench_plans.py", *sys.argv[1:]]),
         "settings": settings,

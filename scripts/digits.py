@@ -86,10 +86,11 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.no_grad()
     def __call__(self, digits: Sequence[int], seeds: Sequence[int], steps: int = STEPS) -> Pictures:
         """Draw a picture of each digit, from the noise of its seed."""
-        caption = captions(torch.tensor(digits))
+        device = self.transformer.device
+        caption = captions(torch.tensor(digits, device=device))
         branches = {"cond": caption, "uncond": torch.zeros_like(caption)}
-        latents = torch.stack([noise(seed) for seed in seeds])
-        self.scheduler.set_timesteps(steps)
+        latents = torch.stack([noise(seed) for seed in seeds]).to(device)
+        self.scheduler.set_timesteps(steps, device=device)
         for timestep in self.scheduler.timesteps:
             predictions = {}
             for name, text in branches.items():
@@ -99,7 +100,7 @@ class DigitsPipeline(DiffusionPipeline):  # type: ignore[misc]
                     )[0]
             guided = torch.lerp(predictions["uncond"], predictions["cond"], GUIDANCE)
             latents = self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
-        pictures: Pictures = (latents[:, 0] / 2 + 0.5).clamp(0, 1).numpy()
+        pictures: Pictures = (latents[:, 0] / 2 + 0.5).clamp(0, 1).cpu().numpy()
         return pictures
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import typer
-from omni_cache.passes import Analysis
+from omni_cache.passes import Analysis, parameter_elements, take_out
 from omni_cache.passes.cost import arithmetic
 from omni_cache.passes.order import computation
 from omni_cache.passes.values import describe_value
@@ -75,6 +75,8 @@ class ClassReport:
         signal: kind, dtype and shape.
         nodes: of prologue, body and epilogue.
         share: of the arithmetic (floating-point operations in contractions) inside the region.
+        hoisted: for each of `HOISTED`, how much of the arithmetic and of the parameters a step is
+            spared by it.
         graphs: how many graphs Dynamo captures, 1 where there is no graph break.
         breaks: why it captures more than one, and where.
         reason: why it is not covered.
@@ -91,11 +93,16 @@ class ClassReport:
     signal: str = ""
     nodes: Sequence[int] = ()
     share: float = 0.0
+    hoisted: Mapping[str, Sequence[float]] = field(default_factory=dict)
     graphs: int = 0
     breaks: Sequence[str] = ()
     reason: str = ""
     spans: Mapping[str, str] = field(default_factory=dict)
 
+
+HOISTED = ("constants", "modulations")
+"""What may be computed less often than at every step: once in a generation, or for all timesteps at
+once."""
 
 SPANS = {"F1B0": (1, 0), "F4B4": (4, 4)}
 """How many blocks at the beginning and at the end always run."""
@@ -226,6 +233,18 @@ def describe(analysis: Analysis) -> dict[str, Any]:
         "signal": "" if signal is None else f"{signal.kind}, {_value(signal.node)}",
         "nodes": [len(each) for each in (region.prologue, region.body, region.epilogue)],
         "share": round(sum(map(arithmetic, region.body)) / total, 4),
+        "hoisted": hoisted_shares(analysis, total),
+    }
+
+
+def hoisted_shares(analysis: Analysis, total: int) -> dict[str, list[float]]:
+    """The shares of the arithmetic and of the parameters, named as in :class:`ClassReport`."""
+    hoisted = take_out(analysis, modulations=True).hoisted
+    elements = parameter_elements(analysis.graph)
+    cuts = {name: getattr(hoisted, name) for name in HOISTED}
+    return {
+        name: [round(cut.arithmetic / total, 4), round(cut.weight_elements / elements, 4)]
+        for name, cut in cuts.items()
     }
 
 
@@ -302,11 +321,14 @@ def as_markdown(reports: Sequence[ClassReport], not_denoising: Mapping[str, str]
         "Each class was built with eight blocks at a tiny size, captured by Dynamo and given to "
         "the pass, which knows none of them. Dynamo is asked for one graph first, and for pieces "
         "where there is none, as `omni_cache.enable` does. `scripts/report_coverage.py` makes this "
-        "file and the JSON beside it, which names every region input.",
+        "file and the JSON beside it, which names every region input. Hoisted is what `hoist=True` "
+        "computes once for a branch of a generation, and with modulations what only the timestep "
+        "changes besides; at these sizes attention and the text weigh less than in a real model.",
         "",
         "| class | block loop | region inputs | outputs, each with its partner | signal | nodes: "
-        "prologue, body, epilogue | arithmetic in the region | graphs |",
-        "|---|---|---:|---|---|---:|---:|---:|",
+        "prologue, body, epilogue | arithmetic in the region | hoisted: arithmetic, parameters | "
+        "with modulations | graphs |",
+        "|---|---|---:|---|---|---:|---:|---:|---:|---:|",
         *map(_row, found),
     ]
     lines += _span_lines(reports)
@@ -362,8 +384,17 @@ def _row(each: ClassReport) -> str:
     nodes = ", ".join(f"{count:,}" for count in each.nodes)
     return (
         f"| {each.class_name} | {loop} | {len(each.inputs)} | {pairs} | {each.signal} | {nodes} | "
-        f"{each.share:.1%} | {each.graphs} |"
+        f"{each.share:.1%} | {' | '.join(_hoisted(each))} | {each.graphs} |"
     )
+
+
+def _hoisted(each: ClassReport) -> Iterator[str]:
+    """The shares that are taken out by the constants, and by these and the modulations."""
+    arithmetic, parameters = 0.0, 0.0
+    for name in HOISTED:
+        of_arithmetic, of_parameters = each.hoisted.get(name, (0.0, 0.0))
+        arithmetic, parameters = arithmetic + of_arithmetic, parameters + of_parameters
+        yield f"{arithmetic:.1%}, {parameters:.1%}"
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
@@ -346,6 +349,32 @@ def test_inductor_compiles_a_graph_under_patches() -> None:
         assert torch.equal(dynamo.compiled(lambda x: x * 2 + 1, backend)(X), X * 2 + 1)
 
 
+def test_kernels_of_graphs_are_waited_for_when_all_are_lowered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    wait = AsyncCompile._wait_futures
+
+    def waited(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        events.append("waited")
+        wait(self, scope)
+
+    monkeypatch.setattr(AsyncCompile, "_wait_futures", waited)
+
+    def lower(constant: float) -> Callable[..., Any]:
+        gm = torch.fx.symbolic_trace(lambda x: (x * 2 + constant,))
+        lowered = dynamo.run_inductor(gm, [X], {})
+        events.append("lowered")
+        return lowered
+
+    with torch.no_grad(), config.patch(compile_threads=2):
+        with dynamo.kernels_together():
+            both = [lower(constant) for constant in (2.5, 3.5)]
+        made = [run(X)[0] for run in both]
+    assert torch.equal(made[1] - made[0], torch.ones(6))
+    assert events == ["lowered", "lowered", "waited", "waited"]
+
+
 @pytest.mark.parametrize("is_subclass", [False, True])
 def test_inductor_is_told_which_inputs_are_static(
     monkeypatch: pytest.MonkeyPatch, is_subclass: bool
@@ -392,3 +421,25 @@ def test_inductors_modes_and_options_are_known() -> None:
 def test_backends_are_known_by_name() -> None:
     assert "inductor" in dynamo.list_backends(exclude_tags=())
     assert dynamo.lookup_backend("eager")
+
+
+@pytest.mark.slow
+def test_a_program_is_compiled_ahead_and_packed_with_a_text(tmp_path: Path) -> None:
+    from torch.export.pt2_archive._package import load_pt2
+
+    module, x = nn.Linear(6, 2).requires_grad_(False), torch.ones(1, 6)
+    files = {
+        "one": dynamo.compile_ahead(torch.export.export(module, (x,)), {"max_autotune": False})
+    }
+    dynamo.write_package(tmp_path / "one.pt2", files, {"words.json": "{}"})
+    contents = load_pt2(tmp_path / "one.pt2")
+    assert contents.extra_files == {"words.json": "{}"}
+    (found,) = contents.aoti_runners["one"].loader.boxed_run([x])
+    assert torch.allclose(found, module(x))
+
+
+def test_whether_cuda_graphs_take_conditional_nodes_is_known() -> None:
+    from torch._inductor import cudagraph_trees
+
+    known = hasattr(cudagraph_trees, "ControlFlowOpWarmupDispatchMode")
+    assert dynamo.captures_conditionals() is known

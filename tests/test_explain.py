@@ -304,15 +304,16 @@ def test_sizes_are_those_of_the_inputs_whatever_was_explained_before() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("flags", "depth", "width"),
+    ("flags", "depth", "row"),
     [
-        ({}, 1, 4),
-        ({"forecast": "newton", "forecast_order": 2}, 3, 4),
-        ({"forecast": "taylor", "history_dtype": "bfloat16"}, 2, 2),
+        ({}, 1, 8 * 4),
+        ({"forecast": "newton", "forecast_order": 2}, 3, 8 * 4),
+        ({"forecast": "taylor", "history_dtype": "bfloat16"}, 2, 8 * 2),
+        ({"forecast": "taylor", "history_dtype": "float8_e4m3fn"}, 2, 8 * 1 + 4),
     ],
 )
 def test_the_bytes_that_a_history_takes_are_foreseen(
-    flags: dict[str, Any], depth: int, width: int
+    flags: dict[str, Any], depth: int, row: int
 ) -> None:
     model = Tiny()
     omni_cache.enable(model, **OWN, **flags, rel_l1_thresh=0.0, inner="eager")
@@ -321,8 +322,8 @@ def test_the_bytes_that_a_history_takes_are_foreseen(
         model(*inputs(step=step))
 
     (trajectory,) = omni_cache.summary(model).trajectories
-    residual, signal = 6 * 8 * width * depth, 6 * 8 * 4
-    assert trajectory.memory_bytes == residual + signal
+    residual, signal = 6 * row * depth, 6 * 8 * 4
+    assert trajectory.memory_bytes == residual + signal == graph.held_bytes
     assert f"a trajectory holds {residual + signal} bytes: residual {residual} bytes" in graph.text
 
 

@@ -266,7 +266,7 @@ NEWTON = {**TEACACHE, "forecast": "newton", "forecast_order": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("history_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("history_dtype", [None, "float8_e4m3fn", "bfloat16", "float32"])
 @pytest.mark.parametrize("flags", [TEACACHE, NEWTON], ids=["hold", "newton"])
 def test_residuals_are_kept_and_weighed_as_those_of_a_graph(
     dtype: torch.dtype, history_dtype: str | None, flags: dict[str, Any], registered: Any
@@ -283,7 +283,7 @@ def test_residuals_are_kept_and_weighed_as_those_of_a_graph(
     (trajectory,) = model._compiled_call_impl.state.latest.trajectories.values()
     for each in trajectory.history.kept:
         kept = getattr(torch, history_dtype) if history_dtype else dtype
-        assert each.residuals[0].dtype == kept
+        assert each.stored[0].dtype == kept
 
 
 class ToyInDtype(ToyTransformer):
@@ -649,6 +649,8 @@ def test_flags_that_only_a_graph_understands_are_refused(registered: Any) -> Non
     registered(NumpyToy, extract_toy)
     with pytest.raises(ValueError, match=r"^region="):
         enabled(NumpyToy(), region=["blocks"], **TEACACHE)
+    with pytest.raises(ValueError, match=r"^hoist=True .*no graph"):
+        enabled(NumpyToy(), hoist=True, **TEACACHE)
     with pytest.raises(ValueError, match=r"^signal='blocks\.0\.norm'"):
         enabled(NumpyToy(), signal="blocks.0.norm", **TEACACHE)
     enabled(NumpyToy(), signal="timestep_embedding", **TEACACHE)

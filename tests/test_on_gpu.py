@@ -76,6 +76,30 @@ def test_a_history_on_the_host_gives_the_same_bits() -> None:
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("forecast", ["hold", "newton"])
+def test_a_history_of_eight_bits_is_near_the_exact_one(forecast: str) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("Triton has no float8_e4m3fn below compute capability 8.9")
+    flags = {**EVERY_OTHER, "forecast": forecast, "history_dtype": "float8_e4m3fn"}
+    expected, schedule = generation({**flags, "inner": "eager"})
+    found, own = generation(flags)
+    assert own == schedule == [True, False] * (STEPS // 2)
+    assert_near(found, expected)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("flags", [EVERY_OTHER, TEACACHE], ids=["magcache", "teacache"])
+def test_what_is_hoisted_changes_nothing(flags: dict[str, Any], inner: str) -> None:
+    flags = {**flags, "inner": inner}
+    expected, schedule = generation(flags)
+    found, own = generation({**flags, "hoist": True})
+    assert own == schedule
+    if inner == "eager":
+        assert all(map(torch.equal, found, expected))
+    else:
+        assert_near(found, expected)
+
+
 @pytest.mark.parametrize("flags", [EVERY_OTHER, TEACACHE], ids=["magcache", "teacache"])
 def test_cuda_graphs_leave_the_history_alone(flags: dict[str, Any]) -> None:
     expected, schedule = generation({**flags, "inner": "eager"}, generations=3)

@@ -246,6 +246,7 @@ def test_region_takes_auto_or_names(given: Any, expected: Any) -> None:
         ("half", torch.float16),
         ("float64", torch.float64),
         (torch.float32, torch.float32),
+        ("float8_e4m3fn", torch.float8_e4m3fn),
     ],
 )
 def test_history_dtype_takes_a_floating_dtype_or_its_name(given: Any, expected: Any) -> None:
@@ -315,6 +316,7 @@ def test_a_flag_of_another_strategy_is_told_its_owner(
         ({"inner_options": 1}, "inner_options=1 is not allowed; it must be a dict"),
         ({"lowering": "kond"}, "lowering='kond' is not allowed (did you mean 'cond'?)"),
         ({"blocks": "all"}, "blocks='all' is not allowed; blocks must be one of 'rolled', 'unr"),
+        ({"hoist": "yes"}, "hoist='yes' is not allowed; hoist must be one of True, False, 'modul"),
         ({"signal": ""}, "signal='' is not allowed; signal must be 'auto', 'timestep_embedding'"),
         ({"signal": 3}, "signal=3 is not allowed"),
         ({"region": []}, "region=[] is not allowed; region must be 'auto' or the names"),
@@ -338,9 +340,23 @@ def test_a_flag_of_another_strategy_is_told_its_owner(
                 {"history_dtype": given},
                 f"history_dtype={given!r} is not allowed; history_dtype must",
             )
-            for given in ("flot32", "int8", "", "nn", torch.int32, 3, True, [], float)
+            for given in (
+                "flot32",
+                "int8",
+                "float8_e5m2",
+                "",
+                "nn",
+                torch.int32,
+                3,
+                True,
+                [],
+                float,
+            )
         ),
-        ({"history_dtype": "int8"}, "None or one of 'float64', 'float32', 'bfloat16', 'float16'"),
+        (
+            {"history_dtype": "int8"},
+            "None or one of 'float64', 'float32', 'bfloat16', 'float16', 'float8_e4m3fn'",
+        ),
         *(
             ({"history_device": given}, f"history_device={given!r} is not allowed; history_device")
             for given in ("gpu", "", 1.5, [], torch.float32)
@@ -366,6 +382,10 @@ def test_a_wrong_value_names_the_flag_and_what_is_allowed(
 def test_what_is_not_built_yet_says_so() -> None:
     with pytest.raises(NotImplementedError, match=r"lowering='cond' is not built.*'dispatch'"):
         parse({"lowering": "cond"})
+    with pytest.raises(NotImplementedError, match=r"hoist='modulations' is not built.*hoist=True"):
+        parse({"hoist": "modulations"})
+    assert parse({"hoist": True}).hoist is True
+    assert parse({}).hoist is False
 
 
 def test_blocks_are_rolled_for_inductor_and_wherever_that_is_asked_for() -> None:

@@ -31,6 +31,7 @@ from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
 from omni_cache.passes import FINITE, Entered, RegionError
+from omni_cache.passes.storage import FLOAT8, of_partners, restore, scaled, unscaled
 from omni_cache.runtime.calls import bound_call
 from omni_cache.runtime.contexts import branch
 from omni_cache.runtime.decision import Guarded
@@ -215,6 +216,8 @@ class ExtractedModel:
         assert flags.guard is not None  # without a cache there is nothing to take apart
         if flags.region is not None:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
+        if flags.hoist:
+            raise ValueError(_refusal("hoist", repr(flags.hoist), _NO_GRAPH))
         self._extractor = extractor
         self._model_class = model_class.__name__
         if flags.guard.whole or flags.guard.skips:
@@ -266,8 +269,10 @@ class ExtractedModel:
 
     def _executor(self, streams: Sequence[str], groups: Sequence[Any]) -> Executor:
         made = [f"{stream}_made" for stream in streams]
-        residuals = [f"{stream}_{kind}" for kind in ("residual", "dtype") for stream in streams]
         history_dtype = self._flags.history_dtype
+        has_scales = history_dtype is FLOAT8
+        kinds = ("residual", "dtype", "scale") if has_scales else ("residual", "dtype")
+        residuals = [f"{stream}_{kind}" for kind in kinds for stream in streams]
         inputs = [*streams, *([] if self._signal is None else [self._signal])]
         inputs = list(dict.fromkeys(inputs))
 
@@ -278,14 +283,17 @@ class ExtractedModel:
             before = [each.clone() for each in entered]  # blocks may write into them
             left = _checked(self._run_blocks(context.run_transformer_blocks), entered)
             changes = [
-                (new - old.to(new.dtype)).to(history_dtype or new.dtype)
+                (new - old.to(new.dtype)).to(unscaled(history_dtype or new.dtype))
                 for new, old in zip(left, before, strict=True)
             ]
             finite = torch.stack([each.isfinite().all() for each in changes]).all()
             changes = [each.nan_to_num(0.0, 0.0, 0.0) for each in changes]
             # What a reused step gives its streams, whose residuals may be of another dtype.
             dtypes = [each.new_empty(0) for each in left]
-            return [*left, *changes, *dtypes, finite]
+            scales: list[Tensor] = []
+            if has_scales:
+                changes, scales = map(list, zip(*map(scaled, changes), strict=True))
+            return [*left, *changes, *dtypes, *scales, finite]
 
         def epilogue(context: CacheContext, *left: Tensor) -> list[Any]:
             # An extractor may have postprocess read the streams off the context.
@@ -301,12 +309,15 @@ class ExtractedModel:
         def reuse(context: CacheContext, *values: Tensor) -> list[Any]:
             entered, kept, row = values[: len(streams)], values[len(streams) : -1], values[-1]
             kept, earlier = kept[: depth * len(residuals)], kept[depth * len(residuals) :]
+            sets = [
+                restore(kept[age:][: len(residuals)]) for age in range(0, len(kept), len(residuals))
+            ]
             left = []
             for place, old in enumerate(entered):
                 dtype = kept[len(streams) + place].dtype
                 # Of as many dimensions as the stream, so that sums are of float32 at least.
                 weights = row.reshape(-1, *[1] * (old.dim() - 1), row.shape[-1]).unbind(-1)
-                changes = [*kept[place :: len(residuals)]]
+                changes = [each[place] for each in sets]
                 if weighs_too:
                     changes += [old.to(dtype), earlier[place].to(dtype)]
                 terms = (w * each for w, each in zip(weights, changes, strict=True))
@@ -332,7 +343,7 @@ class ExtractedModel:
             "weights",
             self._signal,
             entered=[
-                Entered(stream, name, True, history_dtype)
+                Entered(stream, name, True, of_partners(history_dtype))
                 for stream, name in zip(streams, before, strict=False)
             ],
         )
@@ -383,6 +394,9 @@ _STREAMS = ("hidden_states", "encoder_hidden_states")
 _LATENTS = "sea_cache_latents"
 _SIGNALS = {"auto": "modulated_input", "timestep_embedding": "temb", "latents": _LATENTS}
 _ONLY_GRAPHS = "left out for a model with an extractor, which itself says what is compared"
+
+
+_NO_GRAPH = "left out for a model with an extractor, which has no graph to take anything out of"
 
 
 _RUNS_IN_PARTS = "another strategy for a model with an extractor, which runs in parts"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from omni_cache.dynamo import kernels_together
 from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
 from omni_cache.options import CompileOptions
@@ -24,9 +25,11 @@ from omni_cache.passes import (
     without_residuals,
 )
 from omni_cache.passes.order import is_written
+from omni_cache.passes.storage import FLOAT8
 from omni_cache.strategies import Guard
 
 
+@kernels_together()
 def compile_program(
     gm: GraphModule, analysis: Analysis, example_inputs: Sequence[Any], flags: CompileOptions
 ) -> Program:
@@ -39,6 +42,7 @@ def compile_program(
         flags: with a guard.
     """
     assert flags.guard is not None
+    check_history_dtype(flags, {x.device for x in example_inputs if isinstance(x, torch.Tensor)})
     placeholders = gm.graph.find_nodes(op="placeholder")
     examples = dict(zip((node.name for node in placeholders), example_inputs, strict=True))
     rest = None
@@ -46,7 +50,7 @@ def compile_program(
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
-    row = rows.get(WEIGHTS)
+    row, constants = rows.get(WEIGHTS), guarded.constants
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
         body=_compile_named(guarded.body, examples, flags),
@@ -62,6 +66,7 @@ def compile_program(
         signal=guarded.signal,
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
         per_sample=per_sample,
+        constants=None if constants is None else _compile_named(constants, examples, flags),
     )
     return Program(
         parts,
@@ -70,6 +75,18 @@ def compile_program(
         reuses_memory=flags.inner_reuses_memory,
         copies_signal=analysis.signal is not None and is_written(analysis.signal.node),
     )
+
+
+def check_history_dtype(flags: CompileOptions, devices: Iterable[torch.device]) -> None:
+    """Raise RegionError where Inductor would fail on residuals of 8 bits."""
+    if flags.history_dtype is not FLOAT8 or flags.inner != "inductor":
+        return
+    for each in devices:
+        if each.type == "cuda" and torch.cuda.get_device_capability(each) < (8, 9):
+            raise RegionError(
+                f"history_dtype={FLOAT8} is compiled by Inductor for GPUs of compute capability "
+                f"8.9 and newer, and {each} is older; use history_dtype='bfloat16'"
+            )
 
 
 def _split(

@@ -1,6 +1,6 @@
 """A guarded model as a program: its parts, and where their values lie in one flat list.
 
-    values: the model's inputs | the prologue's outputs | the body's outputs
+    values: inputs | constants | the prologue's outputs | the body's outputs
                                                         | the history, what entered, the weights
 
 Graphs and extractors each make one. It knows nothing of strategies or calls, and holds no state.
@@ -52,6 +52,8 @@ class GuardedParts:
         merges: whether ``reuse`` makes the first outputs of ``body``, and the epilogue follows it.
         rest: body and epilogue at once, for calls that have no residual; None where all have.
         supposed: names of the prologue's outputs that are numbers below 0 where a call has one.
+        constants: what was hoisted out of all of these, and is the same for calls with the same
+            inputs; None where nothing was.
     """
 
     prologue: CompiledPart
@@ -68,6 +70,7 @@ class GuardedParts:
     rest: CompiledPart | None = None
     supposed: Sequence[str] = ()
     entered: Sequence[Entered] = ()
+    constants: CompiledPart | None = None
 
 
 class Computed(NamedTuple):
@@ -101,11 +104,14 @@ class Program:
         self._reuses_memory = reuses_memory
         self._copies_signal = copies_signal or reuses_memory
         body = parts.body
-        slots = {name: slot for slot, name in enumerate([*inputs, *parts.prologue.outputs])}
+        constants = parts.constants or _NONE
+        made = [*constants.outputs, *parts.prologue.outputs]
+        slots = {name: slot for slot, name in enumerate([*inputs, *made])}
         self.slots = slots
         after_body = {**slots, **_numbered(body.outputs, len(slots))}
         held = [name for names in parts.history for name in names]
         held += [*(each.kept for each in parts.entered), parts.weights]
+        self._constants_inputs = _picker(constants, slots)
         self._prologue_inputs = _picker(parts.prologue, slots)
         self._body_inputs = _picker(body, slots)
         self._epilogue_inputs = _picker(parts.epilogue, after_body)
@@ -120,22 +126,37 @@ class Program:
         self._finite = body.outputs.index(FINITE)
         self._signal = None if parts.signal is None else slots[parts.signal]
         # What the body reads decides the shape of what it returns, held values included.
-        read = {slots[name] for name in (*body.inputs, *parts.reuse.inputs) if name in slots}
+        # The constants have the shapes that their inputs give them.
+        read = {
+            slots[name]
+            for name in (*body.inputs, *parts.reuse.inputs, *constants.inputs)
+            if name in slots and name not in constants.outputs
+        }
         if self._signal is not None:
             read.add(self._signal)
         self._shaped = sorted(slot for slot in read if slot >= len(static) or not static[slot])
         # The last weight, because a signal may have moved the first ones out of the body.
         weights = [slot for slot in read if slot < len(static) and static[slot]]
         self.identity = max(weights, default=None)
+        asked = (slots[name] for name in constants.inputs)
+        self.constant_inputs = [slot for slot in asked if not static[slot]]
 
     @property
     def per_sample(self) -> bool:
         """Whether a reused step takes weights for each sample."""
         return self._parts.per_sample
 
-    def begin(self, args: Sequence[Any]) -> Values:
-        """Run what comes before the block loop."""
-        values = list(args)
+    def constants(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What the model makes of inputs that stay; nothing where nothing was hoisted."""
+        part = self._parts.constants
+        if part is None:
+            return ()
+        made = part.run(*self._constants_inputs(args))
+        return tuple([each.clone() for each in made] if self._reuses_memory else made)
+
+    def begin(self, args: Sequence[Any], constants: Sequence[Tensor]) -> Values:
+        """Run what comes before the block loop, given the constants."""
+        values = [*args, *constants]
         values += self._parts.prologue.run(*self._prologue_inputs(values))
         return values
 
@@ -192,6 +213,10 @@ class Program:
     def has_residual(self, values: Values) -> bool:
         """Whether the blocks' outputs are of the shapes that their partners have."""
         return all(values[slot] < 0 for slot in self._supposed)
+
+
+_NONE = CompiledPart(lambda: (), ())
+"""A part that makes nothing."""
 
 
 def _samples(history: Sequence[Tensor]) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from omni_cache.passes.storage import restore
 from omni_cache.runtime.inference import NEW, Conditioning
 from omni_cache.runtime.trajectory import Action, Trajectory
 from omni_cache.strategies import Guard, Owner, Policy, Strategy, Time, make_strategy
@@ -50,7 +51,8 @@ class Observed(NamedTuple):
         at: the step.
         action: what ran of the model, or was recalled.
         signal: what the strategy compares, None where it compares nothing.
-        residuals: as they are kept of a computed step; none of another, or of a call that has none.
+        stored: residuals of a computed step as they lie in memory; none of another, or of a call
+            that has none.
         entered: partners of a computed step, as they are kept, where reused ones weigh them.
         finite: bool tensor, whether they all were finite; None where nothing was computed.
         result: what the graph returns, flat.
@@ -63,7 +65,7 @@ class Observed(NamedTuple):
     at: Time
     action: Action
     signal: Tensor | None
-    residuals: tuple[Tensor, ...]
+    stored: tuple[Tensor, ...]
     entered: tuple[Tensor, ...]
     finite: Tensor | None
     result: Sequence[Any]
@@ -72,6 +74,11 @@ class Observed(NamedTuple):
     def computed(self) -> bool:
         """Whether the block loop ran, or was recalled."""
         return self.action == "computed"
+
+    @property
+    def residuals(self) -> tuple[Tensor, ...]:
+        """The residuals as numbers."""
+        return restore(self.stored)
 
     @property
     def output(self) -> Tensor:

@@ -22,6 +22,7 @@ from omni_cache.kernels import number_dtype
 from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
 from omni_cache.runtime.calls import Call, Ran
+from omni_cache.runtime.constants import Constants
 from omni_cache.runtime.contexts import Observed, Region, current_observer
 from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.history import History, Kept
@@ -86,6 +87,7 @@ class Guarded:
         per_sample: whether its reused step takes weights for each sample.
         inputs: whether its reused step weighs what enters it.
         skips: whether results are kept, so that a call may skip the forward.
+        hoists: whether constants are held.
     """
 
     region: Region
@@ -96,6 +98,7 @@ class Guarded:
     per_sample: bool = False
     inputs: bool = False
     skips: bool = False
+    hoists: bool = False
 
     def is_shared(self, policy: Policy) -> bool:
         """Whether ranks measure together. Without a measurement they agree by themselves."""
@@ -140,6 +143,7 @@ class Step:
         called: what the call brings.
         call: the call of an enabled module that it is a part of.
         timestep: of the call.
+        given: the inputs that its constants are made of.
     """
 
     def __init__(
@@ -151,7 +155,10 @@ class Step:
         called: Called,
         call: Call | None,
         timestep: Any,
+        given: Sequence[Any] = (),
     ) -> None:
+        self._given, self.is_refuted = given, False
+        self._constants: Constants | None = None
         self._state, self._policy, self._guarded = state, policy, guarded
         self._ran, self._called, self._call = ran, called, call
         self._is_shared = guarded.is_shared(policy)
@@ -208,6 +215,47 @@ class Step:
         self._view, self._verdict, self._action = view, verdict, "skipped"
         return trajectory.history.results(kept, place.at._replace(total=view.total))
 
+    def held(self) -> tuple[Tensor, ...] | None:
+        """The constants of an earlier call that are this one's too; None where there are none.
+
+        Where the host does not know the place by now, they are those of the likely one, and inputs
+        that have stayed there are taken to stay.
+        """
+        if not self._guarded.hoists:
+            return None
+        place = self._likely if self._place is None else self._place
+        if not isinstance(place, Place):
+            return None
+        trajectory = place.run.trajectories.get((place.course.name, self._ran))
+        held = None if trajectory is None else trajectory.constants
+        trusted = place.stayed if self._place is None else ()
+        if held is None or not self._serve(held, trusted):
+            return None
+        self._constants = held
+        return held.results
+
+    def keep(self, constants: tuple[Tensor, ...], signal: Tensor | None) -> None:
+        """Have the next call of the branch find what this one goes by, once it has ended well."""
+        if self.is_refuted:
+            self._signal = None if signal is None else local(signal)
+        held = self._constants
+        if self._guarded.hoists and (held is None or held.results is not constants):
+            inputs = self._called.inputs
+            self._constants = Constants.of(constants, self._guarded, self._given, inputs)
+
+    def _serve(self, held: Constants, trusted: Sequence[Tensor] = ()) -> bool:
+        return held.serve(self._guarded, self._given, self._called.inputs, trusted)
+
+    def _refute(self, place: Place | str) -> None:
+        """Find out whether constants that were taken before the read are this call's."""
+        if self._constants is None:
+            return
+        trajectory = None
+        if isinstance(place, Place):
+            trajectory = place.run.trajectories.get((place.course.name, self._ran))
+        held = None if trajectory is None else trajectory.constants
+        self.is_refuted = held is not self._constants or not self._serve(self._constants)
+
     def decide(self, signal: Tensor | None, layout: Layout) -> bool:
         """Whether the call reuses what is held.
 
@@ -223,6 +271,7 @@ class Step:
         if self._place is None:
             called = self._called if value is None else self._called._replace(value=value)
             self._place = locate(self._state, called)
+            self._refute(self._place)
         place = self._place
         agree = None if self._call is None else self._call.agree
         if isinstance(place, str):
@@ -237,6 +286,8 @@ class Step:
                 view = view._replace(kept=view.kept[: len(seen.kept)], must=view.must or seen.must)
             elif view.must is None and view.trajectory.gate.measures:
                 view = view._replace(must="unexpected call")
+            if self.is_refuted and view.must is None and view.trajectory.gate.measures:
+                view = view._replace(must=REPLACED)  # what was measured is another call's
         assert view is not None
         self._warn(view)
         if self._call is not None:
@@ -329,6 +380,8 @@ class Step:
         if not place.run.trajectories:
             self._state.latest = place.run  # it begins
         place.run.trajectories[place.course.name, self._ran] = trajectory
+        if action != "skipped":
+            trajectory.constants = self._constants
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
         compares = self._policy.signal
         looks_back = compares is not None and compares.looks_back > 0

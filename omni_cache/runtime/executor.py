@@ -1,6 +1,7 @@
 """The dispatch executor: the host decides which compiled part of a guarded model runs.
 
-place -> skip -> prologue -> decide -> compute: body -> epilogue          keeps the residuals
+place -> skip -> constants -> prologue -> decide
+-> compute: body -> epilogue                keeps the residuals
 -> reuse:   partners + forecast -> epilogue
 -> commit
 """
@@ -34,10 +35,21 @@ class Executor:
         if skipped is not None:
             step.commit(skipped)
             return skipped
-        values = program.begin(args)
+        constants = step.held()
+        if constants is None:
+            constants = program.constants(args)
+        values = program.begin(args, constants)
         computation = self._placement.guarded.computation, program.has_residual(values)
         layout = Layout.of(program.shaped(values), computation)
-        if step.decide(program.signal(values), layout):
+        signal = program.signal(values)
+        reuse = step.decide(signal, layout)
+        if step.is_refuted:
+            # The constants were those of another call, as the host has only now heard.
+            constants = program.constants(args)
+            values = program.begin(args, constants)
+            signal = program.signal(values)
+        step.keep(constants, signal)
+        if reuse:
             result = program.reuse(values, *step.operands())
             step.commit(result)
         else:

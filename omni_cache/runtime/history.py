@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from omni_cache.kernels import inner_products
+from omni_cache.passes.storage import restore, store
 from omni_cache.runtime.agreement import local
 from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.reading import Reading, on_host, read
@@ -24,7 +25,7 @@ class Kept:
 
     Attributes:
         at: when they were made.
-        residuals: tensors, in the order of the program's residuals.
+        stored: the program's residuals, in its order, as they lie in memory.
         finite: bool tensor, whether all of them were finite when they were made.
         products: for each sample its inner products with itself and with those that were kept when
             it came, newest first; None where nobody wants them.
@@ -36,7 +37,7 @@ class Kept:
     """
 
     at: Time
-    residuals: tuple[Tensor, ...]
+    stored: tuple[Tensor, ...]
     finite: Tensor
     products: Reading | None = None
     is_finite: bool | None = None
@@ -48,6 +49,11 @@ class Kept:
     def __post_init__(self) -> None:
         if on_host(self.finite):
             self.is_finite = bool(self.finite)
+
+    @property
+    def residuals(self) -> tuple[Tensor, ...]:
+        """The residuals as numbers."""
+        return restore(self.stored)
 
 
 class _Compared(NamedTuple):
@@ -114,7 +120,7 @@ class History:
         if self.forecast.feeds_back and older:
             older = [older[0], self._forecast(at._replace(index=at.index - 1, value=None))]
         compared = older if self._width == self.depth else self.kept
-        products = self._products(residuals, compared) if self._measures else None
+        products = self._products(restore(residuals), compared) if self._measures else None
         if products is not None and self.forecast.checks:
             products.fetch()
             self._compared = [_Compared(at, products), *map(_Compared.of, compared)]
@@ -141,14 +147,13 @@ class History:
         """
         assert self.home is not None  # something was kept
         entered = [_moved(each, self.home) for each in kept[0].entered]
-        sets = [self.at_home(each) for each in kept]
+        sets = [self._at_home(each) for each in kept]
         sets += [sets[0]] * (count - len(sets))
         return [*(each for residuals in sets for each in residuals), *entered]
 
     def at_home(self, kept: Kept) -> tuple[Tensor, ...]:
-        """The residuals of an entry where they were made."""
-        assert self.home is not None  # something was kept
-        return tuple(_moved(each, self.home) for each in kept.residuals)
+        """The residuals of an entry as numbers, where they were made."""
+        return restore(self._at_home(kept))
 
     def rows(self, kept: Sequence[Kept], now: Time, count: int) -> list[Row]:
         """The weights of ``count`` sets of residuals: a row for each sample, or one for all."""
@@ -169,10 +174,10 @@ class History:
     def results(self, kept: Sequence[Kept], now: Time) -> list[Any]:
         """What stands in for the model's results, as new tensors."""
         row = self.forecast.skip_weights([each.at for each in kept], now)
-        known = [each.results or () for each in kept]
+        known, holds = [each.results or () for each in kept], _holds(row)
         return [
             _weighed(row, entries)
-            if isinstance(entries[0], Tensor) and _is_weighed(entries[0])
+            if not holds and isinstance(entries[0], Tensor) and _is_weighed(entries[0])
             else _copied(entries[0])
             for entries in zip(*known, strict=True)
         ]
@@ -201,7 +206,7 @@ class History:
         others = (
             tensor
             for each in self.kept
-            for tensor in (*each.residuals, *each.entered, *(each.results or ()))
+            for tensor in (*each.stored, *each.entered, *(each.results or ()))
             if isinstance(tensor, Tensor)
         )
         return list({id(each): each for each in (*signals, *others)}.values())
@@ -211,15 +216,14 @@ class History:
         assert self.home is not None  # something was made
         usable = self.usable or self.kept
         (row,) = self.rows(usable, now, len(usable))
-        if row[0] == 1.0 and not any(row[1:]):
+        if _holds(row):
             return usable[0]
-        made = [
-            _weighed(row, [_moved(kept.residuals[place], self.home) for kept in usable])
-            for place in range(len(usable[0].residuals))
-        ]
+        entries = zip(*map(self.at_home, usable), strict=True)
+        made = [_weighed(row, each) for each in entries]
         finite = torch.stack([local(each).isfinite().all() for each in made]).all()
         numbers = [each.nan_to_num(0.0, 0.0, 0.0) for each in made]
-        return Kept(now, tuple(_moved(each, self.device or self.home) for each in numbers), finite)
+        stored = store(numbers, usable[0].stored)
+        return Kept(now, tuple(_moved(each, self.device or self.home) for each in stored), finite)
 
     def _products(self, residuals: Sequence[Tensor], older: Sequence[Kept]) -> Reading:
         """For each sample a row of numbers: the newest's products with itself and older ones.
@@ -230,18 +234,19 @@ class History:
         new = [local(residuals[place]) for place in places]
         sizes = {each.shape[0] if each.dim() > 2 else 1 for each in new}
         samples = sizes.pop() if len(sizes) == 1 and self._per_sample else 1
+        others = [self.at_home(kept) for kept in older]
         found = [
-            inner_products(each, [self._at_home(kept.residuals[place]) for kept in older], samples)
+            inner_products(each, [local(other[place]) for other in others], samples)
             for place, each in zip(places, new, strict=True)
         ]
         total = reduce(torch.add, (_moved(each, found[0].device) for each in found))
         missing = self._width - 1 - len(older)
         return Reading(torch.nn.functional.pad(total.view(samples, -1), (0, missing)).view(-1))
 
-    def _at_home(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a kept tensor, where it was made."""
+    def _at_home(self, kept: Kept) -> tuple[Tensor, ...]:
+        """The residuals of an entry as they are stored, where they were made."""
         assert self.home is not None  # something was made
-        return local(_moved(tensor, self.home))
+        return tuple(_moved(each, self.home) for each in kept.stored)
 
 
 def _matrices(readings: Sequence[Reading], depth: int) -> list[Matrix]:
@@ -258,6 +263,11 @@ def _is_weighed(residual: Tensor) -> bool:
     """Whether a residual is of numbers that a sum can weigh, and has any."""
     weighed = residual.is_floating_point() or residual.is_complex()
     return weighed and residual.numel() > 0
+
+
+def _holds(row: Row) -> bool:
+    """Whether a row takes the newest entry as it is."""
+    return row[0] == 1.0 and not any(row[1:])
 
 
 def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:

@@ -71,6 +71,16 @@ class Inputs:
             self._contents[place] = Content(self.tensors[place], self.is_shared)
         return self._contents[place]
 
+    def content_of(self, tensor: Tensor) -> Content | None:
+        """The contents of a tensor, if it is one of them and fingerprinted for this process alone.
+
+        Of ranks that add up their fingerprints none knows its own.
+        """
+        if self.is_shared or not self.by_identity:
+            return None
+        places = (place for place, each in enumerate(self.tensors) if each is tensor)
+        return self._contents.get(next(places, -1))
+
     @property
     def on_device(self) -> bool:
         """Whether the contents of some have to be read."""
@@ -97,7 +107,7 @@ class Seen(NamedTuple):
 
     def is_again(self, tensor: Tensor) -> bool:
         """Whether a tensor is the same object, and known not to have been written into."""
-        return self.reference() is tensor and self.version == _version(tensor) is not None
+        return self.reference() is tensor and self.version == version(tensor) is not None
 
 
 _MOVES = Seen(lambda: None, None, None, changes=True)
@@ -184,7 +194,7 @@ class Conditioning(NamedTuple):
                 seen.append(before if kept else before._replace(changes=False, is_kept=True))
             else:
                 content = inputs.content(place)
-                seen.append(Seen(weakref.ref(tensor), _version(tensor), content, changes))
+                seen.append(Seen(weakref.ref(tensor), version(tensor), content, changes))
         return Conditioning(tuple(seen), predicted, calls, frozenset(moves))
 
     @property
@@ -244,7 +254,7 @@ def _without_channels(shape: torch.Size) -> frozenset[tuple[object, ...]]:
     return frozenset((last, second))
 
 
-def _version(tensor: Tensor) -> int | None:
+def version(tensor: Tensor) -> int | None:
     """How often a tensor was written into; None for those of inference mode, which do not count."""
     return None if tensor.is_inference() else tensor._version
 

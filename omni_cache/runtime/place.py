@@ -111,6 +111,13 @@ class Place:
     opens: Callable[[], None] | None = None
     is_committed: bool = False
 
+    @property
+    def stayed(self) -> list[Tensor]:
+        """The inputs that have not changed at every call of the branch so far."""
+        seen = self.course.conditioning.seen
+        pairs = zip(self.called.inputs.tensors, seen, strict=False)
+        return [tensor for tensor, each in pairs if not each.changes]
+
     def commit(self, output: Any) -> None:
         """Have the branch's next call come after this one. All regions of a call share a place."""
         if self.is_committed:

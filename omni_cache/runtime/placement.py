@@ -35,6 +35,7 @@ class Placement:
         constant: the timestep, where the graph was specialised on a number.
         by_call: whether the inputs tell nothing of the place, as behind a graph break, so that the
             arguments of the bound call have to.
+        constants: slots of the inputs that constants are made of.
         uncounted: what was compiled for the graph and has no call yet, whose model it counts for.
     """
 
@@ -48,6 +49,7 @@ class Placement:
     timestep: int | None = None
     constant: float | None = None
     by_call: bool = False
+    constants: Sequence[int] = ()
     uncounted: list[Region] = field(default_factory=list)
     # State for graphs whose weights are baked in, which therefore serve one instance alone.
     own_state: ModelState = field(default_factory=ModelState)
@@ -71,12 +73,13 @@ class Placement:
         if policy is None:
             policy = state.policy(self.strategy, self.model_class)
         timestep: Any = self.constant if self.timestep is None else args[self.timestep]
-        ran = Ran(self.guarded.region)
+        ran, given = Ran(self.guarded.region), [args[slot] for slot in self.constants]
         if call is not None:
             weight = self.identity if self.by_call else None
             ran = call.run(ran.region, None if weight is None else id(args[weight]))
             if call.place is not None:  # another region has found it
-                return Step(state, policy, self.guarded, ran, call.place.called, call, timestep)
+                called = call.place.called
+                return Step(state, policy, self.guarded, ran, called, call, timestep, given)
         # Behind a graph break the inputs are made by the piece before.
         slots = () if self.by_call else self.inputs
         tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
@@ -92,7 +95,7 @@ class Placement:
             Inputs(tensors, not guarded.groups, guarded.is_shared(policy), timestep),
             guarded.computation,
         )
-        return Step(state, policy, guarded, ran, called, call, timestep)
+        return Step(state, policy, guarded, ran, called, call, timestep, given)
 
     def _count(self, state: ModelState) -> None:
         with contextlib.suppress(IndexError):  # another thread came first

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from omni_cache.runtime.constants import Constants
 from omni_cache.runtime.history import History
 from omni_cache.strategies import Gate, Time
 from omni_cache.strategies.base import Errors
@@ -95,6 +96,7 @@ class Trajectory:
         gate: the gate, and ``state`` its state.
         signal: of the call that the next one is compared with, by reference.
         history: residuals of the last computed steps.
+        constants: what was hoisted and is held, None where nothing is.
         layout: of the last call that was not skipped.
         arrived: the layout of the last call's inputs, where calls may be skipped.
         last: the time of the last call.
@@ -110,6 +112,7 @@ class Trajectory:
         self.state: Any = gate.begin()
         self.signal: Tensor | None = None
         self.history = history
+        self.constants: Constants | None = None
         self.layout: Layout | None = None
         self.arrived: Layout | None = None
         self.last: Time | None = None
@@ -120,7 +123,7 @@ class Trajectory:
 
     def release(self) -> None:
         """Free all tensors and begin anew; the records and the time stay."""
-        self.signal = self.layout = self.arrived = None
+        self.signal = self.layout = self.arrived = self.constants = None
         self.history.kept = []
         self.state = self.gate.begin()
 
@@ -135,5 +138,6 @@ class Trajectory:
     def measure_memory(self) -> None:
         """Raise ``memory_bytes`` to what the trajectory holds now."""
         tensors = [*self.history.tensors, *([] if self.signal is None else [self.signal])]
+        tensors += () if self.constants is None else self.constants.results
         held = {id(each): each.nbytes for each in tensors}
         self.memory_bytes = max(self.memory_bytes, sum(held.values()))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from omni_cache.planning.search import COMPUTE, REUSE, SKIP
 from omni_cache.quality import Fidelity, percentile_of, quality_of
@@ -43,18 +44,17 @@ class Target:
     confidence: float | None = None
 
     def __post_init__(self) -> None:
-        given = {key: each for key, each in self.given.items() if each is not None}
+        given: dict[str, Any] = {key: each for key, each in self.given.items() if each is not None}
         if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(given)} are given; give at most one of {', '.join(self.given)}"
             )
         for name, value in given.items():
-            number = 0 if isinstance(value, Sequence) else value
-            positive = is_number(number) and number > 0
+            positive = is_number(value) and value > 0
             allowed = {
                 "psnr": (positive, "a positive number of decibels"),
-                "ssim": (positive and number <= 1, "a number above 0 and at most 1"),
-                "speedup": (positive and number > 1, "a number above 1"),
+                "ssim": (positive and value <= 1, "a number above 0 and at most 1"),
+                "speedup": (is_number(value) and value > 1, "a number above 1"),
                 "computed_steps": (
                     bool(self.counts) and all(is_count(each, 1) for each in self.counts),
                     "an integer >= 1, or several",
@@ -71,8 +71,8 @@ class Target:
     @property
     def counts(self) -> tuple[int, ...]:
         """The numbers of computed steps that were asked for."""
-        several = self.computed_steps
-        if isinstance(several, Sequence):
+        several: Any = self.computed_steps
+        if isinstance(several, Sequence) and not isinstance(several, str):
             return tuple(several)
         return () if several is None else (several,)
 

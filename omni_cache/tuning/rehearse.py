@@ -199,7 +199,7 @@ class _Watch:
         elif step.finite is not None:
             self.ran += 1
             if self._records:
-                residuals = tuple(map(_on_host, step.residuals))
+                residuals = tuple(map(_on_host, step.stored))
                 results = [_on_host(each, copies=True) for each in step.result]
                 self.tape.calls[spot] = Computed(results, residuals, step.finite)
         if self._also is not None:

@@ -38,8 +38,7 @@ from omni_cache.backends.cachedit import (
 from omni_cache.backends.cachedit.model_specific import steps_of_experts
 from omni_cache.backends.config import DiffusionCacheConfig
 from omni_cache.backends.selector import get_cache_backend
-from omni_cache.pipelines.enable import enabled_flags
-from omni_cache.strategies import TeaCache, Time
+from omni_cache.strategies import Time
 
 BLOCKS = CacheDiTAdapterConfig({"blocks": ForwardPattern.Pattern_3}, check_forward_pattern=False)
 CONFIG = {"max_warmup_steps": 2, "residual_diff_threshold": 0.5, "max_continuous_cached_steps": 2}
@@ -198,16 +197,39 @@ def test_a_pipeline_without_a_transformer(engine: str) -> None:
 # Lifecycle
 
 
-def test_over_another_backend_s_hook_it_is_refused() -> None:
-    pipe, made = pipeline(), backend()
-    tea = get_cache_backend("tea_cache", {"coefficients": [0, 0, 0, 1, 0], "inner": "eager"})
-    tea.enable(pipe)
-    with pytest.raises(RuntimeError, match="has the hook 'teacache'"):
-        made.enable(pipe)
-    assert not made.is_enabled()
-    assert isinstance(enabled_flags(pipe.transformer)["cache"], TeaCache)
-    tea.disable(pipe)
-    made.enable(pipe)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("name", "hook"), [("tea_cache", "teacache"), ("sea_cache", "sea_cache")])
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_two_backends_on_one_transformer_are_refused(
+    engine: str, name: str, hook: str, comes_first: bool
+) -> None:
+    pipe = pipeline()
+    other = get_cache_backend(name, {"coefficients": [0, 0, 0, 1, 0], "inner": "eager"})
+    first, second = (backend(engine), other) if comes_first else (other, backend(engine))
+    first.enable(pipe)
+    standing = "cache_dit" if comes_first else hook
+    with pytest.raises(RuntimeError, match=f"has the hook '{standing}'"):
+        second.enable(pipe)
+    assert first.is_enabled()
+    assert not second.is_enabled()
+    assert is_cached(pipe.transformer)
+    first.disable(pipe)
+    assert not is_cached(pipe.transformer)
+    assert "_hook_registry" not in vars(pipe.transformer)
+    second.enable(pipe)
+    assert is_cached(pipe.transformer)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_backend_takes_off_only_what_it_has_put_on(engine: str) -> None:
+    pipe, first, second = pipeline(), backend(engine), backend(engine)
+    first.enable(pipe)
+    with pytest.warns(UserWarning, match="'cache_dit' was registered before"):
+        second.enable(pipe)
+    first.disable(pipe)
+    assert is_cached(pipe.transformer)
+    second.disable(pipe)
+    assert not is_cached(pipe.transformer)
 
 
 def test_the_engine_of_the_argument_reaches_enablers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import made_up_models as made_up
 import pytest
 import torch
+from float8 import rounded
 from made_up_models import Block, Model, inputs
 from omni_cache.passes import FINITE, WEIGHTS, RegionError, analyse, split
+from omni_cache.passes.storage import scaled
 from sketch import Sketch
 from torch import Tensor
 from tracing import Trace, run, trace
@@ -211,12 +213,13 @@ def test_residuals_are_kept_in_the_dtype_of_the_history(history_dtype: torch.dty
     assert f"to({history_dtype}".replace("torch.", "") in traced.after
 
 
-def test_an_overflow_in_the_cast_is_seen() -> None:
-    class Large(Model):
-        class block(Block):  # noqa: N801
-            def forward(self, x: Tensor, time: Tensor) -> Tensor:
-                return x + 1e5 * super().forward(x, time)
+class Large(Model):
+    class block(Block):  # noqa: N801
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return x + 1e5 * super().forward(x, time)
 
+
+def test_an_overflow_in_the_cast_is_seen() -> None:
     for history_dtype, finite in ((None, True), (torch.bfloat16, True), (torch.float16, False)):
         traced = trace(Large(), **inputs(), history_dtype=history_dtype)
         values = traced.values()
@@ -225,12 +228,97 @@ def test_an_overflow_in_the_cast_is_seen() -> None:
             assert values[name].isfinite().all()
 
 
+# --- kept in 8 bits ------------------------------------------------------------------------------
+
+
+def in_8_bits(model: type[Model], given: dict[str, Tensor], **options: Any) -> Trace:
+    return trace(model(), **given, history_dtype=torch.float8_e4m3fn, **options)
+
+
+def test_all_residuals_of_8_bits_have_scales_and_integers_have_none() -> None:
+    plain = trace(HandsOver(), **inputs())
+    traced = in_8_bits(HandsOver, inputs())
+    values, others = traced.values(), plain.values()
+    names = traced.guarded.residuals
+    for name, other in zip(names, plain.guarded.residuals, strict=False):
+        wanted = others[other]
+        if not wanted.is_floating_point():
+            assert torch.equal(values[name], wanted)
+            continue
+        scale = values[traced.guarded.scales[name]]
+        assert (values[name].dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+        assert scale.shape == (*wanted.shape[:-1], 1)
+        assert torch.equal(values[name].float() * scale, rounded(wanted))
+        assert float((rounded(wanted) - wanted).norm() / wanted.norm()) < 0.05
+    assert sorted(traced.guarded.scales.values()) == sorted(names[len(plain.guarded.residuals) :])
+    assert len(traced.guarded.scales) == 2
+    held = sum(values[name].nbytes for name in names)
+    assert traced.guarded.analysis.residual_bytes(2, torch.float8_e4m3fn) == 2 * held
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_residuals_of_8_bits_are_weighed_in_float32(rows: int) -> None:
+    traced = in_8_bits(Model, inputs(), depth=2, per_sample=rows > 1)
+    values = traced.values()
+    (pair,) = traced.guarded.analysis.pairs
+    newest = [values[name] for name in traced.guarded.history[0]]
+    older = [newest[0].float().flip(1).to(newest[0].dtype), newest[1].flip(1)]
+    values.update(zip(traced.guarded.history[1], older, strict=True))
+    weights = torch.tensor([[1.5, -0.5], [0.3, 0.9]])[:rows]
+    column = weights[:, :, None, None].unbind(1)
+    sums = (
+        w * each.float() * scale for w, (each, scale) in zip(column, (newest, older), strict=True)
+    )
+    forecast = partner(traced, values) + sum(sums)
+    reused = traced.reused(values, weights)[0]
+    values[pair.output.name] = forecast
+    torch.testing.assert_close(reused, run(traced.guarded.epilogue, values)[0])
+    assert "residual, scale = in_8_bits(" in traced.after
+    assert "weights[:, 1] * older_residual * older_scale" in traced.after
+
+
+def test_nothing_overflows_in_8_bits_and_what_is_not_finite_becomes_zero() -> None:
+    traced = in_8_bits(Large, inputs())
+    values = traced.values()
+    (name,), (pair,) = traced.guarded.scales, traced.guarded.analysis.pairs
+    added = values[pair.output.name] - partner(traced, values)
+    assert float(added.abs().max()) > 1e4
+    assert values[FINITE].item() is True
+    kept = values[name].float() * values[traced.guarded.scales[name]]
+    assert float((kept - added).norm() / added.norm()) < 0.04
+
+    class Broken(Model):
+        class block(Block):  # noqa: N801
+            def forward(self, x: Tensor, time: Tensor) -> Tensor:
+                out = super().forward(x, time)
+                return out + out / 0
+
+    traced = in_8_bits(Broken, inputs())
+    values = traced.values()
+    (name,) = traced.guarded.scales
+    kept = values[name].float() * values[traced.guarded.scales[name]]
+    assert values[FINITE].item() is False
+    assert not kept.any()
+
+
+def test_a_row_of_zeros_or_of_the_smallest_numbers_stays_what_it_is() -> None:
+    rows = torch.tensor([[0.0, 0.0], [1e-40, -1e-41], [3e38, -3e38], [1.0, 1e-3]])
+    kept, scale = scaled(rows)
+    assert torch.equal(kept.float() * scale, rounded(rows))
+    assert (kept.float() * scale).isfinite().all()
+    assert not (kept[0].float() * scale[0]).any()
+    torch.testing.assert_close((kept.float() * scale)[2], rows[2], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"depth": 0}, "depth=0 is not allowed; depth must be 1 or more"),
         ({"history_dtype": torch.int8}, "history_dtype=torch.int8 is not allowed"),
-        ({"history_dtype": torch.float8_e4m3fn}, "floating-point dtype of 16 bits or more"),
+        (
+            {"history_dtype": torch.float8_e5m2},
+            "float8_e4m3fn or a floating-point dtype of 16 bits",
+        ),
     ],
 )
 def test_a_history_that_cannot_be_is_refused(options: dict[str, Any], reason: str) -> None:

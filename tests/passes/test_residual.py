@@ -53,8 +53,40 @@ def test_the_cut_stays_where_the_whole_is_read_too(sketch: Sketch, x: Node) -> N
 
 def test_the_cut_stays_where_a_view_leads_to_no_bare_input(sketch: Sketch, x: Node) -> None:
     last = joint(sketch, x)
-    (found,) = pairs(sketch, x, last, sketch("exp", sliced(sketch, last, 3, 7)))
+    (found,) = pairs(sketch, x, last, sketch("exp", sketch("flatten", last, 1)))
     assert found.output is last
+
+
+@pytest.mark.parametrize("enters_as_one", [True, False])
+def test_the_cut_moves_behind_a_slice_that_leaves_less_to_store(
+    enters_as_one: bool, sketch: Sketch, x: Node
+) -> None:
+    last = added(sketch, x) if enters_as_one else joint(sketch, x)
+    part = sliced(sketch, last, 3, 5)
+    (found,) = pairs(sketch, x, last, sketch("exp", sketch("flatten", part, 1)))
+    assert found.output is part
+    whole = "neg" if enters_as_one else "cat(l_text_, neg; 1)"
+    assert expression(found.partner) == f"{whole}[1: 3..5]"
+
+
+def test_the_cut_moves_behind_slices_of_slices_and_pieces_of_a_split(
+    sketch: Sketch, x: Node
+) -> None:
+    last = added(sketch, x)
+    split = sketch("split", last, 2, dim=1)
+    _, second, third = (sketch(operator.getitem, split, place) for place in range(3))
+    part = sliced(sketch, second, 1, None)
+    found = pairs(sketch, x, last, sketch("exp", part), sketch("exp", third))
+    assert [each.output for each in found] == [third, part]
+    assert [expression(each.partner) for each in found] == ["neg[1: 4..6]", "neg[1: 3..4]"]
+
+
+def test_the_cut_stays_where_slices_leave_all_of_it(sketch: Sketch, x: Node) -> None:
+    last = added(sketch, x)
+    parts = [sliced(sketch, last, *ends) for ends in ((0, 4), (2, 6))]
+    (found,) = pairs(sketch, x, last, *(sketch("exp", each) for each in parts))
+    assert found.output is last
+    assert expression(found.partner) == "neg"
 
 
 def test_the_cut_stays_where_a_cast_would_part_an_output_from_its_input(

@@ -14,6 +14,7 @@ from made_up_models import Model, inputs
 from omni_cache.passes import Part, calls_of, roll
 from test_split import MADE_UP, made_up_trace
 from torch import Tensor, nn
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
@@ -98,6 +99,36 @@ def test_the_name_of_a_subgraph_says_what_is_in_it() -> None:
     assert set(calls_of(roll(deep(4).guarded.body))) == set(calls_of(roll(deep(6).guarded.body)))
     wider = trace(Model(4), **inputs(batch=3)).guarded.body
     assert set(calls_of(roll(wider))).isdisjoint(calls_of(roll(deep(4).guarded.body)))
+
+
+class JoinsItsStreams(made_up.Block):
+    """The first one is given two tensors, every other one two views of one tensor."""
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        joint = super().forward(torch.cat([text, x], dim=1), time)
+        return joint[:, made_up.TEXT :], joint[:, : made_up.TEXT]
+
+
+class NormsItsStreams(JoinsItsStreams):
+    """What it does before it joins them may depend on their layout."""
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x + self.norm2(x), text + self.norm2(text), time)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(JoinsItsStreams, 4), (NormsItsStreams, 3)])
+def test_a_block_that_only_joins_its_streams_is_called_whatever_their_layout(
+    kind: type[nn.Module], calls: int
+) -> None:
+    class OfSuch(made_up.DualStream):
+        block = kind
+
+    _, rolled = check(trace(OfSuch(4), **inputs(), signal=None))["body"]
+    assert len(calls_of(rolled)) == calls
+    assert len(set(calls_of(rolled))) == 1
+    nodes = rolled.module.graph.find_nodes(op="call_function", target=invoke_subgraph)
+    operands = [[each.meta["example_value"] for each in node.args[2:]] for node in nodes]
+    assert len({tuple(each.stride() for each in given) for given in operands}) == 1
 
 
 # --- what stays as it is -------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from omni_cache.passes import (
     graph_text,
     guarded_text,
     split,
+    take_out,
 )
 from torch import Tensor
 from torch.fx import GraphModule
@@ -41,9 +42,12 @@ class Trace:
 
     def values(self) -> dict[str, Any]:
         """All that is known after a computed step, by name."""
+        guarded = self.guarded
+        parts = (guarded.constants, guarded.modulations, guarded.prologue, guarded.body)
         values = dict(self.inputs)
-        for part in (self.guarded.prologue, self.guarded.body):
-            values.update(zip(part.outputs, run(part, values), strict=True))
+        for part in parts:
+            if part is not None:
+                values.update(zip(part.outputs, run(part, values), strict=True))
         return values
 
     def computed(self) -> list[Tensor]:
@@ -84,6 +88,8 @@ def trace(
     history_dtype: torch.dtype | None = None,
     per_sample: bool = False,
     first: int = 0,
+    whole: bool = False,
+    hoist: bool | str = False,
     **kwargs: Any,
 ) -> Trace:
     """Capture ``model(*args, **kwargs)`` as one graph, and analyse and split it.
@@ -98,8 +104,15 @@ def trace(
         try:
             before = graph_text(gm.graph)
             analysis = analyse(
-                gm.graph, region=region, signal=signal, parameters=parameters, first=first
+                gm.graph,
+                region=region,
+                signal=signal,
+                parameters=parameters,
+                first=first,
+                whole=whole,
             )
+            if hoist:
+                analysis = take_out(analysis, parameters, hoist == "modulations")
             guarded = split(gm, analysis, depth, history_dtype, per_sample)
             traces.append(Trace(gm, guarded, before, guarded_text(guarded), {}))
         except RegionError as error:

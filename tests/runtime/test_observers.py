@@ -39,7 +39,7 @@ class Recorder:
         self.steps.append(step)
         if step.finite is not None:
             results = [each.clone() for each in step.result]
-            made = Computed(results, step.residuals, step.finite)
+            made = Computed(results, step.stored, step.finite)
             self.known[step.branch, step.at.index] = made
 
     def recall(self, region: object, branch: str, at: Time) -> Computed | None:

@@ -224,16 +224,24 @@ def test_a_graph_without_inputs_refuses_a_forecast_that_weighs_them() -> None:
         cached(**calls()[0])
 
 
-@pytest.mark.parametrize("flags", [{}, {"history_dtype": "bfloat16"}])
-def test_explain_foresees_what_is_held(flags: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "row", "partner"),
+    [
+        ({}, 4 * WIDTH, 4 * WIDTH),
+        ({"history_dtype": "bfloat16"}, 2 * WIDTH, 2 * WIDTH),
+        ({"history_dtype": "float8_e4m3fn"}, WIDTH + 4, 2 * WIDTH),
+    ],
+    ids=["as they are", "bfloat16", "float8"],
+)
+def test_explain_foresees_what_is_held(flags: dict[str, Any], row: int, partner: int) -> None:
     model, strategy = ToyTransformer(), FLAGS["cache"]
     given = calls()
     options = {"cache": strategy, **flags}
     (graph,) = omni_cache.explain(model, **given[0], cache_options=options).graphs
     run(compiled(model, cache=strategy, **flags), given)
-    one = TOKENS * WIDTH * (2 if flags else 4)
-    assert omni_cache.summary(model).memory_bytes == 3 * one
-    assert f"residual {2 * one} bytes, signal 0 bytes, input {one} bytes" in graph.text
+    residual, entered = 2 * TOKENS * row, TOKENS * partner
+    assert omni_cache.summary(model).memory_bytes == residual + entered
+    assert f"residual {residual} bytes, signal 0 bytes, input {entered} bytes" in graph.text
     assert "weights[:, 2] * " in graph.text
     assert "weights[:, 3] * input_before" in graph.text
 
@@ -264,7 +272,7 @@ def test_an_input_lives_as_long_as_its_step_is_the_newest() -> None:
     assert all(each() is None for each in seen)
 
 
-@pytest.mark.parametrize("history", [None, "bfloat16"])
+@pytest.mark.parametrize("history", [None, "bfloat16", "float8_e4m3fn"])
 def test_an_extractor_s_model_weighs_as_its_graph_would(history: str | None) -> None:
     """Also where the blocks write into the stream that they are given."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cache_dit.caching.cache_contexts.calibrators.taylorseer import TaylorSeerState
+from float8 import rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -259,6 +260,10 @@ AT_WORK: dict[str, tuple[dict[str, Any], int]] = {
         {"forecast": "newton", "forecast_order": 2, "history_dtype": "bfloat16"},
         3,
     ),
+    "newton 2, float8": (
+        {"forecast": "newton", "forecast_order": 2, "history_dtype": "float8_e4m3fn"},
+        3,
+    ),
     "newton 2, on the host": (
         {"forecast": "newton", "forecast_order": 2, "history_device": "cpu"},
         3,
@@ -293,7 +298,8 @@ def test_a_reused_step_is_the_partner_and_the_weighted_residuals(name: str) -> N
         entry, residual = entry_and_residual(model, *call)
         if schedule[step]:
             dtype = getattr(torch, flags.get("history_dtype", "float32"))
-            residuals[step] = residual.to(dtype).float()
+            is_float8 = dtype == torch.float8_e4m3fn
+            residuals[step] = rounded(residual) if is_float8 else residual.to(dtype).float()
             kept = [step, *kept][:depth]
             continue
         if flags.get("forecast") == "taylor":
@@ -319,7 +325,7 @@ def test_a_reused_step_is_the_partner_and_the_weighted_residuals(name: str) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn", "bfloat16", "float16", "float64"])
 def test_what_is_held_is_as_many_residuals_as_the_forecast_takes(dtype: str | None) -> None:
     flags = {"forecast": "newton", "forecast_order": 2, "history_dtype": dtype}
     model = ToyTransformer()
@@ -331,6 +337,7 @@ def test_what_is_held_is_as_many_residuals_as_the_forecast_takes(dtype: str | No
             held.append(omni_cache.summary(model).memory_bytes)
     signal = held[0] - (residual := held[1] - held[0])
     itemsize = getattr(torch, dtype or "float32").itemsize
-    assert residual == TOKENS * WIDTH * itemsize
+    scales = TOKENS * 4 if itemsize == 1 else 0
+    assert residual == TOKENS * WIDTH * itemsize + scales
     assert signal == TOKENS * WIDTH * 4
     assert [after - before for before, after in pairwise(held)] == [residual, residual, 0, 0]

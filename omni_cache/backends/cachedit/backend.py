@@ -13,10 +13,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from omni_cache.backends.attach import extra_flags, named_transformers_of
+from omni_cache.backends.attach import extra_flags, named_transformers_of, remove_hook
 from omni_cache.backends.base import CacheBackend
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
 from omni_cache.backends.cachedit.engines import (
+    CacheDiTHook,
     Engine,
     GraphEngine,
     LibraryEngine,
@@ -32,7 +33,9 @@ from omni_cache.backends.cachedit.model_specific import (
     recipe_of_modules,
 )
 from omni_cache.backends.config import DiffusionCacheConfig
+from omni_cache.backends.hooks import HookRegistry
 from omni_cache.pipelines import is_enabled
+from omni_cache.pipelines.enable import own_module
 
 __all__ = [
     "CUSTOM_DIT_ENABLERS",
@@ -204,8 +207,16 @@ def _described(enabler: Enabler, cache_config: Any, pipeline: Any) -> list[Any]:
     return [each.transformer for each in made.targets] if isinstance(made, Recipe) else []
 
 
+def _take_off(registry: HookRegistry, hook: CacheDiTHook) -> None:
+    """Remove a hook, unless another backend has put its own in the place of it."""
+    if registry.get_hook(hook._HOOK_NAME) is hook:
+        registry.remove_hook(hook._HOOK_NAME)
+    registry.leave_if_empty()
+
+
 def _remove(transformer: Any) -> None:
-    """Take off what an enabler has put on, by either engine."""
+    """Take off what an enabler has put on, through us or by itself."""
+    remove_hook(transformer, CacheDiTHook)
     engine: Engine = GraphEngine() if is_enabled(transformer) else LibraryEngine()
     engine.remove(transformer)
 
@@ -213,14 +224,16 @@ def _remove(transformer: Any) -> None:
 def _install(pipeline: Any, recipe: Recipe, engine: Engine, stack: ExitStack) -> Refresh:
     """Put a recipe's targets in place; the stack takes them away again."""
     for target in recipe.targets:
+        hook = CacheDiTHook(engine, target)
+        registry = HookRegistry.get_or_create(own_module(target.transformer))
+        stack.callback(_take_off, registry, hook)
         try:
-            engine.install(target)
+            registry.register_hook(hook._HOOK_NAME, hook)
         except (ValueError, AssertionError) as error:
             raise ValueError(
                 f"{type(target.transformer).__name__} of {type(pipeline).__name__} cannot be "
                 f"cached by cache-dit: {error}"
             ) from error
-        stack.callback(engine.remove, target.transformer)
 
     def begin(pipeline: Any, num_inference_steps: int | None, verbose: bool = True) -> None:
         steps = recipe.steps(pipeline, num_inference_steps)

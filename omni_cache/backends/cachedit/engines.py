@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from logging import getLogger
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from omni_cache.backends.attach import attach, begin, detach
 from omni_cache.backends.cachedit.config import CacheDiTAdapterConfig, CacheDiTConfig
-from omni_cache.backends.hooks import HookRegistry
+from omni_cache.backends.hooks import ModelHook
 from omni_cache.pipelines import is_enabled, summary
 from omni_cache.strategies.base import one_of
 
@@ -86,6 +86,29 @@ def make_engine(name: str, flags: Mapping[str, Any]) -> Engine:
     return LibraryEngine()
 
 
+class CacheDiTHook(ModelHook):
+    """An engine's cache on a transformer, so that no other backend takes it over unnoticed.
+
+    Args:
+        engine: puts it on and takes it off.
+        target: what the engine is told.
+    """
+
+    _HOOK_NAME: ClassVar[str] = "cache_dit"
+
+    def __init__(self, engine: Engine, target: Target) -> None:
+        self._engine, self._target = engine, target
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Put the cache on."""
+        self._engine.install(self._target)
+        return module
+
+    def remove_hook(self, module: nn.Module) -> None:
+        """Take the cache off."""
+        self._engine.remove(self._target.transformer)
+
+
 @dataclass(frozen=True)
 class GraphEngine:
     """Our own DBCache, in the compiled graph.
@@ -99,14 +122,7 @@ class GraphEngine:
     flags: Mapping[str, Any] = field(default_factory=dict)
 
     def install(self, target: Target) -> None:
-        """As `Engine`.
-
-        Raises:
-            RuntimeError: a hook of another backend takes the place of the transformer's forward.
-        """
-        registry = getattr(target.transformer, "_hook_registry", None)
-        if isinstance(registry, HookRegistry):
-            registry.refuse_beside("cache_dit")
+        """As `Engine`."""
         self.refresh(target, None)
 
     def refresh(

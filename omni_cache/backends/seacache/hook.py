@@ -43,7 +43,8 @@ class SeaCacheRootHook(ModelHook):
     Args:
         config: what it is configured with.
         current_step_callback: tells the step of a call, from 0.
-        current_sigma_callback: tells the noise in its latents, from 0 to 1.
+        current_sigma_callback: tells the noise in its latents, from 0 to 1. Better a float: a
+            tensor on a device is read at every call.
         num_inference_steps_callback: tells the number of steps.
         extractor_fn: takes calls apart. Without one, that of the module or its class, if there is
             one, and otherwise the graph tells.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import factorial, prod
 from typing import ClassVar
 
 from omni_cache.strategies.base import Forecast, Row, Time, is_number, require
+from omni_cache.strategies.gates import where
 
 
 def units(count: int) -> list[Row]:
@@ -22,23 +23,28 @@ def combined(scales: Sequence[float], rows: Sequence[Row]) -> Row:
     return tuple(sum(s * w for s, w in zip(scales, each, strict=True)) for each in columns)
 
 
-def differences(kept: Sequence[Time], since: int = 0) -> Iterator[Row]:
-    """The rows of ``D^0, D^1, ...`` at the newest step, as many as there are.
+def differences(kept: Sequence[Time], since: int = 0) -> list[Row]:
+    """The rows of ``D^0, D^1, ...`` at the newest step, one for each kept residual.
 
     ``D^0 = r_0`` and ``D^i = (D^(i-1) - D^(i-1) of the computed step before) / N``, with ``N``
-    steps between the two. A step with an index below ``since`` has no differences.
+    steps between the two. A step with an index below ``since`` has no differences, and what would
+    be made of them is 0.
     """
     steps = [each.index for each in kept]
-    ladder: list[Row | None] = [*units(len(kept))]  # of D^i at each kept step
-    while ladder and ladder[0] is not None:
-        yield ladder[0]
-        pairs = zip(pairwise(ladder), pairwise(steps), strict=False)
+    ladder = units(len(kept))  # of D^i at each kept step
+    rows = [ladder[0]]
+    for order in range(1, len(kept)):
+        # D^i at a step is made of steps down to the one i places before it.
         ladder = [
-            combined((1 / (step - before), -1 / (step - before)), (new, old))
-            if new is not None and old is not None and step >= since
-            else None
-            for (new, old), (step, before) in pairs
+            tuple(
+                where(steps[place + order - 1] >= since, each, 0.0)
+                for each in combined((1 / gap, -1 / gap), (new, old))
+            )
+            for place, (new, old) in enumerate(pairwise(ladder))
+            for gap in [steps[place] - steps[place + 1]]
         ]
+        rows.append(ladder[0])
+    return rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Taylor(Ordered):
     def weights(self, kept: Sequence[Time], now: Time) -> Row:
         """The recurrence, run on unit vectors."""
         k = now.index - kept[0].index
-        rows = list(differences(kept, since=self.first))[: self.depth]
+        rows = differences(kept, since=self.first)[: self.depth]
         return combined([k**i / factorial(i) for i in range(len(rows))], rows)
 
 
@@ -141,7 +147,7 @@ class Hermite(Ordered):
         """The sum over the differences that there are."""
         s = self.scale
         y = s * (now.index - kept[0].index)
-        rows = list(differences(kept))[: self.depth]
+        rows = differences(kept)[: self.depth]
         hermite = [1.0, 2 * y]
         for i in range(1, len(rows)):
             hermite.append(2 * y * hermite[i] - 2 * i * hermite[i - 1])

@@ -1,0 +1,205 @@
+"""A guarded graph as modules that hold their weights: each part alone, or one that decides itself.
+
+    Holding        a part, over those of its inputs that are not weights
+    Conditional    inputs, what is kept -> outputs, what is to be kept;  torch.cond in its middle
+
+Knows graphs; what decides is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .build import Part
+from .split import FINITE, WEIGHTS, GuardedGraph
+
+Decide = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+"""``(allowed, at, gate, now, before, finite, times) -> reuse, gate, distance, row``.
+
+See `Conditional` for what they are; ``at`` is (1, 2), the step and its timestep, and ``row`` are
+the weights of the history, (1, depth).
+"""
+
+
+class Holding(nn.Module):
+    """A part of a graph as a module that holds its weights.
+
+    Args:
+        part: the part.
+        weights: parameters and buffers, by the names of the part's inputs.
+
+    Attributes:
+        inputs: names of what it takes, in order.
+        outputs: names of what it returns; none for the outputs of the whole graph.
+        computes: whether it has any operation. One that has none returns what it is given.
+    """
+
+    def __init__(self, part: Part, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.inputs = tuple(name for name in part.inputs if name not in weights)
+        self.outputs = part.outputs
+        self.computes = any(node.op.startswith("call_") for node in part.module.graph.nodes)
+        self.examples = dict(zip(part.inputs, part.example_inputs, strict=True))
+        # The part's own module compiles its code when it is first run, which tracers refuse.
+        self._part, self._names = GraphModule(part.module, part.module.graph), part.inputs
+        self._held = frozenset(part.inputs) & weights.keys()
+        for name in sorted(self._held):
+            self.register_buffer(name, weights[name].detach())
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """Names of the inputs that a part without operations returns."""
+        (result,) = self._part.graph.find_nodes(op="output")
+        return tuple(node.name for node in result.args[0])
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """What the part returns."""
+        given = iter(inputs)
+        values = [
+            getattr(self, name) if name in self._held else next(given) for name in self._names
+        ]
+        return tuple(self._part(*values))
+
+    def on(self, values: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the part returns for values by name."""
+        made: tuple[Any, ...] = self(*[values[name] for name in self.inputs])
+        return made
+
+
+class Conditional(nn.Module):
+    """A guarded graph as one graph that decides by itself, without state of its own.
+
+    It takes, after the graph's inputs that are not weights:
+
+    - ``allowed`` (bool, 0-dim), whether the step may be reused at all;
+    - ``index`` (0-dim), the step;
+    - ``gate`` (n,), the gate's state;
+    - ``before``, the signal that this step's is compared with;
+    - ``finite`` (depth,), for each entry of the history whether it is there, and finite;
+    - ``times`` (depth, 2), the steps that it is of, and their timesteps;
+    - the residuals of each entry, newest first.
+
+    All are contiguous. It returns the graph's outputs, then ``gate``, the signal, the distance of
+    the signals, and of this step ``times`` (1, 2), ``finite`` (1,) and the residuals. These have a
+    leading dimension, which is 1 for a computed step and 0 for a reused one: what stays as it was
+    is not copied.
+
+    Args:
+        guarded: split with ``merges``, so that the epilogue is there once, and without
+            ``matches_strides``.
+        weights: parameters and buffers, by the names of the graph's inputs.
+        inputs: names of the other inputs, in order.
+        timestep: name of the input with the timestep, None where there is none.
+        decide: the decision.
+    """
+
+    def __init__(
+        self,
+        guarded: GuardedGraph,
+        weights: Mapping[str, Tensor],
+        inputs: Sequence[str],
+        timestep: str | None,
+        decide: Decide,
+    ) -> None:
+        super().__init__()
+        assert guarded.merges
+        assert guarded.signal is not None
+        self.prologue = Holding(guarded.prologue, weights)
+        self.body = Holding(guarded.body, weights)
+        self.reuse = Holding(guarded.reuse, weights)
+        self.epilogue = Holding(guarded.epilogue, weights)
+        self._inputs, self._timestep, self._decide = tuple(inputs), timestep, decide
+        self._signal, self._residuals = guarded.signal, guarded.residuals
+        self._history = [name for entry in guarded.history for name in entry]
+        self._merged = guarded.reuse.outputs
+        self._views = _views({**self.reuse.examples, **self.body.examples}, self._history)
+        # Both branches have to lay their outputs out alike, which one cannot in a part of more.
+        (result,) = guarded.body.module.graph.find_nodes(op="output")
+        made = zip(guarded.body.outputs, result.args[0], strict=True)
+        self._parts_of_more = {
+            name for name, node in made if node.meta["example_value"].storage_offset() != 0
+        }
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        """One step."""
+        given = iter(flat)
+        values: dict[str, Any] = {name: next(given) for name in self._inputs}
+        allowed, index, gate, before, finite, times = (next(given) for _ in range(6))
+        history = dict(zip(self._history, given, strict=True))
+        values.update(zip(self.prologue.outputs, self.prologue.on(values), strict=True))
+        now = values[self._signal].contiguous()
+        if self._signal in self._inputs:
+            now = now.clone()  # the caller may write into it
+        at = torch.stack([index, self._moment(values, index)])[None]
+        reuse, gate, distance, row = self._decide(allowed, at, gate, now, before, finite, times)
+        operands = {**values, **history, WEIGHTS: row}
+        read = {*self.body.inputs, *self.reuse.inputs}
+        names = [name for name in operands if name in read]
+        given_over = [
+            operands[name].clone() if name in self._views else operands[name] for name in names
+        ]
+        made = torch.cond(
+            reuse,
+            lambda *given: self._reused(dict(zip(names, given, strict=True))),
+            lambda *given: self._computed(dict(zip(names, given, strict=True))),
+            tuple(given_over),
+        )
+        count = len(self._merged)
+        values.update(zip(self._merged, made[:count], strict=True))
+        kept = (gate, now, distance, at, *made[count:])
+        return (*self.epilogue.on(values), *kept)
+
+    def _moment(self, values: Mapping[str, Any], like: Tensor) -> Tensor:
+        if self._timestep is None:
+            return torch.full_like(like, float("nan"))
+        moment: Tensor = values[self._timestep]
+        return moment.to(like).mean()
+
+    def _computed(self, values: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        made = dict(zip(self.body.outputs, self.body.on(values), strict=True))
+        outputs = [
+            made[name].clone(memory_format=torch.contiguous_format)
+            if name in self._parts_of_more
+            else _laid_out(made[name])
+            for name in self._merged
+        ]
+        residuals = [_laid_out(made[name])[None] for name in self._residuals]
+        return (*outputs, made[FINITE][None], *residuals)
+
+    def _reused(self, values: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        # A branch may return neither an entry of the history nor a part of another tensor.
+        outputs = [
+            each.clone(memory_format=torch.contiguous_format) for each in self.reuse.on(values)
+        ]
+        kept = [values[name] for name in self._residuals]
+        empty = [each.new_empty((0, *each.shape)) for each in kept]
+        finite = torch.ones(1, dtype=torch.bool, device=kept[0].device)
+        return (*outputs, finite, *empty)
+
+
+def _views(examples: Mapping[str, Any], apart: Sequence[str]) -> set[str]:
+    """Names of tensors that lie in the memory of an earlier one, which operands may not.
+
+    Args:
+        examples: what the parts were traced with.
+        apart: names of tensors that lie apart whatever they were traced with.
+    """
+    seen, found = set(), set()
+    for name, example in examples.items():
+        if isinstance(example, Tensor) and name not in apart:
+            memory = StorageWeakRef(example.untyped_storage())  # type: ignore[no-untyped-call]
+            if memory in seen:
+                found.add(name)
+            seen.add(memory)
+    return found
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """A contiguous tensor, whose strides follow from its shape in dimensions of size 1 too."""
+    return tensor.contiguous().flatten().view(tensor.shape)
