@@ -82,6 +82,7 @@ def content(
         output_sensitivity=(),
         frontier=tuple(points),
         chosen=0,
+        spread=tuple(1.1 + step / 100 for step in range(steps)),
     )
 
 

@@ -78,10 +78,13 @@ class BranchWeights:
     Attributes:
         steps: the weights of the steps that are not computed.
         gram: inner products on the plan's samples.
+        spread: for each step by what factor the worst of these samples is further off than the
+            mean; empty where that is unknown.
     """
 
     steps: Mapping[int, Weights]
     gram: Gram
+    spread: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,7 @@ class Planned(Forecast):
         return self._weights(kept, now, skips=True).row
 
     def check(self, kept: Sequence[Time], products: Matrix) -> Errors | None:
-        """How far off the newest step's forecast would have been, and how far on the samples."""
+        """How far off the newest step's forecast would have been, and on the worst sample."""
         steps = [each.index for each in kept]
         if self.branch is None or len(steps) < 2 or max(steps) >= len(self.actions):
             return None
@@ -139,7 +142,8 @@ class Planned(Forecast):
             return None
         # A difference of large numbers may come out below 0.
         observed, expected = max(error, 0.0) / size, max(found.error, 0.0) / expected_size
-        return Errors(math.sqrt(observed), math.sqrt(expected))
+        worst = self.branch.spread[steps[0]] if self.branch.spread else 1.0
+        return Errors(math.sqrt(observed), worst * math.sqrt(expected))
 
     def _weights(self, kept: Sequence[Time], now: Time, skips: bool = False) -> Weights:
         assert self.branch is not None  # another branch is refused

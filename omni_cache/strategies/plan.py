@@ -31,8 +31,8 @@ class Plan(Strategy):
         content: what its file holds.
         on_mismatch (str, default "raise"): what a run does that differs from the plan's signature:
             "raise" a ValueError that names the field, or "compute" all steps, with a warning.
-        guardrail (float, optional, default 3): how many times as large as planned the error of a
-            forecast may be before steps are inserted; None to insert none.
+        guardrail (float, optional, default 1.5): how many times as far off as on the worst of the
+            plan's samples a forecast may be before steps are inserted; None to insert none.
         component: which of the plan's transformers this is; None where nobody has said.
         refusal: why all steps of this one are computed.
     """
@@ -41,7 +41,7 @@ class Plan(Strategy):
 
     content: Content
     on_mismatch: str = "raise"
-    guardrail: float | None = 3.0
+    guardrail: float | None = 1.5
     component: str | None = None
     refusal: str | None = None
 
@@ -194,7 +194,9 @@ class Plan(Strategy):
             return replace(self, component=name).policy(model_class)
         point = self.point
         branches = {
-            branch: BranchWeights(point.weights.get(name, {}).get(branch, {}), gram)
+            branch: BranchWeights(
+                point.weights.get(name, {}).get(branch, {}), gram, self.content.spread
+            )
             for branch, gram in self._grams.items()
         }
         owners = self.content.signature.owners

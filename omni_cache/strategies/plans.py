@@ -178,6 +178,8 @@ class Content:
             be skipped.
         frontier: from the point that computes least to the one that computes most.
         chosen: which of them is followed.
+        spread: for each step by what factor forecasts of the plan's worst sample are further off
+            than the mean; empty where nobody has measured it.
     """
 
     signature: Signature
@@ -187,6 +189,7 @@ class Content:
     output_sensitivity: tuple[float, ...]
     frontier: tuple[Point, ...]
     chosen: int
+    spread: tuple[float, ...] = ()
 
     @property
     def point(self) -> Point:
@@ -234,6 +237,7 @@ def _jsonable(content: Content) -> dict[str, Any]:
         "frontier": [_point(each, content.signature.owners) for each in content.frontier],
         "sensitivity": content.sensitivity,
         "output_sensitivity": content.output_sensitivity,
+        "spread": content.spread,
         "grams": grams,
     }
 
@@ -297,6 +301,7 @@ def _read(fields: Fields, finished: bool = True) -> Content:
         _for_steps(fields, "output_sensitivity", steps) if fields["output_sensitivity"] else (),
         frontier,
         int(chosen),
+        _for_steps(fields, "spread", steps) if fields["spread"] else (),
     )
 
 

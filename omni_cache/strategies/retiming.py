@@ -89,6 +89,7 @@ def retimed(content: Content, sigmas: Sequence[float] | Any) -> Content:
         sensitivity=sensitivity,
         output_sensitivity=skipping,
         frontier=tuple(points),
+        spread=tuple(content.spread[place] for place in nearest) if content.spread else (),
     )
 
 

@@ -6,6 +6,7 @@ taken in float64, slice by slice. Knows calls and tensors; nothing of plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from omni_cache.planning.gram import Gram
+from omni_cache.planning.gram import Gram, error_of, fit
 from omni_cache.runtime.contexts import Observed, Run
 
 Array = npt.NDArray[np.float64]
 
 _FIELDS = ("residuals", "cross", "inputs", "outputs")
+_DISTANCES = 6
+"""How far apart the computed steps of a forecast lie at most, where its spread is measured."""
 _SLICE = 1 << 20
 """Elements of a vector that are taken to float64 at once."""
 
@@ -102,6 +105,38 @@ def mean(samples: Sequence[Grams]) -> Grams:
         }
         for name, branches in samples[0].items()
     }
+
+
+def spread(samples: Sequence[Grams]) -> tuple[float, ...]:
+    """For each step by what factor forecasts of the worst sample are further off than the mean.
+
+    Forecasts are those from the two steps that lie one distance and two before it, for several
+    distances; both errors are relative to the step's own residual.
+    """
+    together = mean(samples)
+    found = [1.0] * len(next(iter(next(iter(together.values())).values())))
+    for name, branches in together.items():
+        for branch, gram in branches.items():
+            ran = np.flatnonzero(gram.present).tolist()
+            for place, step in enumerate(ran):
+                for distance in range(1, min(_DISTANCES, place) + 1):
+                    kept = [
+                        ran[each] for each in (place - distance, place - 2 * distance) if each >= 0
+                    ]
+                    weights = fit(gram, kept, step).weights
+                    expected = _relative(gram, kept, step, weights)
+                    worst = max(
+                        _relative(each[name][branch], kept, step, weights) for each in samples
+                    )
+                    if expected > 0:
+                        found[step] = max(found[step], worst / expected)
+    return tuple(found)
+
+
+def _relative(gram: Gram, kept: Sequence[int], step: int, weights: Sequence[float]) -> float:
+    """How far off a forecast is, over the norm of what it stands for; 0 for a forecast of 0."""
+    square = float(gram.residuals[step, step])
+    return math.sqrt(error_of(gram, kept, step, weights) / square) if square > 0 else 0.0
 
 
 def _gram(name: str, branch: str, calls: Mapping[int, _Call], steps: int) -> Gram:

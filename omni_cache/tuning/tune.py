@@ -22,7 +22,7 @@ from omni_cache.strategies.plans import Content, Made, Point
 from omni_cache.tuning.budget import EFFORTS, Budget, Effort, Progress
 from omni_cache.tuning.calibrate import calibrate
 from omni_cache.tuning.drafts import Drafts
-from omni_cache.tuning.gather import mean
+from omni_cache.tuning.gather import mean, spread
 from omni_cache.tuning.improve import improved
 from omni_cache.tuning.judge import Candidate, Target, choose, played, undominated
 from omni_cache.tuning.refine import Refiner
@@ -166,7 +166,10 @@ class _Tuning:
             seconds=calibrated.seconds,
             targets=self._target.named,
         )
-        content = Content(calibrated.signature, made, mean(calibrated.grams), (), (), (), 0)
+        grams = mean(calibrated.grams)
+        content = Content(
+            calibrated.signature, made, grams, (), (), (), 0, spread(calibrated.grams)
+        )
         self._rehearsal.content = content
         references = calibrated.references
         if before is None:

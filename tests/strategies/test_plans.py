@@ -79,6 +79,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("chosen", True, "chosen=True"),
     ("frontier", [], "frontier=[] is not allowed; frontier must be a list of at least one object"),
     ("sensitivity", [1.0], "sensitivity=(1.0,) is not allowed; sensitivity must be 8 numbers"),
+    ("spread", [1.0], "spread=(1.0,) is not allowed; spread must be 8 numbers"),
     ("grams", {}, "grams={} is not allowed"),
     ("grams..cond.residuals", [[1.0]], "residuals"),
     ("grams..cond.inputs", "none", "inputs"),
@@ -243,6 +244,9 @@ def test_a_check_compares_the_newest_step_with_what_is_expected_of_it() -> None:
     assert same is not None
     assert same.expected == pytest.approx(off, rel=1e-3)
     assert same.excess == pytest.approx(1.0, rel=1e-3)
+    assert rule.branch is not None
+    wide = replace(rule, branch=replace(rule.branch, spread=(1.0, 1.0, 1.25, 1.0, 1.0)))
+    assert wide.check(times(2, 1, 0), (r @ r.T).tolist()) == (same.observed, 1.25 * same.expected)
     r[0] += 10 * (r[0] - weights @ r[1:])
     other = rule.check(times(2, 1, 0), (r @ r.T).tolist())
     assert other is not None

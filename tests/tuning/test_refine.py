@@ -17,7 +17,7 @@ from omni_cache.strategies.plans import Content, Made, Point, Weights
 from omni_cache.tuning.budget import Budget
 from omni_cache.tuning.calibrate import Calibrated, calibrate
 from omni_cache.tuning.drafts import Drafts
-from omni_cache.tuning.gather import mean
+from omni_cache.tuning.gather import mean, spread
 from omni_cache.tuning.refine import (
     Refiner,
     directions_of,
@@ -82,6 +82,23 @@ def test_a_mean_has_every_sample_count_alike() -> None:
         together = mean(found.grams)[""]["cond"]
         stacked = np.mean([each[""]["cond"].residuals for each in found.grams], axis=0)
         assert together.residuals == pytest.approx(stacked)
+
+
+def test_the_spread_is_how_much_further_off_the_worst_sample_is() -> None:
+    with calibrated() as (_, found, _drafts):
+        factors = spread(found.grams)
+        own = [each[""]["cond"].residuals[:2, :2] for each in found.grams]
+        assert spread(found.grams[:1] * 2) == pytest.approx([1.0] * STEPS)
+    together = np.mean(own, axis=0)
+    weight = together[0, 1] / together[0, 0]
+
+    def off(g: np.ndarray) -> float:
+        return float(np.sqrt((g[1, 1] - 2 * weight * g[0, 1] + weight**2 * g[0, 0]) / g[1, 1]))
+
+    assert len(factors) == STEPS
+    assert factors[0] == 1.0
+    assert factors[1] == pytest.approx(max(1.0, max(map(off, own)) / off(together)), rel=1e-4)
+    assert max(factors) > 1.01
 
 
 def test_sensitivity_is_what_holding_a_step_does_to_the_end() -> None:
