@@ -143,8 +143,10 @@ def _narrowed(output: Node, origins: Origins, epilogue: Collection[Node]) -> tup
         ):
             return whole, []
         if op_name(user) not in PIECES:
-            origin = view_origin(user, origins)
-            if origin is None or not _has_partner(user, origin.view):
+            origin, viewed = view_origin(user, origins), tensor_of(user)
+            # A cast is not followed: in fewer bits a residual is worth less to a forecast.
+            keeps_bits = viewed is None or value is None or viewed.dtype == value.dtype
+            if origin is None or not keeps_bits or not _has_partner(user, origin.view):
                 return whole, []
             origins.add(user, origin)
         below, views = _narrowed(user, origins, epilogue)
