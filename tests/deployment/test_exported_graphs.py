@@ -108,6 +108,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "magcache": MAGCACHE,
     "magcache, adams": {**MAGCACHE, "forecast": "adams"},
     "taylorseer": {"cache": "taylorseer", "cache_interval": 3, "disable_cache_before_step": 2},
+    "teacache in 8 bits": {**TEACACHE, "forecast": "newton", "history_dtype": "float8_e4m3fn"},
+    "magcache in 8 bits": {**MAGCACHE, "history_dtype": "float8_e4m3fn"},
 }
 
 
