@@ -42,8 +42,8 @@ def setting(bench: Any) -> Any:
 
 
 KINDS = (
-    "plain", "rolled", "reduce-overhead", "hooks-magcache", "first-block", "cache-dit", "plan",
-    "hooks-first-block", "regional", "skips", "unrolled",
+    "plain", "rolled", "reduce-overhead", "hoisted", "hooks-magcache", "first-block", "cache-dit",
+    "plan", "hooks-first-block", "regional", "skips", "unrolled",
 )  # fmt: skip
 
 
