@@ -141,6 +141,9 @@ def main(
     steps: Annotated[int, typer.Option(help="Of a loop.")] = 28,
     samples: Annotated[int, typer.Option(help="How many calibrate.")] = 16,
     judged: Annotated[int, typer.Option(help="How many others judge.")] = 32,
+    minutes: Annotated[
+        float | None, typer.Option(help="That a tuning may take, judging included.")
+    ] = None,
 ) -> None:
     """Measure what plans reach."""
     pipe, with_steps = PIPELINES[pipeline](samples + judged)
@@ -150,6 +153,8 @@ def main(
     stem = output / f"plans-{pipeline}-{effort}"
     settings = {"pipeline": pipeline, "effort": effort, "steps": steps, "samples": samples}
     settings |= {"judged": judged, "confidence": confidence, "device": device, "inner": inner}
+    if minutes is not None:
+        settings["minutes"] = minutes
     report = known(stem.with_suffix(".json"), settings) or {"others": {}, "rows": []}
     report |= {
         "date": date.today().isoformat(),
@@ -201,6 +206,7 @@ def main(
             samples=samples,
             judged=judged,
             effort=effort,
+            minutes=minutes,
             inner=inner,
             progress=tuning,
             resume=path.with_suffix(".partial"),
@@ -297,8 +303,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     settings, others = report["settings"], report["others"]
+    limit = f", within {settings['minutes']:g} minutes" if "minutes" in settings else ""
     lines = [
-        "# Tuned plans of the pipeline {pipeline!r}, effort {effort!r}".format(**settings),
+        "# Tuned plans of the pipeline {pipeline!r}, effort {effort!r}{limit}".format(
+            **settings, limit=limit
+        ),
         "",
         "{steps} steps, tuned on {samples} samples, judged on {judged} others: PSNR in dB and SSIM "
         'against the uncached pipeline, median and, in brackets, 5th percentile. "Reached by" is '

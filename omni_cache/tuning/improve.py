@@ -27,10 +27,10 @@ _ROUNDS = 6
 """Of moves, one step each."""
 
 
-def spread(steps: int, least: int) -> list[int]:
-    """Numbers of computed steps from a seventh to six tenths of all, further apart as they grow."""
-    counts, count = [], max(least, round(steps / 7))
-    while count <= max(0.6 * steps, least):
+def spread(steps: int, first: int) -> list[int]:
+    """Numbers of computed steps up to six tenths of all, further apart as they grow."""
+    counts, count = [], first
+    while count <= max(0.6 * steps, first):
         counts.append(count)
         count = max(count + 1, round(1.2 * count))
     return counts
@@ -55,7 +55,9 @@ def improved(
         tell: is told of every plan that has been refined.
     """
     budget = refiner.rehearsal.budget
-    counts, playing = spread(drafts.steps, drafts.least), len(refiner.samples) / drafts.steps
+    # A quality that little meets is met by few steps; other frontiers begin at a seventh.
+    first = drafts.least if target.is_quality else max(drafts.least, round(drafts.steps / 7))
+    counts, playing = spread(drafts.steps, first), len(refiner.samples) / drafts.steps
     asked = {min(max(each, drafts.least), drafts.steps) for each in target.counts}
     if len(target.counts) > 1:
         counts, asked = sorted(asked), set()
@@ -93,7 +95,7 @@ def _near(
     counts = sorted(points)
     if len(target.counts) == 1:
         return [max(each for each in counts if each <= max(*target.counts, counts[0]))]
-    if target.psnr is None and target.ssim is None and target.speedup is None:
+    if not target.is_quality and target.speedup is None:
         return counts  # those that were asked for, or the whole frontier
     refiner.rehearsal.budget.begin("looks for the target")
     for position, count in enumerate(counts):

@@ -65,7 +65,7 @@ class Target:
         if share is not None:
             fits = is_number(share) and 0 < share < 1
             require(fits, "confidence", share, "a number between 0 and 1, or None")
-            if self.psnr is None and self.ssim is None:
+            if not self.is_quality:
                 raise ValueError("confidence is given without psnr or ssim, which it refers to")
 
     @property
@@ -95,6 +95,11 @@ class Target:
             "speedup": self.speedup,
             "computed_steps": self.computed_steps,
         }
+
+    @property
+    def is_quality(self) -> bool:
+        """Whether a quality was asked for."""
+        return self.psnr is not None or self.ssim is not None
 
     def is_met(self, fidelities: Sequence[Fidelity], margin: bool = False) -> bool:
         """Whether a quality is reached, by the median or by as many as confidence asks for."""

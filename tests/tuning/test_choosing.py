@@ -135,19 +135,20 @@ def test_a_plan_that_was_refined_pushes_none_out_by_its_prediction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "least", "counts"),
+    ("steps", "first", "counts"),
     [
-        (28, 1, [4, 5, 6, 7, 8, 10, 12, 14]),
-        (50, 1, [7, 8, 10, 12, 14, 17, 20, 24, 29]),
+        (28, 1, [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14]),
+        (28, 4, [4, 5, 6, 7, 8, 10, 12, 14]),
+        (50, 7, [7, 8, 10, 12, 14, 17, 20, 24, 29]),
         (4, 1, [1, 2]),
         (3, 2, [2]),
         (1, 1, [1]),
     ],
 )
-def test_the_frontier_has_numbers_from_a_seventh_on(
-    steps: int, least: int, counts: list[int]
+def test_the_frontier_has_fewer_numbers_where_they_are_large(
+    steps: int, first: int, counts: list[int]
 ) -> None:
-    assert spread(steps, least) == counts
+    assert spread(steps, first) == counts
 
 
 def test_integers_become_floats_before_they_are_compared() -> None:

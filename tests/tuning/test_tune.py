@@ -328,6 +328,14 @@ def test_the_cheapest_plan_that_meets_a_quality_is_chosen() -> None:
     assert plan.content.chosen > 0
 
 
+def test_a_quality_that_little_meets_takes_the_fewest_steps() -> None:
+    model = ToyTransformer()
+    plan = tuned(model, lambda i: denoised(model, i, steps=28), psnr=1.0, effort="low")
+    assert plan.point.computed_steps == 1
+    least, *_ = tuned(model, lambda i: denoised(model, i, steps=28), effort="low").frontier
+    assert least.computed_steps == 4
+
+
 def test_pictures_are_judged_as_floats() -> None:
     """As uint8, a difference of 255 levels would wrap around to 1, and read as 48 dB."""
     model = ToyTransformer()
