@@ -279,7 +279,8 @@ def ours(blocks: str = "rolled", mode: str | None = None, **flags: Any) -> Start
         given = dict(flags)
         if (letters := given.pop("plan", None)) is not None:
             given = {"cache": plan(model, setting, letters)}
-        omni_cache.enable(model, inner=parts, blocks=blocks, mode=mode, strict=True, **given)
+        chosen = "unrolled" if setting.inner is None else blocks  # as it is without a compiler
+        omni_cache.enable(model, inner=parts, blocks=chosen, mode=mode, strict=True, **given)
 
         def computed() -> list[bool]:
             (trajectory,) = omni_cache.summary(model).trajectories

@@ -114,23 +114,22 @@ class Turns(AbstractContextManager["Turns"]):
         self.failed: dict[str, str] = {}
         self._waiting: dict[str, tuple[BaseProcess, Connection]] = {}
         self._folder = TemporaryDirectory()
-        for name, want in wanted.items():
-            self._start(name, want)
-
-    def _start(self, name: str, want: Want) -> None:
         context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=take_turns, args=(theirs, want, self._folder.name))
-        process.start()
-        theirs.close()
-        self._waiting[name] = process, ours
-        self._receive(name)
+        for name, want in wanted.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=take_turns, args=(theirs, want, self._folder.name))
+            process.start()  # all import at once, which takes longer than to compile
+            theirs.close()
+            self._waiting[name] = process, ours
+        for name in wanted:
+            self._ask(name)
 
-    def _receive(self, name: str) -> Any:
+    def _ask(self, name: str) -> Any:
         process, pipe = self._waiting[name]
         try:
+            pipe.send(True)
             received = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             process.join()
             received = f"its process ended with {process.exitcode}"
         if isinstance(received, str):
@@ -142,8 +141,7 @@ class Turns(AbstractContextManager["Turns"]):
         """One generation of each, in turn: what `bench_gpu.medians` finds, and `held_mib`."""
         found = {}
         for name in [*self._waiting]:
-            self._waiting[name][1].send(True)
-            received = self._receive(name)
+            received = self._ask(name)
             if name not in self.failed:
                 found[name] = received
         return found
@@ -157,10 +155,12 @@ class Turns(AbstractContextManager["Turns"]):
 
 
 def take_turns(pipe: Connection, want: Want, folder: str) -> None:
-    """Compile, say that it is done, and run a generation whenever one is asked for."""
+    """Compile when asked for the first time, and run a generation whenever asked again."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = folder
     try:
         with torch.no_grad():
+            if not pipe.recv():
+                return
             runner, _ = bench_gpu.prepared(want.kind, want.setting, want.steps)
             bench_gpu.timed(runner, want.steps)  # touches what stays
             pipe.send(True)
