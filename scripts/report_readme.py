@@ -79,13 +79,15 @@ def plans(benchmarks: Path) -> list[str]:
         for each in report["rows"]:
             computed = each["computed_steps"]
             others = [o for o in report["others"].values() if o["computed_steps"] <= computed]
-            best = max(others, key=lambda other: other["psnr"])
-            yield str(computed), shown(each["plan"]), shown(each["fewer"]), shown(best)
+            best = max(others, key=lambda other: other["psnr"], default=None)
+            cells = shown(each["plan"]), shown(each["fewer"]), "" if best is None else shown(best)
+            yield each["asked"], str(computed), *cells
 
     head = (
-        "| steps computed | tuned plan | fewer steps | best other strategy that computes no more |"
+        "| asked for | steps computed | tuned plan | fewer steps | best other strategy that "
+        "computes no more |"
     )
-    return table(head, "rrrr", rows())
+    return table(head, "lrrrr", rows())
 
 
 def demo(benchmarks: Path) -> list[str]:
