@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -290,7 +291,7 @@ class _CachedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        names = [*self._parameters, *map("*{}".format, range(len(args)))]  # *0, *1, ... of *args
+        names = chain(self._parameters, map("*{}".format, count()))  # *0, *1, ... of *args
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = Call(module, self.state, arguments, self._loop(module))
         with self.context(call), bind(call):
@@ -304,7 +305,8 @@ class _CachedCall:
         if not self.pipelines:
             return None
         alive = [pipeline for each in self.pipelines if (pipeline := each()) is not None]
-        return running_loop(module, sys._getframe(1), alive[0] if len(alive) == 1 else None)
+        caller = sys._getframe(3)  # of a method of this object, which has called `_cached`
+        return running_loop(module, caller, alive[0] if len(alive) == 1 else None)
 
     def _say_what_is_uncached(self, call: Call) -> None:
         """Warn, once, or raise if no piece of the model is cached or some of its blocks are not."""

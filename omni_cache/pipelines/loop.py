@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -48,10 +48,7 @@ class PipelineLoop:
         if timesteps is None or not _is_set(scheduler):
             return False
         index = getattr(scheduler, "step_index", -1)
-        # Some schedulers make the list anew whenever they are asked for it.
-        goes_on = self._is_called and (index or 0) > 0
-        as_many = len(timesteps) == self.generation.num_inference_steps
-        if timesteps is not self._timesteps and not (goes_on and as_many):
+        if timesteps is not self._timesteps and not self._goes_on(timesteps, index):
             self._timesteps = timesteps
             self.timesteps = Reading(_numbers(timesteps))
             config = getattr(scheduler, "config", None)
@@ -65,6 +62,11 @@ class PipelineLoop:
         self._begins = getattr(scheduler, "begin_index", None) or 0 if index is None else None
         self._counted = None if index is None or index < 0 else int(index)
         return True
+
+    def _goes_on(self, timesteps: Any, index: int | None) -> bool:
+        """Whether a new list is that of the loop: some schedulers make it whenever it is read."""
+        as_many = len(timesteps) == self.generation.num_inference_steps
+        return as_many and self._is_called and (index or 0) > 0
 
     @property
     def schedule(self) -> Schedule:
@@ -187,7 +189,7 @@ def _owners(module: nn.Module, frame: FrameType | None) -> Iterator[Any]:
             parts = getattr(owner, "__dict__", {})
             # Some pipelines are modules, which keep their parts apart.
             parts = {**parts, **(parts.get("_modules") or {})} if "scheduler" in parts else {}
-            if any(_is(each, module) for each in parts.values()):
+            if _has(parts.values(), module):
                 yield owner
         frame = frame.f_back
 
@@ -195,8 +197,11 @@ def _owners(module: nn.Module, frame: FrameType | None) -> Iterator[Any]:
 _TORCH = torch.__path__[0]
 
 
-def _is(component: Any, module: nn.Module) -> bool:
-    return component is module or getattr(component, "_orig_mod", None) is module
+def _has(components: Collection[Any], module: nn.Module) -> bool:
+    """Whether a module is among components, as it is or compiled, which takes longer to ask."""
+    return any(each is module for each in components) or any(
+        getattr(each, "_orig_mod", None) is module for each in components
+    )
 
 
 def _loop_of(pipeline: Any) -> PipelineLoop:

@@ -79,8 +79,8 @@ class Call:
 
     def run(self, region: Any, weight: int | None) -> Ran:
         """Note that a region runs."""
-        ran = Ran(region, weight)
-        ran = ran._replace(time=sum(each[:2] == ran[:2] for each in self.ran))
+        before = [each for each in self.ran if each.region == region and each.weight == weight]
+        ran = Ran(region, weight, len(before))
         self.ran.append(ran)
         return ran
 
@@ -89,18 +89,22 @@ bound_call: ContextVar[Call | None] = ContextVar("omni_cache_call", default=None
 """The call that the current context is bound to."""
 
 
-@contextmanager
-def bind(call: Call) -> Iterator[None]:
+class bind:  # noqa: N801  # a context that is named like a function, without a generator's cost
     """Say which call the graphs in this context run for; what they did counts once it ends well."""
-    token = bound_call.set(call)
-    try:
-        yield
-    finally:
-        bound_call.reset(token)
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __enter__(self) -> None:
+        self._token = bound_call.set(self._call)
+
+    def __exit__(self, kind: object, *raised: object) -> None:
+        bound_call.reset(self._token)
         # Taken out, because what commits refers to the call.
-        commits, call.commits = call.commits, []
-    for commit in commits:
-        commit()
+        commits, self._call.commits = self._call.commits, []
+        if kind is None:
+            for commit in commits:
+                commit()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from omni_cache.runtime.place import (
 )
 from omni_cache.runtime.reading import Reading, read
 from omni_cache.runtime.trajectory import Action, Layout, StepRecord, Trajectory
-from omni_cache.strategies import Policy
+from omni_cache.strategies import Policy, Time
 from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
 from omni_cache.strategies.strategy import Found
 
@@ -135,6 +135,9 @@ class _View(NamedTuple):
 class Step:
     """One call of one region.
 
+    Attributes:
+        is_refuted: whether the call has been taken for another one, whose constants it went by.
+
     Args:
         state: the model's.
         policy: what its calls follow.
@@ -145,6 +148,17 @@ class Step:
         timestep: of the call.
         given: the inputs that its constants are made of.
     """
+
+    is_refuted = False
+    # What most calls never come to know.
+    _contents: Sequence[Content] = ()
+    _loop: Sequence[Reading] = ()
+    _timestep: Tensor | None = None
+    _likely: Place | None = None
+    _constants: Constants | None = None
+    _signal: Tensor | None = None
+    _arrived: Layout | None = None
+    _action: Action = "reused"
 
     def __init__(
         self,
@@ -157,20 +171,12 @@ class Step:
         timestep: Any,
         given: Sequence[Any] = (),
     ) -> None:
-        self._given, self.is_refuted = given, False
-        self._constants: Constants | None = None
+        self._given = given
         self._state, self._policy, self._guarded = state, policy, guarded
         self._ran, self._called, self._call = ran, called, call
         self._is_shared = guarded.is_shared(policy)
         # Ranks that measure nothing would not agree on what was finite; what was not is zero.
         self._is_symmetric = len(guarded.groups) > 0 and not self._is_shared
-        self._contents: list[Content] = []
-        self._loop: list[Reading] = []
-        self._timestep: Tensor | None = None
-        self._likely: Place | None = None
-        self._signal: Tensor | None = None
-        self._arrived: Layout | None = None
-        self._action: Action = "reused"
         self._place: Place | str | None = None if call is None else call.place
         if self._place is not None:
             return
@@ -184,7 +190,8 @@ class Step:
             if self._contents and not self._is_shared:
                 runs = [each.run(state) for each in called.generations(state)]
                 courses = [each for run in runs for each in list(run.courses.values())]
-                self._contents += [each for one in courses for each in one.conditioning.unread]
+                before = [each for one in courses for each in one.conditioning.unread]
+                self._contents = [*self._contents, *before]
         if self._timestep is None and not self._contents:
             self._place = locate(state, called)
 
@@ -198,7 +205,9 @@ class Step:
         if not guarded.skips:
             return None
         # Of its own graph, since another one may return other results.
-        self._arrived = Layout.of(self._called.inputs.tensors, id(guarded))
+        # Dynamo's guards hold dtypes and devices of a graph's inputs.
+        shapes, mode = self._called.inputs.shapes, torch.is_inference_mode_enabled()
+        self._arrived = Layout(shapes, (), (), mode, id(guarded))
         if not isinstance(place, Place) or self._is_shared:
             return None
         view = self._look(place, self._arrived)
@@ -213,7 +222,7 @@ class Step:
         if self._call is not None:
             self._call.place = place
         self._view, self._verdict, self._action = view, verdict, "skipped"
-        return trajectory.history.results(kept, place.at._replace(total=view.total))
+        return trajectory.history.results(kept, Time(place.at.index, place.at.value, total))
 
     def held(self) -> tuple[Tensor, ...] | None:
         """The constants of an earlier call that are this one's too; None where there are none.
@@ -327,7 +336,7 @@ class Step:
         """
         view, depth = self._view, self._guarded.depth
         kept, history = view.kept[: self._policy.forecast.depth], view.trajectory.history
-        now = view.place.at._replace(total=view.total, progress=self._progress)
+        now = Time(view.place.at.index, view.place.at.value, view.total, self._progress)
         rows = history.rows(kept, now, depth)
         if self._guarded.inputs:
             weight = history.forecast.input_weight([each.at for each in kept], now)
@@ -400,7 +409,7 @@ class Step:
         distance, accumulated = verdict.distance, verdict.accumulated
         record = StepRecord(action, distance, accumulated, at.value, verdict.reason, at.index)
         trajectory.record(record)
-        if self._policy.refuses is not None:
+        if self._policy.refuses is not None and action != "skipped":
             first = next(each for each in result if isinstance(each, Tensor))
             trajectory.size, trajectory.dtype = tuple(first.shape[1:]), str(first.dtype)
         if computed or looks_back:  # which keeps more signals than one
@@ -457,7 +466,8 @@ class Step:
 
     def _is_only(self, place: Place) -> bool:
         """Whether a call runs the region once: of two times only their order tells which it is."""
-        return (place.course.name, self._ran._replace(time=1)) not in place.run.trajectories
+        again = Ran(self._ran.region, self._ran.weight, 1)
+        return (place.course.name, again) not in place.run.trajectories
 
     def _refusal(self, place: Place, trajectory: Trajectory, total: int | None) -> str | None:
         """What the strategy says of a call that it is not for."""

@@ -137,8 +137,8 @@ class History:
     @property
     def usable(self) -> list[Kept]:
         """The newest ones, up to the first that is known not to have been finite."""
-        broken = next((i for i, each in enumerate(self.kept) if each.is_finite is False), None)
-        return self.kept[:broken]
+        finite = [each.is_finite is not False for each in self.kept]
+        return self.kept if all(finite) else self.kept[: finite.index(False)]
 
     def operands(self, kept: Sequence[Kept], count: int) -> list[Tensor]:
         """``count`` sets of residuals where they were made; the newest stands in for missing ones.
@@ -174,10 +174,12 @@ class History:
     def results(self, kept: Sequence[Kept], now: Time) -> list[Any]:
         """What stands in for the model's results, as new tensors."""
         row = self.forecast.skip_weights([each.at for each in kept], now)
-        known, holds = [each.results or () for each in kept], _holds(row)
+        known = [each.results or () for each in kept]
+        if _holds(row):
+            return [_copied(each) for each in known[0]]
         return [
             _weighed(row, entries)
-            if not holds and isinstance(entries[0], Tensor) and _is_weighed(entries[0])
+            if isinstance(entries[0], Tensor) and _is_weighed(entries[0])
             else _copied(entries[0])
             for entries in zip(*known, strict=True)
         ]
@@ -188,9 +190,11 @@ class History:
 
         None where nothing tells, or where the host does not know it yet.
         """
-        compared = self._compared if self.kept else []
+        compared = self._compared
+        if not compared or not self.kept:
+            return None
         readings = [each.products for each in compared if each.products is not None]
-        if not compared or len(readings) < len(compared):
+        if len(readings) < len(compared):
             return None
         if not all(each.has_come for each in readings):
             return None

@@ -153,8 +153,11 @@ class Conditioning(NamedTuple):
             [
                 place
                 for place, (tensor, seen) in enumerate(zip(inputs.tensors, self.seen, strict=True))
-                if not (inputs.by_identity and seen.is_again(tensor))
-                and (seen.content is None or seen.content.differs(inputs.content(place)))
+                if seen is _MOVES
+                or (
+                    not (inputs.by_identity and seen.is_again(tensor))
+                    and (seen.content is None or seen.content.differs(inputs.content(place)))
+                )
             ]
         )
         kinds = inputs.shapes, inputs.time, self.predicted

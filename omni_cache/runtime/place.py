@@ -342,6 +342,5 @@ def _may_go_on(course: Course, change: Change, called: Called) -> bool:
 
 def _least_changed(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     """All those for which the fewest inputs have changed."""
-    counts = [len(each.change.inputs or ()) for each in candidates]
-    pairs = zip(candidates, counts, strict=True)
-    return [each for each, count in pairs if count == min(counts)]
+    least = min([len(each.change.inputs or ()) for each in candidates], default=0)
+    return [each for each in candidates if len(each.change.inputs or ()) == least]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import ClassVar, NamedTuple
 
 from omni_cache.planning.gram import Fit, Gram, fit, fit_outputs
@@ -151,14 +152,15 @@ class Planned(Forecast):
         planned = self.branch.steps.get(now.index)
         if planned is not None and skips == (self.actions[now.index] == SKIP):
             length = len(planned.row)
-            if len(steps) >= length and steps[:length] == self._planned(now.index)[:length]:
+            if len(steps) >= length and steps[:length] == self._planned(now.index, length):
                 return planned
         found = self._fit(steps, now.index, skips)
         return Weights(found.weights)
 
-    def _planned(self, step: int) -> list[int]:
-        """The steps that the plan has computed before a step, newest first."""
-        return [i for i in range(step - 1, -1, -1) if self.actions[i] == COMPUTE]
+    def _planned(self, step: int, count: int) -> list[int]:
+        """The last steps that the plan has computed before a step, newest first."""
+        computed = (i for i in range(step - 1, -1, -1) if self.actions[i] == COMPUTE)
+        return list(islice(computed, count))
 
     def _fit(self, kept: Sequence[int], step: int, skips: bool = False) -> Fit:
         assert self.branch is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from omni_cache.strategies.base import Forecast, Gate, Signal, Time, is_count, is_number, require
@@ -159,12 +160,12 @@ class Policy:
     refuses: Callable[[Found], str | None] | None = None
     begins: int | None = None
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """How many residuals have to be kept."""
         return max(self.forecast.depth, 0 if self.signal is None else self.signal.looks_back)
 
-    @property
+    @cached_property
     def reads_values(self) -> bool:
         """Whether a call's timestep has to be known, whatever its place."""
         compares = self.signal is not None and self.signal.reads_values
