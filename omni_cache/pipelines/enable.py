@@ -305,8 +305,7 @@ class _CachedCall:
         if not self.pipelines:
             return None
         alive = [pipeline for each in self.pipelines if (pipeline := each()) is not None]
-        caller = sys._getframe(3)  # of a method of this object, which has called `_cached`
-        return running_loop(module, caller, alive[0] if len(alive) == 1 else None)
+        return running_loop(module, sys._getframe(1), alive[0] if len(alive) == 1 else None)
 
     def _say_what_is_uncached(self, call: Call) -> None:
         """Warn, once, or raise if no piece of the model is cached or some of its blocks are not."""
