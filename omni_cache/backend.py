@@ -149,7 +149,8 @@ def _compile_guarded(
             per_sample=program.per_sample and not groups,
             inputs=flags.guard.inputs,
             skips=flags.guard.skips,
-            hoists=analysis.hoisted is not None and len(analysis.hoisted.constants.results) > 0,
+            hoists=program.has_constants,
+            modulates=program.has_modulations,
         ),
         owner,
         flags.guard,
@@ -166,6 +167,7 @@ def _compile_guarded(
         constant=None if frame.is_resumed else frame.timestep,
         by_call=frame.is_resumed,
         constants=program.constant_inputs,
+        modulations=program.modulation_inputs,
         uncounted=[region],
     )
     return Executor(program, placement)
@@ -214,7 +216,7 @@ def analyse_for_guard(
     )
     # Behind a graph break nothing tells which inputs stay: the piece before makes them.
     if flags.hoist and not frame.is_resumed:
-        found = take_out(found, parameters)
+        found = take_out(found, parameters, flags.hoist == "modulations")
     return name, found
 
 

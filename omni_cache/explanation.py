@@ -41,6 +41,7 @@ from omni_cache.passes.values import describe_value
 from omni_cache.pipelines import enabled_flags
 from omni_cache.runtime.calls import Call, bind
 from omni_cache.runtime.model_state import ModelState
+from omni_cache.strategies.base import DEFAULT_STEPS
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class GraphReport:
     """One captured graph: the text of its guarded form, or the reason why there is none.
 
     ``has_blocks`` says whether a part of the block loop is in it, ``held_bytes`` how many bytes a
-    trajectory will hold.
+    trajectory will hold, ``hoisted_parameters`` which parameters and buffers nothing reads at every
+    step.
     """
 
     text: str
@@ -56,6 +58,7 @@ class GraphReport:
     reason: str | None
     has_blocks: bool = True
     held_bytes: int = 0
+    hoisted_parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ class Explanation:
     def cached(self) -> bool:
         """Whether some graph has a region."""
         return any(each.reason is None for each in self.graphs)
+
+    @property
+    def hoisted_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters and buffers that only what is hoisted reads."""
+        kept = [set(each.hoisted_parameters) for each in self.graphs]
+        return tuple(sorted(set().union(*kept)))
 
     @property
     def reason(self) -> str:
@@ -231,11 +240,16 @@ def examine(
                 analysis = replace(analysis, timestep=None)
             guard = flags.guard
             guarded = split(gm, analysis, guard.depth, flags.history_dtype, inputs=guard.inputs)
-            text = guarded_text(guarded, guard.skips)
+            named = None if flags.strategy is None else flags.strategy.num_inference_steps
+            keeps = guard.skips, named or DEFAULT_STEPS
+            text = guarded_text(guarded, *keeps)
             if flags.blocks == "rolled":
                 text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
-            held = sum(guarded.held_bytes(guard.skips).values())
-            reports.append(GraphReport(text, analysis, None, held_bytes=held))
+            held = sum(guarded.held_bytes(*keeps).values())
+            free = _hoisted_parameters(module, gm, analysis, example_inputs)
+            reports.append(
+                GraphReport(text, analysis, None, held_bytes=held, hoisted_parameters=free)
+            )
         except NoBlockLoopError as error:
             reports.append(GraphReport("", None, str(error), has_blocks=False))
         except (RegionError, ValueError) as error:
@@ -289,6 +303,20 @@ def _context_text(context: CacheContext) -> str:
         if value is not None:
             lines.append(f"  {field}: {describe_value(value)}")
     return "\n".join(lines)
+
+
+def _hoisted_parameters(
+    module: nn.Module, gm: GraphModule, analysis: Analysis, example_inputs: Sequence[Any]
+) -> tuple[str, ...]:
+    """Names of the weights that only what is hoisted reads."""
+    if analysis.hoisted is None:
+        return ()
+    names = {id(each): name for name, each in module.named_parameters(remove_duplicate=False)}
+    names |= {id(each): name for name, each in module.named_buffers(remove_duplicate=False)}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    given = dict(zip(placeholders, example_inputs, strict=True))
+    free = [each for cut in analysis.hoisted.taken for each in cut.weights]
+    return tuple(names[id(given[each])] for each in free if id(given.get(each)) in names)
 
 
 def _rolled_text(guarded: GuardedGraph) -> str:

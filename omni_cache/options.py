@@ -44,7 +44,8 @@ class CompileOptions:
         blocks: whether blocks of one structure are compiled once ("rolled") or each ("unrolled").
         signal: the signal flag, None to leave the choice to the strategy.
         region: names of the ModuleLists of the block loop, None to find them.
-        hoist: whether what does not change over a generation is computed once in it.
+        hoist: whether what does not change over a generation is computed once in it;
+            ``"modulations"`` for what the timestep alone changes too, for many timesteps at once.
         history_dtype: what floating residuals are kept in, None for their own dtype.
         history_device: where they are kept, None where they are made.
         process_group: the ranks that compute a call together, None to find them.
@@ -59,7 +60,7 @@ class CompileOptions:
     blocks: str = "unrolled"
     signal: str | None = None
     region: tuple[str, ...] | None = None
-    hoist: bool = False
+    hoist: bool | str = False
     history_dtype: torch.dtype | None = None
     history_device: torch.device | None = None
     process_group: Any = None
@@ -135,11 +136,6 @@ class CompileOptions:
             raise ValueError(f"signal={signal!r} is not allowed; {name} decides without one")
         hoist = given.pop("hoist", False)
         one_of("hoist", hoist, (True, False, "modulations"))
-        if hoist == "modulations":
-            raise NotImplementedError(
-                "hoist='modulations' is not built yet; hoist=True takes out what no step changes, "
-                "and omni_cache.explain then tells what the timestep alone changes"
-            )
         strict = given.pop("strict", False)
         one_of("strict", strict, (True, False))
         return cls(

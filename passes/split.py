@@ -120,11 +120,12 @@ class GuardedGraph:
     history_dtype: torch.dtype | None
     signal: str | None
 
-    def held_bytes(self, keeps_results: bool = False) -> dict[str, int]:
+    def held_bytes(self, keeps_results: bool = False, timesteps: int = 1) -> dict[str, int]:
         """Bytes that a trajectory holds, by what it holds.
 
         Args:
             keeps_results: whether it holds what the graph returns, too.
+            timesteps: for how many it holds modulations, where they are hoisted.
         """
         analysis, depth = self.analysis, len(self.history)
         held = {
@@ -139,6 +140,8 @@ class GuardedGraph:
             held["result"] = analysis.result_bytes(depth)
         if analysis.hoisted is not None:
             held["constants"] = analysis.hoisted.constants.held_bytes
+        if self.modulations is not None and analysis.hoisted is not None:
+            held["modulations"] = timesteps * analysis.hoisted.modulations.held_bytes
         return held
 
 

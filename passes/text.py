@@ -55,12 +55,13 @@ def graph_text(graph: Graph) -> str:
     return page.text()
 
 
-def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
+def guarded_text(guarded: GuardedGraph, keeps_results: bool = False, timesteps: int = 1) -> str:
     """A guarded graph as a program: what always runs, and what only when the gate says so.
 
     Args:
         guarded: the graph.
         keeps_results: whether a trajectory holds what the graph returns, too.
+        timesteps: for how many it holds modulations, where they are hoisted.
     """
     analysis = guarded.analysis
     work = sum(arithmetic(node) for node in computation(analysis.graph))
@@ -68,7 +69,7 @@ def guarded_text(guarded: GuardedGraph, keeps_results: bool = False) -> str:
     pairs = dict(zip(guarded.residuals, analysis.pairs, strict=False))  # scales follow
     partners = _partners(guarded)
     names, page = _Names(), _Page()
-    for line in _findings(guarded, work, keeps_results):
+    for line in _findings(guarded, work, guarded.held_bytes(keeps_results, timesteps), timesteps):
         page.remark(line, "    ")
     page.open(analysis.graph, names)
 
@@ -538,15 +539,18 @@ def _gate(guarded: GuardedGraph, names: _Names) -> tuple[str, str]:
     )
 
 
-def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str]:
+def _findings(
+    guarded: GuardedGraph, work: int, held: Mapping[str, int], timesteps: int
+) -> list[str]:
     """What a reader wants to know first: the block loop, what can be saved, what it takes."""
     analysis = guarded.analysis
     blocks = analysis.loop.blocks
     structures = len({block.structure for block in blocks})
     lists = ", ".join(f"{each.path} ×{len(each.blocks)}" for each in analysis.loop.lists)
     region = analysis.region.body
-    held, hoisted = guarded.held_bytes(keeps_results), analysis.hoisted
+    hoisted = analysis.hoisted
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in held.items())
+    listed += f" for {_count(timesteps, 'timestep')}" if "modulations" in held else ""
     timestep = "none" if analysis.timestep is None else input_name(analysis.timestep)
     return [
         f"block loop: {lists}, {_count(structures, 'structure')} in all",
@@ -558,13 +562,20 @@ def _findings(guarded: GuardedGraph, work: int, keeps_results: bool) -> list[str
     ]
 
 
+_AT_ONCE = (
+    "hoisted, changes with the timestep alone, computed for a known list of timesteps at once and "
+    "else at every step"
+)
+
+
 def _taken_out(graph: Graph, hoisted: Hoisted, work: int) -> Iterator[str]:
     """What is computed less often than at every step."""
     elements = parameter_elements(graph)
     cuts = {
         "hoisted, computed once in a generation and branch": hoisted.constants,
-        f"{'hoisted' if hoisted.takes_modulations else 'not hoisted'}, changes with the timestep "
-        "alone": hoisted.modulations,
+        _AT_ONCE
+        if hoisted.takes_modulations
+        else "not hoisted, changes with the timestep alone": hoisted.modulations,
     }
     for what, cut in cuts.items():
         if cut.results:

@@ -382,9 +382,11 @@ def test_a_wrong_value_names_the_flag_and_what_is_allowed(
 def test_what_is_not_built_yet_says_so() -> None:
     with pytest.raises(NotImplementedError, match=r"lowering='cond' is not built.*'dispatch'"):
         parse({"lowering": "cond"})
-    with pytest.raises(NotImplementedError, match=r"hoist='modulations' is not built.*hoist=True"):
-        parse({"hoist": "modulations"})
-    assert parse({"hoist": True}).hoist is True
+
+
+def test_how_much_is_hoisted() -> None:
+    for given in (True, "modulations"):
+        assert parse({"hoist": given}).hoist == given
     assert parse({}).hoist is False
 
 

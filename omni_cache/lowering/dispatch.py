@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.fx import GraphModule
 
 from omni_cache.dynamo import kernels_together
 from omni_cache.lowering.inner import compile_part
-from omni_cache.lowering.program import CompiledPart, GuardedParts, Program
+from omni_cache.lowering.program import CompiledPart, GuardedParts, PartFunction, Program
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
     WEIGHTS,
@@ -27,6 +28,8 @@ from omni_cache.passes import (
 from omni_cache.passes.order import is_written
 from omni_cache.passes.storage import FLOAT8
 from omni_cache.strategies import Guard
+
+logger = logging.getLogger(__name__)
 
 
 @kernels_together()
@@ -50,7 +53,8 @@ def compile_program(
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
     rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
-    row, constants = rows.get(WEIGHTS), guarded.constants
+    row, constants, modulations = rows.get(WEIGHTS), guarded.constants, guarded.modulations
+    timestep = None if analysis.timestep is None else analysis.timestep.name
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
         body=_compile_named(guarded.body, examples, flags),
@@ -67,6 +71,9 @@ def compile_program(
         weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
         per_sample=per_sample,
         constants=None if constants is None else _compile_named(constants, examples, flags),
+        modulations=None if modulations is None else _compile_named(modulations, examples, flags),
+        rows=None if modulations is None else _over_timesteps(modulations, timestep),
+        timestep=timestep,
     )
     return Program(
         parts,
@@ -118,3 +125,24 @@ def _compile_named(part: Part, examples: Mapping[str, Any], flags: CompileOption
         for name, traced in zip(part.inputs, part.example_inputs, strict=True)
     ]
     return CompiledPart(compile_part(part.module, inputs, flags), part.inputs, part.outputs)
+
+
+def _over_timesteps(part: Part, timestep: str | None) -> PartFunction:
+    """A part over many timesteps at once, stacked before its own dimensions.
+
+    It runs once in a generation, so that compiling it would take longer than it does. What an
+    operation allows of no batch is computed for one timestep after the other.
+    """
+    place = part.inputs.index(timestep)
+    dims = tuple(0 if slot == place else None for slot in range(len(part.inputs)))
+
+    def run(*inputs: Any) -> Sequence[torch.Tensor]:
+        try:
+            return tuple(torch.vmap(part.module.forward, in_dims=dims)(*inputs))
+        except (RuntimeError, NotImplementedError) as error:
+            logger.info("modulations are computed for one timestep after the other: %s", error)
+        before, after = inputs[:place], inputs[place + 1 :]
+        rows = [part.module.forward(*before, each, *after) for each in inputs[place]]
+        return [torch.stack(each) for each in zip(*rows, strict=True)]
+
+    return run

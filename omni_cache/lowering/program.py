@@ -1,7 +1,7 @@
 """A guarded model as a program: its parts, and where their values lie in one flat list.
 
-    values: inputs | constants | the prologue's outputs | the body's outputs
-                                                        | the history, what entered, the weights
+    values: inputs | constants | modulations | the prologue's outputs
+                   | the body's outputs, or the history, what entered, the weights
 
 Graphs and extractors each make one. It knows nothing of strategies or calls, and holds no state.
 """
@@ -54,6 +54,10 @@ class GuardedParts:
         supposed: names of the prologue's outputs that are numbers below 0 where a call has one.
         constants: what was hoisted out of all of these, and is the same for calls with the same
             inputs; None where nothing was.
+        modulations: what was hoisted because the timestep alone changes it, likewise.
+        rows: the same as a function that has many timesteps where that has one, and puts a
+            dimension for them before those of its results.
+        timestep: name of the timestep, None where no input is one.
     """
 
     prologue: CompiledPart
@@ -71,6 +75,9 @@ class GuardedParts:
     supposed: Sequence[str] = ()
     entered: Sequence[Entered] = ()
     constants: CompiledPart | None = None
+    modulations: CompiledPart | None = None
+    rows: PartFunction | None = None
+    timestep: str | None = None
 
 
 class Computed(NamedTuple):
@@ -104,14 +111,16 @@ class Program:
         self._reuses_memory = reuses_memory
         self._copies_signal = copies_signal or reuses_memory
         body = parts.body
-        constants = parts.constants or _NONE
-        made = [*constants.outputs, *parts.prologue.outputs]
+        constants, modulations = parts.constants or _NONE, parts.modulations or _NONE
+        hoisted = {*constants.outputs, *modulations.outputs}
+        made = [*constants.outputs, *modulations.outputs, *parts.prologue.outputs]
         slots = {name: slot for slot, name in enumerate([*inputs, *made])}
         self.slots = slots
         after_body = {**slots, **_numbered(body.outputs, len(slots))}
         held = [name for names in parts.history for name in names]
         held += [*(each.kept for each in parts.entered), parts.weights]
         self._constants_inputs = _picker(constants, slots)
+        self._modulations_inputs = _picker(modulations, slots)
         self._prologue_inputs = _picker(parts.prologue, slots)
         self._body_inputs = _picker(body, slots)
         self._epilogue_inputs = _picker(parts.epilogue, after_body)
@@ -126,11 +135,12 @@ class Program:
         self._finite = body.outputs.index(FINITE)
         self._signal = None if parts.signal is None else slots[parts.signal]
         # What the body reads decides the shape of what it returns, held values included.
-        # The constants have the shapes that their inputs give them.
+        # What is hoisted has the shapes that its inputs give it.
         read = {
             slots[name]
-            for name in (*body.inputs, *parts.reuse.inputs, *constants.inputs)
-            if name in slots and name not in constants.outputs
+            for part in (body, parts.reuse, constants, modulations)
+            for name in part.inputs
+            if name in slots and name not in hoisted
         }
         if self._signal is not None:
             read.add(self._signal)
@@ -140,11 +150,29 @@ class Program:
         self.identity = max(weights, default=None)
         asked = (slots[name] for name in constants.inputs)
         self.constant_inputs = [slot for slot in asked if not static[slot]]
+        own = [slots[name] for name in modulations.inputs if name in inputs]
+        time = None if parts.timestep is None else slots[parts.timestep]
+        of_constants = [] if hoisted.isdisjoint(modulations.inputs) else self.constant_inputs
+        self.modulation_inputs = [
+            *(slot for slot in own if not static[slot] and slot != time),
+            *of_constants,
+        ]
+        self._time = [name == parts.timestep for name in modulations.inputs]
 
     @property
     def per_sample(self) -> bool:
         """Whether a reused step takes weights for each sample."""
         return self._parts.per_sample
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether something was hoisted that nothing changes."""
+        return self._parts.constants is not None
+
+    @property
+    def has_modulations(self) -> bool:
+        """Whether something was hoisted that the timestep changes."""
+        return self._parts.modulations is not None
 
     def constants(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """What the model makes of inputs that stay; nothing where nothing was hoisted."""
@@ -154,9 +182,29 @@ class Program:
         made = part.run(*self._constants_inputs(args))
         return tuple([each.clone() for each in made] if self._reuses_memory else made)
 
-    def begin(self, args: Sequence[Any], constants: Sequence[Tensor]) -> Values:
-        """Run what comes before the block loop, given the constants."""
-        values = [*args, *constants]
+    def modulations(self, args: Sequence[Any], constants: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the model makes of the timestep besides; nothing where nothing was hoisted."""
+        part = self._parts.modulations
+        if part is None:
+            return ()
+        made = part.run(*self._modulations_inputs([*args, *constants]))
+        return tuple([each.clone() for each in made] if self._reuses_memory else made)
+
+    def rows(
+        self, args: Sequence[Any], constants: Sequence[Tensor], timesteps: Tensor
+    ) -> Sequence[Tensor]:
+        """The same for many timesteps, which come first in its shape and in those of results."""
+        assert self._parts.rows is not None
+        inputs = self._modulations_inputs([*args, *constants])
+        given = zip(self._time, inputs, strict=True)
+        found: Sequence[Tensor] = self._parts.rows(
+            *(timesteps if is_time else each for is_time, each in given)
+        )
+        return found
+
+    def begin(self, args: Sequence[Any], hoisted: Sequence[Tensor]) -> Values:
+        """Run what comes before the block loop, given the constants and then the modulations."""
+        values = [*args, *hoisted]
         values += self._parts.prologue.run(*self._prologue_inputs(values))
         return values
 

@@ -33,6 +33,7 @@ class PipelineLoop:
     Attributes:
         generation: the loop that is running.
         timesteps: all of its timesteps.
+        training: the number of timesteps in training.
         guidance: the pipeline's guidance scale, where it has one.
     """
 
@@ -55,7 +56,7 @@ class PipelineLoop:
             sigmas = getattr(scheduler, "sigmas", None)
             listed = timesteps if sigmas is None else sigmas
             self._scheduler, self._sigmas = type(scheduler).__name__, Reading(_numbers(listed))
-            self._training = float(getattr(config, "num_train_timesteps", None) or 1000)
+            self.training = float(getattr(config, "num_train_timesteps", None) or 1000)
             self._scale: float | None = None
             self._begin()
         # It counts from its first step on, some from the first scaling of the latents.
@@ -110,7 +111,7 @@ class PipelineLoop:
         if self._scale is None:
             # Some pipelines hand their transformer a share of the training's timesteps. The first
             # call tells, by the step that it should be: 1.0 is the first share or the last step.
-            scales = (1.0, self._training)
+            scales = (1.0, self.training)
             fits = [each for each in scales if _places(expected, value * each, 8e-3)]
             fits += [each for each in scales if _places(values, value * each)]
             self._scale = fits[0] if fits else float("nan")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -108,7 +108,10 @@ current_observer: ContextVar[Observer | None] = ContextVar("observer", default=N
 
 @contextmanager
 def generation(
-    num_inference_steps: int | None = None, cache: Any = None, **flags: Any
+    num_inference_steps: int | None = None,
+    cache: Any = None,
+    timesteps: Iterable[float] | Tensor | None = None,
+    **flags: Any,
 ) -> Iterator[Generation]:
     """Mark one run of the denoising loop; what it cached is freed at its end.
 
@@ -121,19 +124,22 @@ def generation(
             compiled or enabled with: a strategy's name, a strategy object, or ``"none"`` to compute
             every step. Nothing is compiled for it. Where ranks compute together, it has to be the
             same on all of them.
+        timesteps: all timesteps that models will be called with, as they are given to them, for
+            ``hoist="modulations"``. A tensor on a device is read.
         flags: fields of the strategy.
 
     Raises:
-        ValueError: ``num_inference_steps`` is no integer >= 1, or a name, a flag or its value is
-            not allowed. The first call of a model raises it if what is compiled cannot serve the
-            strategy, because that has other blocks that always run, another signal, or a forecast
-            that weighs more residuals.
+        ValueError: ``num_inference_steps`` is no integer >= 1, ``timesteps`` are no numbers, or a
+            name, a flag or its value is not allowed. The first call of a model raises it if what is
+            compiled cannot serve the strategy, because that has other blocks that always run,
+            another signal, or a forecast that weighs more residuals.
     """
     require(cache is not None or not flags, "cache", cache, "given where there are flags")
     strategy = None
     if cache is not None:
         strategy = make_strategy(cache, flags) or Uncached()
-    current = Generation(num_inference_steps, strategy)
+    listed = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else timesteps
+    current = Generation(num_inference_steps, strategy, () if listed is None else tuple(listed))
     token = named_generation.set(current)
     outer_branch = named_branch.set(None)
     try:
@@ -232,19 +238,27 @@ class Generation:
 
     ``lasts`` has the last step of each branch over all models, and ``follows`` is the generation of
     an announced loop that this one, named by its caller, runs in. ``strategy`` is what its calls
-    follow, None where that is for the models to say.
+    follow, None where that is for the models to say. ``timesteps`` are those that models will be
+    called with, none where nobody has said.
 
     Raises:
-        ValueError: ``num_inference_steps`` (None when nobody has said) is no integer >= 1.
+        ValueError: ``num_inference_steps`` (None when nobody has said) is no integer >= 1, or
+            ``timesteps`` are no numbers.
     """
 
     def __init__(
-        self, num_inference_steps: int | None = None, strategy: Strategy | None = None
+        self,
+        num_inference_steps: int | None = None,
+        strategy: Strategy | None = None,
+        timesteps: Sequence[float] = (),
     ) -> None:
         known = num_inference_steps is None or is_count(num_inference_steps, 1)
         require(known, "num_inference_steps", num_inference_steps, "an integer >= 1 or None")
+        known = all(isinstance(each, Real) for each in timesteps)
+        require(known, "timesteps", timesteps, "numbers")
         self.num_inference_steps = num_inference_steps
         self.strategy = strategy
+        self.timesteps = timesteps
         self.number = next(_numbers)
         self.timeline = Timeline()
         self.lasts: dict[str, Time] = {}
@@ -334,7 +348,14 @@ class Generation:
 
 
 class Run:
-    """One model's part in one generation."""
+    """One model's part in one generation.
+
+    Attributes:
+        courses: the branches, by name.
+        trajectories: what regions keep for branches.
+        moments: the timesteps that have come, where the host knows them and somebody asks.
+        before: those of the run before.
+    """
 
     def __init__(self, generation: Generation) -> None:
         # Weak, so that dropping a generation frees its tensors at once, without a cycle collection.
@@ -342,6 +363,8 @@ class Run:
         self._lock = threading.Lock()
         self.courses: dict[str, Course] = {}
         self.trajectories: dict[tuple[str, Region], Trajectory] = {}
+        self.moments: dict[float, None] = {}
+        self.before: Sequence[float] = ()
 
     @property
     def generation(self) -> Generation | None:

@@ -25,12 +25,16 @@ class Counters(NamedTuple):
         reads: times that the host waited for numbers that lie on a device.
         copied_bytes: bytes that went from one device to another: numbers that were read or fetched,
             and what a history keeps elsewhere, both ways.
+        tables: times that modulations were computed for a list of timesteps.
+        unlisted: calls that computed them for their own timestep, because it was in no list.
     """
 
     compiles: int = 0
     recompiles: int = 0
     reads: int = 0
     copied_bytes: int = 0
+    tables: int = 0
+    unlisted: int = 0
 
     def __add__(self, other: tuple[int, ...], /) -> Counters:  # type: ignore[override]
         """Both together."""
@@ -48,6 +52,7 @@ class Tally:
         self._lock = threading.Lock()
         self._graphs: Counter[Hashable] = Counter()
         self._reads = self._copied_bytes = 0
+        self._tables = self._unlisted = 0
 
     def compiled(self, region: Hashable) -> None:
         """A graph was compiled for a region."""
@@ -60,13 +65,20 @@ class Tally:
             self._copied_bytes += count
             self._reads += waited
 
+    def modulated(self, tables: int = 0, unlisted: int = 0) -> None:
+        """Modulations were computed for a list of timesteps, or for one that is in none."""
+        with self._lock:
+            self._tables += tables
+            self._unlisted += unlisted
+
     @property
     def counters(self) -> Counters:
         """The counts as they are now."""
         with self._lock:
             compiles = self._graphs.total()
             recompiles = compiles - len(self._graphs)
-            return Counters(compiles, recompiles, self._reads, self._copied_bytes)
+            counts = self._reads, self._copied_bytes, self._tables, self._unlisted
+            return Counters(compiles, recompiles, *counts)
 
 
 current_tally: ContextVar[Tally] = ContextVar("tally", default=Tally())  # noqa: B039

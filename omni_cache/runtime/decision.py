@@ -26,8 +26,19 @@ from omni_cache.runtime.constants import Constants
 from omni_cache.runtime.contexts import Observed, Region, current_observer
 from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.history import History, Kept
-from omni_cache.runtime.inference import Content
+from omni_cache.runtime.inference import Content, host_value
 from omni_cache.runtime.model_state import ModelState
+from omni_cache.runtime.modulations import (
+    Candidate,
+    Piece,
+    Table,
+    as_given,
+    choose,
+    kind_of,
+    of_schedule,
+    pack,
+    spread,
+)
 from omni_cache.runtime.place import (
     CROWDED,
     REPLACED,
@@ -47,6 +58,8 @@ from omni_cache.strategies.strategy import Found
 AFTER = "after the last step"
 LATE = "after the first step of the plan"
 REFUSED = "another run than the plan's"
+UNLISTED = "a timestep that is in no list"
+NO_LIST = "no list of timesteps"
 _NAME_IT = (
     "such a call is computed. Name its place: with omni_cache.generation(...), "
     "omni_cache.branch('cond'): model(...)"
@@ -68,6 +81,12 @@ _WARNINGS = {
     LATE: "a loop began at step {step}, where the plan was made for loops that begin at step "
     "{begins}; what it forecasts from is not what the plan had, so that nobody has verified it. "
     "Tune a plan on such loops",
+    UNLISTED: "a timestep came that is none of the {count} that modulations were computed for, and "
+    "so they are computed for it alone. Pass all timesteps, as the model is given them, to "
+    "omni_cache.generation(timesteps=...)",
+    NO_LIST: "nobody said which timesteps will come, and so modulations are computed at every step "
+    "of this generation; if the host knows its timesteps, the next one goes by them. Pass all "
+    "timesteps, as the model is given them, to omni_cache.generation(timesteps=...)",
     "steps": f"nobody said how many steps there are, so {DEFAULT_STEPS} were assumed. Pass "
     "num_inference_steps=..., or name it in omni_cache.generation(...)",
 }
@@ -88,6 +107,7 @@ class Guarded:
         inputs: whether its reused step weighs what enters it.
         skips: whether results are kept, so that a call may skip the forward.
         hoists: whether constants are held.
+        modulates: whether modulations are held, for many timesteps.
     """
 
     region: Region
@@ -99,10 +119,25 @@ class Guarded:
     inputs: bool = False
     skips: bool = False
     hoists: bool = False
+    modulates: bool = False
 
     def is_shared(self, policy: Policy) -> bool:
         """Whether ranks measure together. Without a measurement they agree by themselves."""
         return policy.signal is not None and len(self.groups) > 0
+
+
+class Given(NamedTuple):
+    """What one graph is given in a call.
+
+    Attributes:
+        timestep: a tensor, a number, or None where the graph has none.
+        constants: the inputs that constants are made of.
+        modulations: those that modulations are made of besides the timestep.
+    """
+
+    timestep: Any
+    constants: Sequence[Any] = ()
+    modulations: Sequence[Any] = ()
 
 
 class _View(NamedTuple):
@@ -145,8 +180,7 @@ class Step:
         ran: the region, as the call runs it.
         called: what the call brings.
         call: the call of an enabled module that it is a part of.
-        timestep: of the call.
-        given: the inputs that its constants are made of.
+        given: what the region's graph is given.
     """
 
     is_refuted = False
@@ -156,6 +190,9 @@ class Step:
     _timestep: Tensor | None = None
     _likely: Place | None = None
     _constants: Constants | None = None
+    _table: Table | None = None
+    _timesteps: Tensor | None = None
+    _is_taken = False
     _signal: Tensor | None = None
     _arrived: Layout | None = None
     _action: Action = "reused"
@@ -168,8 +205,7 @@ class Step:
         ran: Ran,
         called: Called,
         call: Call | None,
-        timestep: Any,
-        given: Sequence[Any] = (),
+        given: Given,
     ) -> None:
         self._given = given
         self._state, self._policy, self._guarded = state, policy, guarded
@@ -180,7 +216,7 @@ class Step:
         self._place: Place | str | None = None if call is None else call.place
         if self._place is not None:
             return
-        wanted = called.needs_value or policy.reads_values
+        timestep, wanted = given.timestep, called.needs_value or policy.reads_values
         if wanted and called.value is None and isinstance(timestep, Tensor):
             self._timestep = timestep
             self._loop = [called.loop.timesteps] if called.loop is not None else []
@@ -232,16 +268,118 @@ class Step:
         """
         if not self._guarded.hoists:
             return None
-        place = self._likely if self._place is None else self._place
-        if not isinstance(place, Place):
+        place = self._expected
+        if place is None:
             return None
         trajectory = place.run.trajectories.get((place.course.name, self._ran))
         held = None if trajectory is None else trajectory.constants
         trusted = place.stayed if self._place is None else ()
-        if held is None or not self._serve(held, trusted):
+        if held is None or not self._serve(held, self._given.constants, trusted):
             return None
         self._constants = held
         return held.results
+
+    def row(self) -> list[Tensor] | None:
+        """The modulations of this call in a table of its generation; None where none has them.
+
+        Branches share a table where the inputs are the same that it was made of. A place that is a
+        guess counts as for constants.
+
+        Raises:
+            RuntimeError: an earlier call's timestep, which lies on a device, was in no table.
+        """
+        place = self._expected
+        trusted = place.stayed if self._place is None and place is not None else ()
+        for table in self._tables(place):
+            if self._serve(table.held, self._given.modulations, trusted):
+                self._table, self._is_taken = table, True
+                row = table.row(self._given.timestep)
+                if row is None:
+                    self._tell_unlisted(table)
+                return row
+        return None
+
+    def listed(self, made: Sequence[Tensor]) -> Tensor | None:
+        """The timesteps ``(N, *shape)`` to make a table for; None where there is one, or no list.
+
+        Args:
+            made: the modulations of this call.
+        """
+        timestep = self._given.timestep
+        if self._table is not None or isinstance(self._place, str):
+            return None
+        before = next(iter(self._tables(self._expected)), None)
+        found = choose(self._candidates(made), timestep) if before is None else before.timesteps
+        self._timesteps = timestep.new_empty(0, device="cpu") if found is None else found
+        if len(self._timesteps):
+            return spread(self._timesteps, timestep.shape)
+        self._tabulate()
+        self._tell_unlisted(self._table)
+        return None
+
+    def tabulate(self, made: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        """Have the calls to come find the modulations of the timesteps that were `listed`.
+
+        Args:
+            made: the modulations of this call.
+            rows: for each of them ``(N, *its shape)``.
+        """
+        self._tabulate(*pack(made, rows))
+
+    def _tabulate(self, rows: Sequence[Tensor] = (), pieces: Sequence[Piece] = ()) -> None:
+        given, inputs = self._given, self._called.inputs
+        held = Constants.of(rows, self._guarded, given.modulations, inputs)
+        assert self._timesteps is not None
+        self._table = Table(self._timesteps, kind_of(given.timestep), held, pieces)
+
+    @property
+    def _expected(self) -> Place | None:
+        """Where the call lies, as far as the host can tell before it runs."""
+        place = self._likely if self._place is None else self._place
+        return place if isinstance(place, Place) else None
+
+    def _tables(self, place: Place | None) -> list[Table]:
+        """Tables for such timesteps that the region's branches have, that of the place first."""
+        if place is None:
+            return []
+        found = list(place.run.trajectories.items())
+        found.sort(key=lambda each: each[0][0] != place.course.name)
+        tables = [each.modulations for (_, ran), each in found if ran == self._ran]
+        return [each for each in tables if each is not None and each.is_for(self._given.timestep)]
+
+    def _candidates(self, made: Sequence[Tensor]) -> list[Candidate]:
+        """The lists that may be those of the call's loop.
+
+        On a device nothing but NaN can tell that a timestep is in none. So only lists count there
+        that somebody answers for: the caller, or a scheduler whose step the host knows.
+        """
+        called, timestep, place = self._called, self._given.timestep, self._expected
+        is_known = host_value(timestep) is not None
+        if not is_known and not all(each.is_floating_point() for each in made):
+            return []
+        if called.generation is not None and called.generation.timesteps:
+            return [Candidate(as_given(called.generation.timesteps, timestep))]
+        found = []
+        if called.loop is not None:
+            branch = None if called.branch is None else called.branch.name
+            index = called.loop.count(branch) if place is None else place.at.index
+            if is_known or index is not None:
+                schedule = called.loop.timesteps, called.loop.training
+                found += of_schedule(*schedule, index, timestep)
+        latest = self._state.latest
+        if is_known and latest is not None:
+            moments = list(latest.moments)
+            if place is None:  # whether a run begins or goes on
+                moments = max(moments, list(latest.before), key=len)
+            elif place.run.trajectories:
+                moments = list(place.run.before)
+            found.append(Candidate(as_given(moments, timestep)))
+        return found
+
+    def _tell_unlisted(self, table: Table | None) -> None:
+        self._state.tally.modulated(unlisted=1)
+        count = 0 if table is None else len(table.timesteps)
+        self._tell(UNLISTED if count else NO_LIST, count=count)
 
     def keep(self, constants: tuple[Tensor, ...], signal: Tensor | None) -> None:
         """Have the next call of the branch find what this one goes by, once it has ended well."""
@@ -250,20 +388,27 @@ class Step:
         held = self._constants
         if self._guarded.hoists and (held is None or held.results is not constants):
             inputs = self._called.inputs
-            self._constants = Constants.of(constants, self._guarded, self._given, inputs)
+            given = self._given.constants
+            self._constants = Constants.of(constants, self._guarded, given, inputs)
 
-    def _serve(self, held: Constants, trusted: Sequence[Tensor] = ()) -> bool:
-        return held.serve(self._guarded, self._given, self._called.inputs, trusted)
+    def _serve(self, held: Constants, given: Sequence[Any], trusted: Sequence[Tensor] = ()) -> bool:
+        return held.serve(self._guarded, given, self._called.inputs, trusted)
 
     def _refute(self, place: Place | str) -> None:
-        """Find out whether constants that were taken before the read are this call's."""
-        if self._constants is None:
-            return
+        """Find out whether what was taken before the read is this call's."""
         trajectory = None
         if isinstance(place, Place):
             trajectory = place.run.trajectories.get((place.course.name, self._ran))
-        held = None if trajectory is None else trajectory.constants
-        self.is_refuted = held is not self._constants or not self._serve(self._constants)
+        if self._constants is not None:
+            held = None if trajectory is None else trajectory.constants
+            is_own = held is self._constants
+            self.is_refuted = not is_own or not self._serve(self._constants, self._given.constants)
+        if self._table is not None and self._is_taken:
+            # One of another generation may be of other weights.
+            is_own = isinstance(place, Place) and self._table in self._tables(place)
+            if not is_own or not self._serve(self._table.held, self._given.modulations):
+                self.is_refuted = True
+                self._table = None if trajectory is None else trajectory.modulations
 
     def decide(self, signal: Tensor | None, layout: Layout) -> bool:
         """Whether the call reuses what is held.
@@ -386,11 +531,17 @@ class Step:
         action: Action = "computed" if computed else self._action
         if stale:
             trajectory.release()
-        if not place.run.trajectories:
-            self._state.latest = place.run  # it begins
+        if not place.run.trajectories:  # it begins
+            latest, self._state.latest = self._state.latest, place.run
+            place.run.before = () if latest is None else tuple(latest.moments)
+        if self._guarded.modulates:
+            value = host_value(self._given.timestep)
+            place.run.moments.update({} if value is None else {value: None})
         place.run.trajectories[place.course.name, self._ran] = trajectory
         if action != "skipped":
-            trajectory.constants = self._constants
+            trajectory.constants, trajectory.modulations = self._constants, self._table
+            if self._table is not None and self._table.branch is None:
+                self._table.branch = place.course.name
         trajectory.state = verdict.if_computed if computed else verdict.if_reused
         compares = self._policy.signal
         looks_back = compares is not None and compares.looks_back > 0

@@ -1,6 +1,6 @@
 """The dispatch executor: the host decides which compiled part of a guarded model runs.
 
-place -> skip -> constants -> prologue -> decide
+place -> skip -> constants, modulations -> prologue -> decide
 -> compute: body -> epilogue                keeps the residuals
 -> reuse:   partners + forecast -> epilogue
 -> commit
@@ -8,9 +8,13 @@ place -> skip -> constants -> prologue -> decide
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from omni_cache.lowering.program import Program
+from omni_cache.runtime.decision import Step
 from omni_cache.runtime.placement import Placement
 from omni_cache.runtime.trajectory import Layout
 
@@ -38,15 +42,17 @@ class Executor:
         constants = step.held()
         if constants is None:
             constants = program.constants(args)
-        values = program.begin(args, constants)
+        hoisted = (*constants, *self._modulations(step, args, constants))
+        values = program.begin(args, hoisted)
         computation = self._placement.guarded.computation, program.has_residual(values)
         layout = Layout.of(program.shaped(values), computation)
         signal = program.signal(values)
         reuse = step.decide(signal, layout)
         if step.is_refuted:
-            # The constants were those of another call, as the host has only now heard.
+            # What was held is another call's, as the host has only now heard.
             constants = program.constants(args)
-            values = program.begin(args, constants)
+            hoisted = (*constants, *program.modulations(args, constants))
+            values = program.begin(args, hoisted)
             signal = program.signal(values)
         step.keep(constants, signal)
         if reuse:
@@ -57,3 +63,19 @@ class Executor:
             result, made, finite = step.recalled() or program.compute(values)
             step.commit(result, made, finite, entered)
         return result
+
+    def _modulations(
+        self, step: Step, args: Sequence[Any], constants: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Those of this call: a row of a table, or computed for it alone."""
+        program = self._program
+        if not program.has_modulations:
+            return ()
+        row = step.row()
+        if row is not None:
+            return row
+        made = program.modulations(args, constants)
+        timesteps = step.listed(made)
+        if timesteps is not None:
+            step.tabulate(made, program.rows(args, constants, timesteps))
+        return made

@@ -36,11 +36,13 @@ class Loop(Protocol):
     Attributes:
         generation: the one that is running.
         timesteps: all of its timesteps.
+        training: the number of timesteps in training, of which one may be a share.
         schedule: what else is known of it.
     """
 
     generation: Generation
     timesteps: Reading
+    training: float
 
     @property
     def schedule(self) -> Schedule:

@@ -12,7 +12,7 @@ from torch import Tensor
 from omni_cache.runtime.calls import Ran, bound_call
 from omni_cache.runtime.contexts import Region, named_branch, named_generation
 from omni_cache.runtime.counters import current_tally
-from omni_cache.runtime.decision import Guarded, Step
+from omni_cache.runtime.decision import Given, Guarded, Step
 from omni_cache.runtime.inference import Inputs, host_value
 from omni_cache.runtime.model_state import ModelState, state_of_parameter
 from omni_cache.runtime.place import Called
@@ -36,6 +36,7 @@ class Placement:
         by_call: whether the inputs tell nothing of the place, as behind a graph break, so that the
             arguments of the bound call have to.
         constants: slots of the inputs that constants are made of.
+        modulations: slots of those that modulations are made of besides the timestep.
         uncounted: what was compiled for the graph and has no call yet, whose model it counts for.
     """
 
@@ -50,6 +51,7 @@ class Placement:
     constant: float | None = None
     by_call: bool = False
     constants: Sequence[int] = ()
+    modulations: Sequence[int] = ()
     uncounted: list[Region] = field(default_factory=list)
     # State for graphs whose weights are baked in, which therefore serve one instance alone.
     own_state: ModelState = field(default_factory=ModelState)
@@ -73,18 +75,24 @@ class Placement:
         if policy is None:
             policy = state.policy(self.strategy, self.model_class)
         timestep: Any = self.constant if self.timestep is None else args[self.timestep]
-        ran, given = Ran(self.guarded.region), [args[slot] for slot in self.constants]
+        ran = Ran(self.guarded.region)
+        given = Given(
+            timestep,
+            [args[slot] for slot in self.constants],
+            [args[slot] for slot in self.modulations],
+        )
         if call is not None:
             weight = self.identity if self.by_call else None
             ran = call.run(ran.region, None if weight is None else id(args[weight]))
             if call.place is not None:  # another region has found it
                 called = call.place.called
-                return Step(state, policy, self.guarded, ran, called, call, timestep, given)
+                return Step(state, policy, self.guarded, ran, called, call, given)
         # Behind a graph break the inputs are made by the piece before.
         slots = () if self.by_call else self.inputs
         tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
         if self.by_call and call is not None:
             timestep, tensors = call.timestep, call.inputs
+            given = given._replace(timestep=timestep)
         guarded, named = self.guarded, named_branch.get()
         said = None if named is None else named.timestep
         called = Called(
@@ -95,7 +103,7 @@ class Placement:
             Inputs(tensors, not guarded.groups, guarded.is_shared(policy), timestep),
             guarded.computation,
         )
-        return Step(state, policy, guarded, ran, called, call, timestep, given)
+        return Step(state, policy, guarded, ran, called, call, given)
 
     def _count(self, state: ModelState) -> None:
         with contextlib.suppress(IndexError):  # another thread came first

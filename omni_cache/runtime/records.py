@@ -143,6 +143,7 @@ def _told(counters: Counters) -> str | None:
         for count, what in (
             (counters.recompiles, "graphs compiled again"),
             (counters.reads, "reads from the device"),
+            (counters.unlisted, "calls with modulations of their own"),
         )
         if count
     ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omni_cache.runtime.constants import Constants
 from omni_cache.runtime.history import History
+from omni_cache.runtime.modulations import Table
 from omni_cache.strategies import Gate, Time
 from omni_cache.strategies.base import Errors
 
@@ -96,7 +97,7 @@ class Trajectory:
         gate: the gate, and ``state`` its state.
         signal: of the call that the next one is compared with, by reference.
         history: residuals of the last computed steps.
-        constants: what was hoisted and is held, None where nothing is.
+        constants: what was hoisted and is held, None where nothing is; ``modulations`` likewise.
         layout: of the last call that was not skipped.
         arrived: the layout of the last call's inputs, where calls may be skipped.
         last: the time of the last call.
@@ -113,6 +114,7 @@ class Trajectory:
         self.signal: Tensor | None = None
         self.history = history
         self.constants: Constants | None = None
+        self.modulations: Table | None = None
         self.layout: Layout | None = None
         self.arrived: Layout | None = None
         self.last: Time | None = None
@@ -123,7 +125,7 @@ class Trajectory:
 
     def release(self) -> None:
         """Free all tensors and begin anew; the records and the time stay."""
-        self.signal = self.layout = self.arrived = self.constants = None
+        self.signal = self.layout = self.arrived = self.constants = self.modulations = None
         self.history.kept = []
         self.state = self.gate.begin()
 
@@ -139,5 +141,7 @@ class Trajectory:
         """Raise ``memory_bytes`` to what the trajectory holds now."""
         tensors = [*self.history.tensors, *([] if self.signal is None else [self.signal])]
         tensors += () if self.constants is None else self.constants.results
+        if self.modulations is not None and self.modulations.branch == self.branch:
+            tensors += self.modulations.held.results  # which other branches may share
         held = {id(each): each.nbytes for each in tensors}
         self.memory_bytes = max(self.memory_bytes, sum(held.values()))

@@ -37,7 +37,7 @@ from toy_transformer import (
 )
 
 import omni_cache
-from omni_cache.runtime import decision, executor, history, inference, reading
+from omni_cache.runtime import decision, executor, history, inference, modulations, reading
 from omni_cache.strategies import signals
 
 BRANCHES = {1: ("cond",), 2: ("cond", "uncond"), 3: ("cond", "uncond", "reference")}
@@ -98,7 +98,7 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         # What kernels do on the CPU says nothing of what they do on a device.
         patch.setattr(signals, "rel_l1", elsewhere(signals.rel_l1))
         patch.setattr(inference, "fingerprint", elsewhere(inference.fingerprint))
-        for module in (history, inference, reading):
+        for module in (history, inference, modulations, reading):
             patch.setattr(module, "on_host", lambda tensor: False)
         yield reads
 
