@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from omni_cache.passes.cond import Decide
-from omni_cache.strategies import Forecast, Gate, Policy, Time
+from omni_cache.strategies import Forecast, Gate, Policy, Time, Verdict
 from omni_cache.strategies.signals import RelativeL1
 
 ALLOWED = (
@@ -60,11 +60,6 @@ def decision(
             "'taylor' or 'hermite'"
         )
     open_steps = [index for index, each in enumerate(allowed_steps(gate, steps)) if each]
-    if any(gate.begins_anew(Time(index)) for index in range(steps)):
-        raise ValueError(
-            f"cache={name!r} is not allowed with steps at which it begins anew "
-            "(force_refresh_step_hint); leave them out, and reset the branch instead"
-        )
     if len(open_steps) < 2:
         raise ValueError(
             f"num_inference_steps={steps} is not allowed; of so many steps cache={name!r} reuses "
@@ -86,7 +81,7 @@ def decision(
         moved = (now.float() - before.float()).abs().sum()
         size = before.float().abs().sum()
         # Sums are in float32, everything after them in the dtype of the state.
-        sums: Any = (moved.to(state), size.to(state), float(now.numel()))
+        sums: Any = (moved.to(state), size.to(state), now.numel())
         distance: Any = signal.distance(sums)
         usable = finite.long().cumprod(0).sum()
         measures = allowed & (usable > 0)
@@ -98,6 +93,41 @@ def decision(
         return reuse, after, distance, row.to(weights)
 
     return run
+
+
+def gate_of_all(name: str, policy: Policy, branches: Sequence[str], advice: str) -> Gate:
+    """The gate that is the same for all branches.
+
+    Args:
+        name: of the strategy, for messages.
+        policy: what it does.
+        branches: their names, in order.
+        advice: what to do if there is none, in a sentence.
+
+    Raises:
+        ValueError: they have numbers of their own.
+    """
+    first, *others = (policy.gate(each, place) for place, each in enumerate(branches))
+    if any(each != first for each in others):
+        raise ValueError(
+            f"cache={name!r} with numbers for each branch is not allowed; one graph decides for "
+            f"all of them. {advice}"
+        )
+    return first
+
+
+def verdict_on(gate: Gate, told: Sequence[float], at: Time, total: int | None) -> Verdict:
+    """What a gate says of a step that a graph has decided.
+
+    Args:
+        gate: the one within.
+        told: its state before the step, as numbers, and the distance.
+        at: where the step lies.
+        total: the number of steps.
+    """
+    *numbers, distance = told
+    state = tree_unflatten(numbers, tree_flatten(gate.begin())[1])
+    return gate.decide(state, at, total, distance)
 
 
 def initial_state(gate: Gate) -> list[float]:

@@ -49,8 +49,7 @@ def compile_program(
     if analysis.supposed:
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
-    rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
-    row, constants = rows.get(WEIGHTS), guarded.constants
+    constants = guarded.constants
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
         body=_compile_named(guarded.body, examples, flags),
@@ -64,7 +63,7 @@ def compile_program(
         entered=guarded.entered,
         weights=WEIGHTS,
         signal=guarded.signal,
-        weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
+        weights_dtype=guarded.weights_dtype,
         per_sample=per_sample,
         constants=None if constants is None else _compile_named(constants, examples, flags),
     )

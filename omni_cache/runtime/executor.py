@@ -1,15 +1,18 @@
-"""The dispatch executor: the host decides which compiled part of a guarded model runs.
+"""The executor: what runs of a guarded model in a call, and in which order.
 
 place -> skip -> constants -> prologue -> decide
 -> compute: body -> epilogue                keeps the residuals
 -> reuse:   partners + forecast -> epilogue
 -> commit
+
+place -> what is found -> all of it, where the graph decides -> what it has decided -> commit
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from omni_cache.lowering.deciding import DecidingProgram
 from omni_cache.lowering.program import Program
 from omni_cache.runtime.placement import Placement
 from omni_cache.runtime.trajectory import Layout
@@ -19,11 +22,11 @@ class Executor:
     """A guarded model, compiled. It holds no state, so threads and models may share it.
 
     Args:
-        program: the parts, compiled.
+        program: what was compiled.
         placement: says where a call lies.
     """
 
-    def __init__(self, program: Program, placement: Placement) -> None:
+    def __init__(self, program: Program | DecidingProgram, placement: Placement) -> None:
         self._program = program
         self._placement = placement
 
@@ -31,6 +34,12 @@ class Executor:
         """Run one forward on the model's flat inputs; returns its flat outputs."""
         program = self._program
         step = self._placement.place(args)
+        if isinstance(program, DecidingProgram):
+            layout = Layout.of(program.shaped(args), self._placement.guarded.computation)
+            decided = program(args, step.standing(layout))
+            step.learn(decided)
+            step.commit(decided.result, decided.residuals, decided.finite)
+            return decided.result
         skipped = step.skip()
         if skipped is not None:
             step.commit(skipped)
