@@ -26,6 +26,7 @@ from omni_cache.dynamo import (
     place_of,
     traced_frame,
 )
+from omni_cache.lowering.deciding import within_text
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
     Analysis,
@@ -234,6 +235,8 @@ def examine(
             text = guarded_text(guarded, guard.skips)
             if flags.blocks == "rolled":
                 text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
+            if guard.within is not None:
+                text = f"{text.rstrip()}\n{within_text(guard.within)}"
             held = sum(guarded.held_bytes(guard.skips).values())
             reports.append(GraphReport(text, analysis, None, held_bytes=held))
         except NoBlockLoopError as error:

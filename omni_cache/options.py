@@ -127,7 +127,9 @@ class CompileOptions:
         if is_within and strategy is not None:
             guard = strategy.guard_within()
         # Only a compiler whose work grows with the number of blocks gains by it.
-        blocks = given.pop("blocks", "rolled" if inner == "inductor" and not is_within else "unrolled")
+        blocks = given.pop(
+            "blocks", "rolled" if inner == "inductor" and not is_within else "unrolled"
+        )
         one_of("blocks", blocks, ("rolled", "unrolled"))
         signal = _signal(given.pop("signal", None))
         if signal is not None and guard is not None and guard.source is None:
@@ -173,8 +175,8 @@ class CompileOptions:
         if guard.whole:
             raise ValueError(
                 f"lowering='cond' is not allowed with cache={name!r}, which reuses the whole model "
-                "and decides by earlier results; lowering must be 'dispatch', which runs nothing of "
-                "a reused step"
+                "and decides by earlier results; lowering must be 'dispatch', which runs nothing "
+                "of a reused step"
             )
         if guard.source is None:
             raise ValueError(

@@ -19,7 +19,7 @@ from .block_loop import (
     find_block_loop,
 )
 from .build import Part
-from .cond import Holding, conditional
+from .cond import BEFORE, Holding, conditional
 from .hoist import Cut, Hoisted, parameter_elements
 from .region import (
     NoBlockLoopError,
@@ -39,6 +39,7 @@ from .text import graph_text, guarded_text
 from .values import is_static_input
 
 __all__ = [
+    "BEFORE",
     "FINITE",
     "WEIGHTS",
     "Analysis",

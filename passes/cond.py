@@ -22,6 +22,9 @@ from .build import Part
 from .order import is_written
 from .split import FINITE, WEIGHTS, GuardedGraph
 
+BEFORE = "omni_cache_before"
+"""The name of the signal that a deciding part compares with, of the call before."""
+
 Decide = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 """``(allowed, at, gate, now, before, finite, times) -> reuse, gate, distance, row``.
 
@@ -120,7 +123,7 @@ def conditional(
         "omni_cache_allowed": signal.new_empty((), dtype=torch.bool),
         "omni_cache_at": signal.new_empty(2, **double),
         "omni_cache_gate": signal.new_empty(state, **double),
-        "omni_cache_before": signal.new_empty(signal.shape),
+        BEFORE: signal.new_empty(signal.shape),
         "omni_cache_finite": signal.new_empty(depth, dtype=torch.bool),
         "omni_cache_times": signal.new_empty((depth, 2), **double),
     }

@@ -19,7 +19,7 @@ from omni_cache.deployment.schedules import check_forecast, schedules
 from omni_cache.dynamo import captures_conditionals
 from omni_cache.kernels import number_dtype
 from omni_cache.lowering.cond import allowed_steps, decision, gate_of_all, initial_state
-from omni_cache.passes import WEIGHTS, GuardedGraph, Holding, RegionError, conditional
+from omni_cache.passes import BEFORE, WEIGHTS, GuardedGraph, Holding, RegionError, conditional
 from omni_cache.strategies import Policy, Time
 from omni_cache.strategies.strategy import Found
 
@@ -81,7 +81,7 @@ def deciding_graph(guarded: Guarded) -> Lowered:
     part = conditional(graph, decide, len(state), number, guarded.timestep)
     step = Holding(part, captured.weights)
     kept = [_like(step.examples[each]) for each in step.inputs[len(captured.values) :]]
-    signal, residuals = kept[3], kept[6 : 6 + len(graph.residuals)]
+    signal, residuals = _tensor(step.examples[BEFORE]), map(guarded.example, graph.residuals)
     device = signal.device
     if device.type == "cuda":
         logger.info(_READS_A_FLAG, _IN_A_CUDA_GRAPH[captures_conditionals()])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from omni_cache.passes.cond import Decide
 from omni_cache.strategies import Forecast, Gate, Policy, Time, Verdict
 from omni_cache.strategies.signals import RelativeL1
 
@@ -33,7 +33,7 @@ def allowed_steps(gate: Gate, steps: int) -> list[bool]:
 
 def decision(
     name: str, policy: Policy, gate: Gate, steps: int, depth: int, weights: torch.dtype
-) -> Decide:
+) -> Decision:
     """The decision of a strategy as a function of tensors.
 
     Args:
@@ -67,9 +67,33 @@ def decision(
         )
     _check_gate(name, gate, open_steps, steps)
     _check_forecast(forecast, steps, depth)
-    decide = _deciding(gate, open_steps[-1], steps)
+    return Decision(signal, gate, forecast, open_steps[-1], steps, depth, weights)
 
-    def run(
+
+@dataclass(frozen=True)
+class Decision:
+    """A strategy's decision on tensors, as a value: what is compiled with equal ones is the same.
+
+    Attributes:
+        signal: how signals are compared.
+        gate: what decides.
+        forecast: what weighs.
+        index: a step that the gate leaves to the measurement.
+        steps: the number of steps.
+        depth: how many residuals the graph weighs.
+        weights: dtype of the row of weights.
+    """
+
+    signal: RelativeL1
+    gate: Gate
+    forecast: Forecast
+    index: int
+    steps: int
+    depth: int
+    weights: torch.dtype
+
+    def __call__(
+        self,
         allowed: Tensor,
         at: Tensor,
         state: Tensor,
@@ -78,21 +102,22 @@ def decision(
         finite: Tensor,
         times: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `passes.cond.Decide`."""
         moved = (now.float() - before.float()).abs().sum()
         size = before.float().abs().sum()
         # Sums are in float32, everything after them in the dtype of the state.
         sums: Any = (moved.to(state), size.to(state), now.numel())
-        distance: Any = signal.distance(sums)
+        distance: Any = self.signal.distance(sums)
         usable = finite.long().cumprod(0).sum()
         measures = allowed & (usable > 0)
+        decide = _deciding(self.gate, self.index, self.steps)
         verdict, if_reused, if_computed, unmeasured = decide(state, distance)
         reuse = measures & verdict
         after = torch.where(measures, torch.where(reuse, if_reused, if_computed), unmeasured)
-        rows = _rows(forecast, times[: forecast.depth], at[0], steps, depth)
-        row = rows.index_select(0, (usable - 1).clamp(0, forecast.depth - 1)[None])
-        return reuse, after, distance, row.to(weights)
-
-    return run
+        kept = self.forecast.depth
+        rows = _rows(self.forecast, times[:kept], at[0], self.steps, self.depth)
+        row = rows.index_select(0, (usable - 1).clamp(0, kept - 1)[None])
+        return reuse, after, distance, row.to(self.weights)
 
 
 def gate_of_all(name: str, policy: Policy, branches: Sequence[str], advice: str) -> Gate:

@@ -8,7 +8,8 @@ It knows no calls and holds no state: whose state goes in is for the runtime to 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from omni_cache.lowering.inner import compile_part
 from omni_cache.lowering.program import constant
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
+    BEFORE,
     Analysis,
     GuardedGraph,
     RegionError,
@@ -30,7 +32,7 @@ from omni_cache.passes import (
     is_static_input,
     split,
 )
-from omni_cache.strategies import Gate, Policy, Time
+from omni_cache.strategies import Gate, Policy, Strategy, Time
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,12 @@ class DecidingProgram:
         guarded: what it was made of.
         static: which of the graph's inputs are parameters or buffers.
         gate: what decides in it.
+        examples: what the part was compiled with, by the names of its inputs.
+
+    Attributes:
+        gate: the same.
+        slots: places of the graph's inputs, by name.
+        identity: the place of an input that only one model instance has, None where there is none.
     """
 
     per_sample = False
@@ -109,7 +117,7 @@ class DecidingProgram:
         guarded: GuardedGraph,
         static: Sequence[bool],
         gate: Gate,
-        inputs: Sequence[Any],
+        examples: Mapping[str, Any],
     ) -> None:
         self.gate = gate
         self._run = run
@@ -119,15 +127,14 @@ class DecidingProgram:
         weights = [slot for name in read if static[slot := self.slots[name]]]
         self.identity = max(weights, default=None)
         self._shaped = [slot for slot, is_static in enumerate(static) if not is_static]
-        first = len(self.slots)
         self._begin = tuple(initial_state(gate))
-        self._signal, entry = inputs[first + 3], inputs[first + 6 :]
-        self._entry = entry[: len(guarded.residuals)]
+        self._signal = _Blank.like(examples[BEFORE])
+        self._entry = [_Blank.like(examples[name]) for name in guarded.residuals]
         # Dynamo hands over the sizes that may change.
         self._sizes = {
             each.node.expr: slot
-            for slot, each in enumerate(inputs[:first])
-            if isinstance(each, torch.SymInt)
+            for name, slot in self.slots.items()
+            if isinstance(each := examples[name], torch.SymInt)
         }
 
     def shaped(self, args: Sequence[Any]) -> list[Tensor]:
@@ -146,14 +153,14 @@ class DecidingProgram:
                 constant(((0.0, 0.0),) * depth, number, device),
             )
         signal, history = standing.signal, standing.history
-        if signal is None:
-            signal = self._blank(self._signal, args)
-        if not history:
-            history = [self._blank(each, args) for each in self._entry] * depth
+        if signal is None or not history:
+            sizes = {symbol: args[slot] for symbol, slot in self._sizes.items()}
+            signal = self._signal.made(sizes) if signal is None else signal
+            history = history or [each.made(sizes) for each in self._entry] * depth
         made = self._run(
             *args,
             constant(standing.allowed, torch.bool, device),
-            constant((index, NAN if value is None else value), number, device),
+            constant((index, math.nan if value is None else value), number, device),
             within.gate,
             signal,
             within.finite,
@@ -172,17 +179,29 @@ class DecidingProgram:
         kept = tuple([each[0] for each in residuals])
         return Decided(result, now, told, Within(gate, flags, times), kept, finite[0])
 
-    def _blank(self, example: Tensor, args: Sequence[Any]) -> Tensor:
-        """Zeros, for what the graph takes and does not look at before something is kept."""
-        known = {symbol: args[slot] for symbol, slot in self._sizes.items()}
+
+class _Blank(NamedTuple):
+    """What a graph takes in place of a tensor that is not there yet, and does not look at.
+
+    Its shape may have symbols, of sizes that may change. What a graph was traced with is not held.
+    """
+
+    shape: Sequence[Any]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def like(cls, example: Tensor) -> _Blank:
+        """In place of tensors like one that a graph was traced with."""
         shape = [
-            int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size
-            for size in example.shape
+            each.node.expr if isinstance(each, torch.SymInt) else each for each in example.shape
         ]
-        return torch.zeros(shape, dtype=example.dtype, device=example.device)
+        return cls(shape, example.dtype, example.device)
 
-
-NAN = float("nan")
+    def made(self, sizes: Mapping[Any, int]) -> Tensor:
+        """Zeros, contiguous, for the sizes of a call by symbol."""
+        shape = [each if isinstance(each, int) else int(each.subs(sizes)) for each in self.shape]
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
 
 def compile_deciding(
@@ -221,19 +240,22 @@ def compile_deciding(
     decide = decision(name, policy, gate, STEPS, guard.depth, guarded.weights_dtype)
     device = next(x.device for x in example_inputs if isinstance(x, Tensor))
     if device.type == "cuda":
-        logger.info("%s", WITHIN_CUDA[captures_conditionals()])
+        logger.info(within_text(guard.within))
     part = conditional(guarded, decide, len(initial_state(gate)), number_dtype(device))
     inputs = [*example_inputs, *part.example_inputs[len(example_inputs) :]]
     static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
-    return DecidingProgram(
-        compile_part(part.module, inputs, flags), guarded, static, gate, inputs
+    run = compile_part(part.module, inputs, flags)
+    return DecidingProgram(run, guarded, static, gate, dict(zip(part.inputs, inputs, strict=True)))
+
+
+def within_text(strategy: Strategy) -> str:
+    """What there is to say of a graph that decides by itself."""
+    captured = (
+        "this PyTorch can capture as a node of a CUDA graph, and mode='reduce-overhead' is refused"
+        if captures_conditionals()
+        else "this PyTorch cannot capture in a CUDA graph"
     )
-
-
-WITHIN_CUDA = {
-    True: "the host reads one flag at each step to run torch.cond; this PyTorch can capture it as "
-    "a conditional node of a CUDA graph, which lowering='cond' does not do yet",
-    False: "the host reads one flag at each step to run torch.cond, which this PyTorch cannot "
-    "capture in a CUDA graph",
-}
-"""What `dynamo.captures_conditionals` means for a graph that decides on a GPU."""
+    return (
+        f"decided in the graph by {strategy.name}; on a GPU the host reads one flag at each step "
+        f"to run torch.cond, which {captured}"
+    )

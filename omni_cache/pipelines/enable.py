@@ -88,7 +88,9 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
     else:
         guards = {}
     calls = {
-        name: _call_for(each, {**options, "cache": guards.get(name, options["cache"])}, compile_flags)
+        name: _call_for(
+            each, {**options, "cache": guards.get(name, options["cache"])}, compile_flags
+        )
         for name, each in models.items()
     }
     for name, call in calls.items():

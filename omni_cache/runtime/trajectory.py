@@ -158,7 +158,7 @@ class Trajectory:
             self.steps[last] = self.steps[last]._replace(errors=errors)
 
     def tell(self, told: Tensor, at: Time, total: int | None) -> None:
-        """Fill in the last record when what its graph has told has come, which is not waited for."""
+        """Fill in the last record once what its graph has told has come; it waits for nothing."""
         reading = Reading(told)
         reading.fetch()
         self._told.append(Told(reading, at, total, len(self.steps) - 1))
