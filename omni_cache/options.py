@@ -144,7 +144,7 @@ class CompileOptions:
             )
         strict = given.pop("strict", False)
         one_of("strict", strict, (True, False))
-        options = cls(
+        checked = cls(
             guard=guard,
             strategy=strategy,
             inner=inner,
@@ -160,8 +160,8 @@ class CompileOptions:
             strict=strict,
         )
         if is_within:
-            options._check_within()
-        return options
+            checked._check_within()
+        return checked
 
     def _check_within(self) -> None:
         """Refuse what a graph that decides by itself does not do.

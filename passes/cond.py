@@ -115,17 +115,17 @@ def conditional(
     prologue, reuse = guarded.prologue, guarded.reuse
     step = _Conditional(guarded, timestep, decide)
     (result,) = prologue.module.graph.find_nodes(op="output")
-    made = dict(zip(prologue.outputs, result.args[0], strict=True))
-    signal = made[guarded.signal].meta["example_value"]
+    made = {name: node.meta for name, node in zip(prologue.outputs, result.args[0], strict=True)}
+    signal: Any = {**guarded.inputs, **made}[guarded.signal]["example_value"]
     examples = dict(zip(reuse.inputs, reuse.example_inputs, strict=True))
-    depth, double = len(guarded.history), {"dtype": number}
+    depth = len(guarded.history)
     kept = {
         "omni_cache_allowed": signal.new_empty((), dtype=torch.bool),
-        "omni_cache_at": signal.new_empty(2, **double),
-        "omni_cache_gate": signal.new_empty(state, **double),
+        "omni_cache_at": signal.new_empty(2, dtype=number),
+        "omni_cache_gate": signal.new_empty(state, dtype=number),
         BEFORE: signal.new_empty(signal.shape),
         "omni_cache_finite": signal.new_empty(depth, dtype=torch.bool),
-        "omni_cache_times": signal.new_empty((depth, 2), **double),
+        "omni_cache_times": signal.new_empty((depth, 2), dtype=number),
     }
     for entry in guarded.history:
         # What reuse never reads, such as an older entry of an integer, is like the newest one.

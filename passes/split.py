@@ -191,6 +191,7 @@ def split(
         )
     region, pairs = analysis.region, analysis.pairs
     result: Node = gm.graph.find_nodes(op="output")[0]
+    flat: Any = result.args[0]
     held_modes = modes(gm.graph)
     taken = {node.name for node in gm.graph.nodes}
     partners = {pair.output: Partner(pair, taken) for pair in pairs if pair.partner is not None}
@@ -305,7 +306,7 @@ def split(
     return GuardedGraph(
         analysis,
         inputs={node.name: dict(node.meta) for node in gm.graph.find_nodes(op="placeholder")},
-        results=len(result.args[0]),
+        results=len(flat),
         constants=constants,
         modulations=modulations,
         prologue=prologue.finish(made),

@@ -6,6 +6,7 @@ Each comes with its half of the manifest, which the loader reads.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +109,13 @@ def scheduled_parts(guarded: Guarded) -> Lowered:
     """
     policy, graph, captured = guarded.policy, guarded.graph, guarded.captured
     check_forecast(policy.forecast)
-    if policy.forecast.checks:
-        logger.info("the package follows the plan; its guardrail is left to omni_cache.enable")
     if policy.refuses is not None:
+        dropped = "sigmas, guidance and guardrail" if policy.forecast.checks else "sigmas, guidance"
+        warnings.warn(
+            f"the package follows the plan whatever it is run with: {dropped} are checked by "
+            "omni_cache.enable alone. Run it with those that the plan was tuned for.",
+            stacklevel=2,
+        )
         first = captured.flat[0]
         size, dtype = tuple(first.shape[1:]), str(first.dtype)
         at, branch = Time(policy.begins or 0), guarded.branches[0]

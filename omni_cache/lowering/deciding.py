@@ -193,9 +193,8 @@ class _Blank(NamedTuple):
     @classmethod
     def like(cls, example: Tensor) -> _Blank:
         """In place of tensors like one that a graph was traced with."""
-        shape = [
-            each.node.expr if isinstance(each, torch.SymInt) else each for each in example.shape
-        ]
+        sizes: Sequence[Any] = example.shape
+        shape = [each.node.expr if isinstance(each, torch.SymInt) else each for each in sizes]
         return cls(shape, example.dtype, example.device)
 
     def made(self, sizes: Mapping[Any, int]) -> Tensor:

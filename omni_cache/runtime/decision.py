@@ -355,7 +355,9 @@ class Step:
         if isinstance(self._place, str):
             return
         view, is_reused = self._view, decided.finite is None
-        self._signal, self._within = decided.signal, decided.within
+        # Of a strategy that keeps nothing, nothing is kept for the graph either.
+        self._within = None if self._policy.signal is None else decided.within
+        self._signal = decided.signal
         self._told = decided.told if view.must is None else None
         state = view.trajectory.state
         self._verdict = Verdict(is_reused, view.must or WITHIN, state, state)
