@@ -195,7 +195,7 @@ def _compile_deciding(
     try:
         return compile_deciding(gm, analysis, example_inputs, flags, policy)
     except ValueError as error:
-        raise unwrapped(ValueError(f"lowering='cond': {error}")) from None
+        raise unwrapped(ValueError(f"lowering='cond': {error}{_OR_DISPATCH}")) from None
 
 
 def _placeholders(gm: GraphModule) -> list[Node]:
@@ -250,6 +250,9 @@ _CUT_AT_BUCKETS = (
     "not need; set torch._dynamo.config.optimize_ddp = False, or use omni_cache.enable on the "
     "module inside"
 )
+
+
+_OR_DISPATCH = ". With lowering='dispatch' the host decides, which has no such limit"
 
 
 _DECIDES_ALONE = (

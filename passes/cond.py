@@ -165,7 +165,12 @@ class _Conditional(nn.Module):
         self._signal, self._residuals = guarded.signal, guarded.residuals
         self._history = [name for entry in guarded.history for name in entry]
         self._merged = guarded.reuse.outputs
-        self._views = _views({**self.reuse.examples, **self.body.examples}, self._history)
+        examples = {**self.reuse.examples, **self.body.examples}
+        self._views = _views(examples, self._history)
+        # A branch takes no float: one that may change is fixed, which whoever traces has to guard.
+        self._fixed = {
+            name: float(each) for name, each in examples.items() if isinstance(each, torch.SymFloat)
+        }
         source = guarded.analysis.signal
         # The caller may write into it, or the model itself.
         self._copies_signal = self._signal in self._inputs or (
@@ -194,15 +199,15 @@ class _Conditional(nn.Module):
         reuse, gate, distance, row = self._decide(allowed, at, gate, now, before, finite, times)
         operands = {**values, **history, WEIGHTS: row}
         read = {*self.body.inputs, *self.reuse.inputs}
-        names = [name for name in operands if name in read]
+        names = [name for name in operands if name in read and name not in self._fixed]
         given_over = [
             operands[name].clone() if name in self._views else operands[name] for name in names
         ]
         # By the operator: `torch.cond` would have Dynamo trace what is traced already.
         made = torch.ops.higher_order.cond(
             reuse,
-            lambda *given: self._reused(dict(zip(names, given, strict=True))),
-            lambda *given: self._computed(dict(zip(names, given, strict=True))),
+            lambda *given: self._reused({**self._fixed, **dict(zip(names, given, strict=True))}),
+            lambda *given: self._computed({**self._fixed, **dict(zip(names, given, strict=True))}),
             tuple(given_over),
         )
         count = len(self._merged)

@@ -68,7 +68,7 @@ def deciding_graph(guarded: Guarded) -> Lowered:
     """
     policy, graph, captured = guarded.policy, guarded.graph, guarded.captured
     steps, depth = guarded.steps, len(graph.history)
-    advice = "Export a package for each, with branches=['cond'] say"
+    advice = ". Export a package for each, with branches=['cond'] say"
     gate = gate_of_all(guarded.strategy, policy, guarded.branches, advice)
     if any(gate.begins_anew(Time(index)) for index in range(steps)):
         raise ValueError(

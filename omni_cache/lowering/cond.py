@@ -120,14 +120,14 @@ class Decision:
         return reuse, after, distance, row.to(self.weights)
 
 
-def gate_of_all(name: str, policy: Policy, branches: Sequence[str], advice: str) -> Gate:
+def gate_of_all(name: str, policy: Policy, branches: Sequence[str], advice: str = "") -> Gate:
     """The gate that is the same for all branches.
 
     Args:
         name: of the strategy, for messages.
         policy: what it does.
         branches: their names, in order.
-        advice: what to do if there is none, in a sentence.
+        advice: what to do if there is none, to end the message with.
 
     Raises:
         ValueError: they have numbers of their own.
@@ -136,7 +136,7 @@ def gate_of_all(name: str, policy: Policy, branches: Sequence[str], advice: str)
     if any(each != first for each in others):
         raise ValueError(
             f"cache={name!r} with numbers for each branch is not allowed; one graph decides for "
-            f"all of them. {advice}"
+            f"all of them{advice}"
         )
     return first
 
@@ -249,8 +249,8 @@ def _check_forecast(forecast: Forecast, steps: int, depth: int) -> None:
         traced = make_fx(
             lambda times, now: _rows(forecast, times, now, steps, depth), tracing_mode="fake"
         )(*examples)
-        for _ in range(32):
-            *before, now = sorted(chance.sample(range(max(steps, depth + 1)), depth + 1))
+        for now in range(depth, max(steps, depth + 1)):
+            before = sorted(chance.sample(range(now), depth))
             places = [(float(i), 1000.0 * (1 - i / (steps + depth))) for i in [*before[::-1], now]]
             times = torch.tensor(places, dtype=torch.float64)
             found = traced(times[: forecast.depth], times[-1])

@@ -232,7 +232,7 @@ def compile_deciding(
         raise RegionError(
             "sizes depend on data, which lowering='cond' does not take; lowering='dispatch' does"
         )
-    gate = gate_of_all(name, policy, ("cond", "uncond"), "Choose lowering='dispatch'")
+    gate = gate_of_all(name, policy, ("cond", "uncond"))
     guarded = split(
         gm, analysis, guard.depth, flags.history_dtype, merges=True, matches_strides=False
     )

@@ -32,6 +32,7 @@ from toy_transformer import (
 
 import omni_cache
 from omni_cache import CacheContext
+from omni_cache.pipelines import is_enabled, states_of
 
 GUIDED = Loop(("cond", "uncond"))
 
@@ -148,14 +149,15 @@ def test_without_reuse_the_bits_are_the_models_own() -> None:
 
 def test_it_is_one_graph_and_other_numbers_are_another() -> None:
     inner, model = FlakyCompiler(), ToyTransformer()
-    for flags, expected in ((NEVER_REUSE, 8), (ALWAYS_REUSE, 1), (NEVER_REUSE, 8)):
+    for flags, expected in ((NEVER_REUSE, 8), (ALWAYS_REUSE, 1)):
         enabled("cond", model, inner=inner, **flags)
         GUIDED.run(model)
         assert [sum(each) for each in computed(model)] == [expected] * 2
     assert inner.compilations == 2
     # The number of steps is no part of it.
-    enabled("cond", model, inner=inner, **NEVER_REUSE, num_inference_steps=8)
+    enabled("cond", model, inner=inner, **ALWAYS_REUSE, num_inference_steps=8)
     GUIDED.run(model)
+    assert [sum(each) for each in computed(model)] == [1] * 2
     assert inner.compilations == 2
 
 
@@ -255,7 +257,7 @@ def test_records_are_filled_in_when_the_numbers_have_come() -> None:
 
 
 def model_trajectories(model: nn.Module) -> list[Any]:
-    (state,) = (state for _, state in omni_cache.pipelines.enable.states_of(model))
+    (state,) = (state for _, state in states_of(model))
     assert state.latest is not None
     return list(state.latest.trajectories.values())
 
@@ -287,7 +289,7 @@ def test_a_generation_without_a_cache_is_computed_and_the_same_strategy_is_the_m
 def test_a_generation_with_another_strategy_is_refused(request_: dict[str, Any]) -> None:
     model = enabled(**ALWAYS_REUSE)
     message = re.escape("a decision of its own, where the graph decides by TeaCache(")
-    with omni_cache.generation(8, **request_), pytest.raises(ValueError, match=message):
+    with omni_cache.generation(**request_), pytest.raises(ValueError, match=message):
         Loop().run(model)
 
 
@@ -315,14 +317,15 @@ def test_what_a_graph_cannot_do_is_refused_before_anything_is_touched(
     model = ToyTransformer()
     with pytest.raises(ValueError, match=re.escape(message)):
         enabled("cond", model, **flags)
-    assert not omni_cache.pipelines.enable.is_enabled(model)
+    assert not is_enabled(model)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"cache": "seacache"}, "lowering='cond': cache='seacache' is not allowed; a graph does"),
-        ({"cache": "dicache", "probe_depth": 1}, "cache='dicache' is not allowed"),
+        ({"cache": "dicache", "forecast": "hold"}, "its gate branches on what it has measured"),
+        ({"cache": "dicache"}, "forecast=Aligned is not allowed; a graph cannot weigh by it"),
         ({**TEACACHE, "forecast": "dmd"}, "forecast=DMD is not allowed"),
         ({**TEACACHE, "forecast": "foca"}, "forecast=FoCa is not allowed"),
         ({**TEACACHE, "forecast": "chebyshev"}, "forecast=Chebyshev is not allowed"),
