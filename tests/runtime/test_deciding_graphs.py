@@ -198,6 +198,14 @@ def test_bare_compilation_decides_in_the_graph_too() -> None:
     assert inner.compilations == 1
 
 
+def test_explain_says_who_decides() -> None:
+    call = gaussian(0, 1, TOKENS, CHANNELS), torch.tensor([900.0]), PROMPT
+    for lowering in ("cond", "dispatch"):
+        options = {**TEACACHE, "inner": "eager", "lowering": lowering}
+        text = str(omni_cache.explain(ToyTransformer(), *call, cache_options=options))
+        assert ("decided in the graph by teacache" in text) is (lowering == "cond")
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 
@@ -324,7 +332,6 @@ def test_what_a_graph_cannot_do_is_refused_before_anything_is_touched(
     ("flags", "message"),
     [
         ({"cache": "seacache"}, "lowering='cond': cache='seacache' is not allowed; a graph does"),
-        ({"cache": "dicache", "forecast": "hold"}, "its gate branches on what it has measured"),
         ({"cache": "dicache"}, "forecast=Aligned is not allowed; a graph cannot weigh by it"),
         ({**TEACACHE, "forecast": "dmd"}, "forecast=DMD is not allowed"),
         ({**TEACACHE, "forecast": "foca"}, "forecast=FoCa is not allowed"),
