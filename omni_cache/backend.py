@@ -18,6 +18,7 @@ from omni_cache.capture.pieces import block_by_block, check_piece, is_news, refu
 from omni_cache.capture.ranks import groups_of_body
 from omni_cache.dynamo import is_bucket, last_graph, traced_frame
 from omni_cache.errors import NO_GRADIENTS, UncachedWarning, unwrapped
+from omni_cache.lowering.deciding import DecidingProgram, compile_deciding
 from omni_cache.lowering.dispatch import compile_program
 from omni_cache.lowering.inner import compile_part
 from omni_cache.options import CompileOptions
@@ -132,11 +133,15 @@ def _compile_guarded(
         owner, analysis = analyse_for_guard(gm, flags, frame)
     except ValueError as error:
         raise unwrapped(error) from None
-    program = compile_program(gm, analysis, example_inputs, flags)
+    groups = groups_of_body(analysis.region.body, flags.process_group)
+    program = (
+        compile_program(gm, analysis, example_inputs, flags)
+        if flags.guard.within is None
+        else _compile_deciding(gm, analysis, example_inputs, flags, owner, groups)
+    )
     timestep = None if frame.is_resumed else analysis.timestep
     skipped = analysis.region.body if analysis.whole else analysis.loop.nodes
     static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
-    groups = groups_of_body(analysis.region.body, flags.process_group)
     region = (*(each.path for each in analysis.loop.lists), repr(flags.strategy))
     placement = Placement(
         Guarded(
@@ -151,6 +156,7 @@ def _compile_guarded(
             skips=flags.guard.skips,
             hoists=program.has_constants,
             modulates=program.has_modulations,
+            gate=program.gate,
         ),
         owner,
         flags.guard,
@@ -171,6 +177,27 @@ def _compile_guarded(
         uncounted=[region],
     )
     return Executor(program, placement)
+
+
+def _compile_deciding(
+    gm: GraphModule,
+    analysis: Analysis,
+    example_inputs: Sequence[Any],
+    flags: CompileOptions,
+    owner: str | None,
+    groups: Sequence[Any],
+) -> DecidingProgram:
+    assert flags.guard is not None
+    assert flags.guard.within is not None
+    if groups:
+        raise RegionError(_DECIDES_ALONE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first call asks for the policy again
+        policy = flags.guard.within.policy(owner)
+    try:
+        return compile_deciding(gm, analysis, example_inputs, flags, policy)
+    except ValueError as error:
+        raise unwrapped(ValueError(f"lowering='cond': {error}{_OR_DISPATCH}")) from None
 
 
 def _placeholders(gm: GraphModule) -> list[Node]:
@@ -224,6 +251,15 @@ _CUT_AT_BUCKETS = (
     "DistributedDataParallel cuts its graph at gradient buckets, which calls without gradients do "
     "not need; set torch._dynamo.config.optimize_ddp = False, or use omni_cache.enable on the "
     "module inside"
+)
+
+
+_OR_DISPATCH = ". With lowering='dispatch' the host decides, which has no such limit"
+
+
+_DECIDES_ALONE = (
+    "ranks compute a call together, and with lowering='cond' each would decide alone; "
+    "lowering='dispatch' has them decide alike"
 )
 
 

@@ -26,6 +26,7 @@ from omni_cache.dynamo import (
     place_of,
     traced_frame,
 )
+from omni_cache.lowering.deciding import within_text
 from omni_cache.options import CompileOptions
 from omni_cache.passes import (
     Analysis,
@@ -245,6 +246,8 @@ def examine(
             text = guarded_text(guarded, *keeps)
             if flags.blocks == "rolled":
                 text = f"{text.rstrip()}\n{_rolled_text(guarded)}"
+            if guard.within is not None:
+                text = f"{text.rstrip()}\n{within_text(guard.within)}"
             held = sum(guarded.held_bytes(*keeps).values())
             free = _hoisted_parameters(module, gm, analysis, example_inputs)
             reports.append(

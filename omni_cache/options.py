@@ -122,13 +122,15 @@ class CompileOptions:
             raise ValueError(f"mode={inner_mode!r} is not allowed; mode must be a string or None")
         if inner == "inductor":
             _check_inductor(inner_mode, inner_options or {})
-        one_of("lowering", given.get("lowering", "dispatch"), ("dispatch", "cond"))
-        if given.pop("lowering", None) == "cond":
-            raise NotImplementedError(
-                "lowering='cond' is not built yet; leave lowering out to get 'dispatch'"
-            )
+        lowering = given.pop("lowering", "dispatch")
+        one_of("lowering", lowering, ("dispatch", "cond"))
+        is_within = lowering == "cond" and guard is not None
+        if is_within and strategy is not None:
+            guard = strategy.guard_within()
         # Only a compiler whose work grows with the number of blocks gains by it.
-        blocks = given.pop("blocks", "rolled" if inner == "inductor" else "unrolled")
+        blocks = given.pop(
+            "blocks", "rolled" if inner == "inductor" and not is_within else "unrolled"
+        )
         one_of("blocks", blocks, ("rolled", "unrolled"))
         signal = _signal(given.pop("signal", None))
         if signal is not None and guard is not None and guard.source is None:
@@ -138,7 +140,7 @@ class CompileOptions:
         one_of("hoist", hoist, (True, False, "modulations"))
         strict = given.pop("strict", False)
         one_of("strict", strict, (True, False))
-        return cls(
+        checked = cls(
             guard=guard,
             strategy=strategy,
             inner=inner,
@@ -153,6 +155,43 @@ class CompileOptions:
             process_group=_process_group(given.pop("process_group", None)),
             strict=strict,
         )
+        if is_within:
+            checked._check_within()
+        return checked
+
+    def _check_within(self) -> None:
+        """Refuse what a graph that decides by itself does not do.
+
+        Raises:
+            ValueError: a flag is one of that; the message names it, and what is allowed.
+        """
+        guard = self.guard
+        assert guard is not None
+        name = None if self.strategy is None else self.strategy.name
+        if guard.whole:
+            raise ValueError(
+                f"lowering='cond' is not allowed with cache={name!r}, which reuses the whole model "
+                "and decides by earlier results; lowering must be 'dispatch', which runs nothing "
+                "of a reused step"
+            )
+        if guard.source is None:
+            raise ValueError(
+                f"lowering='cond' is not allowed with cache={name!r}, which goes by steps alone: "
+                "the host knows them without a read, and torch.cond would add one; lowering must "
+                "be 'dispatch'"
+            )
+        for flag, is_wrong, given, allowed in (
+            ("mode", self.inner_reuses_memory, self.mode or self.inner, "one without CUDA graphs"),
+            ("blocks", self.blocks == "rolled", self.blocks, "'unrolled'"),
+            ("hoist", bool(self.hoist), self.hoist, "False"),
+            ("history_device", self.history_device is not None, self.history_device, "None"),
+            ("process_group", self.process_group is not None, self.process_group, "None"),
+        ):
+            if is_wrong:
+                raise ValueError(
+                    f"{flag}={given!r} is not allowed with lowering='cond'; {flag} must be "
+                    f"{allowed}, or lowering 'dispatch'"
+                )
 
 
 def _strategy(given: dict[str, Any], beside: Sequence[str]) -> Strategy | None:

@@ -4,7 +4,7 @@
     take_out(analysis) -> Analysis    what no step changes, out of the region
     split(gm, analysis) -> GuardedGraph   the same graph as prologue, body, epilogue and reuse
     roll(part) -> part                a part in which blocks of one structure share one subgraph
-    Conditional(guarded, ...)         the parts as one graph that decides by itself
+    conditional(gm, guarded, ...) -> part   the parts as one that decides by itself
     graph_text / guarded_text         both as short readable programs
 
 Knows graphs only: nothing of strategies, generations or kernels, and no model's name.
@@ -19,7 +19,7 @@ from .block_loop import (
     find_block_loop,
 )
 from .build import Part
-from .cond import Conditional, Holding
+from .cond import BEFORE, Holding, conditional
 from .hoist import Cut, Hoisted, parameter_elements
 from .region import (
     NoBlockLoopError,
@@ -39,13 +39,13 @@ from .text import graph_text, guarded_text
 from .values import is_static_input
 
 __all__ = [
+    "BEFORE",
     "FINITE",
     "WEIGHTS",
     "Analysis",
     "Block",
     "BlockList",
     "BlockLoop",
-    "Conditional",
     "Cut",
     "Entered",
     "GuardedGraph",
@@ -63,6 +63,7 @@ __all__ = [
     "check_cuts",
     "check_writes",
     "close_region",
+    "conditional",
     "find_block_lists",
     "find_block_loop",
     "find_signal",

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
@@ -84,6 +84,8 @@ class GuardedGraph:
 
     Attributes:
         analysis: what it was split by.
+        inputs: the graph's inputs by name, each with the metadata of its node.
+        results: how many outputs the graph has.
         constants: what was hoisted because nothing changes it; None where nothing was.
         modulations: what was hoisted because the timestep alone changes it, likewise.
         prologue: the part before the region.
@@ -105,6 +107,8 @@ class GuardedGraph:
     """
 
     analysis: Analysis
+    inputs: Mapping[str, Mapping[str, Any]]
+    results: int
     constants: Part | None
     modulations: Part | None
     prologue: Part
@@ -119,6 +123,12 @@ class GuardedGraph:
     entered: tuple[Entered, ...]
     history_dtype: torch.dtype | None
     signal: str | None
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of ``reuse``'s row of weights."""
+        row = dict(zip(self.reuse.inputs, self.reuse.example_inputs, strict=True)).get(WEIGHTS)
+        return row.dtype if isinstance(row, torch.Tensor) else torch.float32
 
     def held_bytes(self, keeps_results: bool = False, timesteps: int = 1) -> dict[str, int]:
         """Bytes that a trajectory holds, by what it holds.
@@ -184,6 +194,7 @@ def split(
         )
     region, pairs = analysis.region, analysis.pairs
     result: Node = gm.graph.find_nodes(op="output")[0]
+    flat: Any = result.args[0]
     held_modes = modes(gm.graph)
     taken = {node.name for node in gm.graph.nodes}
     partners = {pair.output: Partner(pair, taken) for pair in pairs if pair.partner is not None}
@@ -297,6 +308,8 @@ def split(
     constants, modulations, *_ = *(_apart(gm, cut, held_modes) for cut in cuts), None, None
     return GuardedGraph(
         analysis,
+        inputs={node.name: dict(node.meta) for node in gm.graph.find_nodes(op="placeholder")},
+        results=len(flat),
         constants=constants,
         modulations=modulations,
         prologue=prologue.finish(made),

@@ -379,11 +379,6 @@ def test_a_wrong_value_names_the_flag_and_what_is_allowed(
         parse(options)
 
 
-def test_what_is_not_built_yet_says_so() -> None:
-    with pytest.raises(NotImplementedError, match=r"lowering='cond' is not built.*'dispatch'"):
-        parse({"lowering": "cond"})
-
-
 def test_how_much_is_hoisted() -> None:
     for given in (True, "modulations"):
         assert parse({"hoist": given}).hoist == given
@@ -395,6 +390,17 @@ def test_blocks_are_rolled_for_inductor_and_wherever_that_is_asked_for() -> None
     assert parse({"inner": "eager"}).blocks == "unrolled"
     assert parse({"inner": "eager", "blocks": "rolled"}).blocks == "rolled"
     assert parse({"blocks": "unrolled"}).blocks == "unrolled"
+
+
+def test_a_graph_that_decides_is_for_its_strategy_whatever_the_number_of_steps() -> None:
+    guards = [
+        parse({"lowering": "cond", "rel_l1_thresh": each, "num_inference_steps": steps}).guard
+        for each, steps in ((0.1, 8), (0.1, 9), (0.2, 8))
+    ]
+    assert guards[0] == guards[1] != guards[2]
+    assert parse({"lowering": "cond"}).blocks == "unrolled"
+    assert parse({"lowering": "cond", "cache": "none"}).guard is None
+    assert parse({"lowering": "dispatch", "rel_l1_thresh": 0.1}).guard == parse({}).guard
 
 
 def test_enable_checks_flags_before_it_touches_anything() -> None:
@@ -420,7 +426,7 @@ def test_enable_takes_tensors_for_numbers_and_compares_them() -> None:
     [
         ({"iner": "eager"}, ValueError, "unknown flag 'iner', did you mean 'inner'"),
         ({"rel_l1_thresh": -1}, ValueError, "rel_l1_thresh=-1 is not allowed"),
-        ({"lowering": "cond"}, NotImplementedError, "lowering='cond' is not built yet"),
+        ({"hoist": "modulations"}, NotImplementedError, "hoist='modulations' is not built yet"),
         ({"strict": True}, RegionError, "no list of repeated blocks"),
     ],
 )

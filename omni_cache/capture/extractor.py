@@ -216,6 +216,8 @@ class ExtractedModel:
         assert flags.guard is not None  # without a cache there is nothing to take apart
         if flags.region is not None:
             raise ValueError(_refusal("region", repr(list(flags.region)), _ONLY_GRAPHS))
+        if flags.guard is not None and flags.guard.within is not None:
+            raise ValueError(_refusal("lowering", "'cond'", _NO_GRAPH))
         if flags.hoist:
             raise ValueError(_refusal("hoist", repr(flags.hoist), _NO_GRAPH))
         self._extractor = extractor

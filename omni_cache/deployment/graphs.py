@@ -6,6 +6,7 @@ Each comes with its half of the manifest, which the loader reads.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from omni_cache.deployment.captured import Captured
 from omni_cache.deployment.schedules import check_forecast, schedules
 from omni_cache.dynamo import captures_conditionals
 from omni_cache.kernels import number_dtype
-from omni_cache.lowering.cond import allowed_steps, decision, initial_state
-from omni_cache.passes import WEIGHTS, Conditional, GuardedGraph, Holding, RegionError
+from omni_cache.lowering.cond import allowed_steps, decision, gate_of_all, initial_state
+from omni_cache.passes import BEFORE, WEIGHTS, GuardedGraph, Holding, RegionError, conditional
 from omni_cache.strategies import Policy, Time
 from omni_cache.strategies.strategy import Found
 
@@ -58,12 +59,6 @@ class Guarded:
         reuse = self.graph.reuse
         return dict(zip(reuse.inputs, reuse.example_inputs, strict=True)).get(name)
 
-    @property
-    def weights_dtype(self) -> torch.dtype:
-        """Of the row of weights."""
-        row = self.example(WEIGHTS)
-        return row.dtype if isinstance(row, Tensor) else torch.float32
-
 
 def deciding_graph(guarded: Guarded) -> Lowered:
     """One graph that decides within, for a strategy that measures.
@@ -72,32 +67,23 @@ def deciding_graph(guarded: Guarded) -> Lowered:
         ValueError: the strategy does not decide on tensors, or not alike for all branches.
     """
     policy, graph, captured = guarded.policy, guarded.graph, guarded.captured
-    gates = [policy.gate(name, place) for place, name in enumerate(guarded.branches)]
-    gate, steps, depth = gates[0], guarded.steps, len(graph.history)
-    if any(each != gate for each in gates):
+    steps, depth = guarded.steps, len(graph.history)
+    advice = ". Export a package for each, with branches=['cond'] say"
+    gate = gate_of_all(guarded.strategy, policy, guarded.branches, advice)
+    if any(gate.begins_anew(Time(index)) for index in range(steps)):
         raise ValueError(
-            f"cache={guarded.strategy!r} with numbers for each branch is not allowed; one graph "
-            "decides for all of them. Export a package for each, with branches=['cond'] say"
+            f"cache={guarded.strategy!r} is not allowed with steps at which it begins anew "
+            "(force_refresh_step_hint); leave them out, and reset the branch instead"
         )
     assert policy.signal is not None
-    decide = decision(guarded.strategy, policy, gate, steps, depth, guarded.weights_dtype)
-    step = Conditional(graph, captured.weights, list(captured.values), guarded.timestep, decide)
-    values: dict[str, Any] = dict(captured.values)
-    values.update(zip(step.prologue.outputs, step.prologue.on(values), strict=True))
-    assert graph.signal is not None
-    signal = values[graph.signal]
-    device, number = signal.device, number_dtype(signal.device)
-    residuals = [_like(guarded.example(name)).contiguous() for name in graph.residuals]
+    decide = decision(guarded.strategy, policy, gate, steps, depth, graph.weights_dtype)
     state = initial_state(gate)
-    kept = [
-        torch.tensor(False, device=device),
-        torch.tensor(0, dtype=number, device=device),
-        torch.tensor(state, dtype=number, device=device),
-        torch.zeros_like(signal, memory_format=torch.contiguous_format),
-        torch.zeros(depth, dtype=torch.bool, device=device),
-        torch.zeros(depth, 2, dtype=number, device=device),
-        *(each.clone() for _ in range(depth) for each in residuals),
-    ]
+    number = number_dtype(captured.flat[0].device)
+    part = conditional(graph, decide, len(state), number, guarded.timestep)
+    step = Holding(part, captured.weights)
+    kept = [_like(step.examples[each]) for each in step.inputs[len(captured.values) :]]
+    signal, residuals = _tensor(step.examples[BEFORE]), map(guarded.example, graph.residuals)
+    device = signal.device
     if device.type == "cuda":
         logger.info(_READS_A_FLAG, _IN_A_CUDA_GRAPH[captures_conditionals()])
     manifest = {
@@ -123,9 +109,13 @@ def scheduled_parts(guarded: Guarded) -> Lowered:
     """
     policy, graph, captured = guarded.policy, guarded.graph, guarded.captured
     check_forecast(policy.forecast)
-    if policy.forecast.checks:
-        logger.info("the package follows the plan; its guardrail is left to omni_cache.enable")
     if policy.refuses is not None:
+        dropped = "sigmas, guidance and guardrail" if policy.forecast.checks else "sigmas, guidance"
+        warnings.warn(
+            f"the package follows the plan whatever it is run with: {dropped} are checked by "
+            "omni_cache.enable alone. Run it with those that the plan was tuned for.",
+            stacklevel=2,
+        )
         first = captured.flat[0]
         size, dtype = tuple(first.shape[1:]), str(first.dtype)
         at, branch = Time(policy.begins or 0), guarded.branches[0]
@@ -165,7 +155,7 @@ def scheduled_parts(guarded: Guarded) -> Lowered:
         "kind": "parts",
         "device": str(captured.flat[0].device),
         "depth": policy.depth,
-        "weights": [WEIGHTS, str(guarded.weights_dtype)],
+        "weights": [WEIGHTS, str(graph.weights_dtype)],
         "history": [list(entry) for entry in graph.history],
         "entered": [
             {

@@ -15,6 +15,7 @@ is in the JSON, and decided here. What depends on data is decided within the gra
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -282,7 +283,8 @@ class Deciding(Branch):
             [
                 *inputs,
                 _constant(allowed, "torch.bool", device),
-                _constant(index, manifest["number"], device),
+                # Where the graph has no timestep, none is known.
+                _constant((index, math.nan), manifest["number"], device),
                 self._gate,
                 self._signal,
                 self._finite,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from omni_cache.passes.cond import Decide
-from omni_cache.strategies import Forecast, Gate, Policy, Time
+from omni_cache.strategies import Forecast, Gate, Policy, Time, Verdict
 from omni_cache.strategies.signals import RelativeL1
 
 ALLOWED = (
@@ -33,7 +33,7 @@ def allowed_steps(gate: Gate, steps: int) -> list[bool]:
 
 def decision(
     name: str, policy: Policy, gate: Gate, steps: int, depth: int, weights: torch.dtype
-) -> Decide:
+) -> Decision:
     """The decision of a strategy as a function of tensors.
 
     Args:
@@ -60,11 +60,6 @@ def decision(
             "'taylor' or 'hermite'"
         )
     open_steps = [index for index, each in enumerate(allowed_steps(gate, steps)) if each]
-    if any(gate.begins_anew(Time(index)) for index in range(steps)):
-        raise ValueError(
-            f"cache={name!r} is not allowed with steps at which it begins anew "
-            "(force_refresh_step_hint); leave them out, and reset the branch instead"
-        )
     if len(open_steps) < 2:
         raise ValueError(
             f"num_inference_steps={steps} is not allowed; of so many steps cache={name!r} reuses "
@@ -72,9 +67,33 @@ def decision(
         )
     _check_gate(name, gate, open_steps, steps)
     _check_forecast(forecast, steps, depth)
-    decide = _deciding(gate, open_steps[-1], steps)
+    return Decision(signal, gate, forecast, open_steps[-1], steps, depth, weights)
 
-    def run(
+
+@dataclass(frozen=True)
+class Decision:
+    """A strategy's decision on tensors, as a value: what is compiled with equal ones is the same.
+
+    Attributes:
+        signal: how signals are compared.
+        gate: what decides.
+        forecast: what weighs.
+        index: a step that the gate leaves to the measurement.
+        steps: the number of steps.
+        depth: how many residuals the graph weighs.
+        weights: dtype of the row of weights.
+    """
+
+    signal: RelativeL1
+    gate: Gate
+    forecast: Forecast
+    index: int
+    steps: int
+    depth: int
+    weights: torch.dtype
+
+    def __call__(
+        self,
         allowed: Tensor,
         at: Tensor,
         state: Tensor,
@@ -83,21 +102,57 @@ def decision(
         finite: Tensor,
         times: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `passes.cond.Decide`."""
         moved = (now.float() - before.float()).abs().sum()
         size = before.float().abs().sum()
         # Sums are in float32, everything after them in the dtype of the state.
-        sums: Any = (moved.to(state), size.to(state), float(now.numel()))
-        distance: Any = signal.distance(sums)
+        sums: Any = (moved.to(state), size.to(state), now.numel())
+        distance: Any = self.signal.distance(sums)
         usable = finite.long().cumprod(0).sum()
         measures = allowed & (usable > 0)
+        decide = _deciding(self.gate, self.index, self.steps)
         verdict, if_reused, if_computed, unmeasured = decide(state, distance)
         reuse = measures & verdict
         after = torch.where(measures, torch.where(reuse, if_reused, if_computed), unmeasured)
-        rows = _rows(forecast, times[: forecast.depth], at[0], steps, depth)
-        row = rows.index_select(0, (usable - 1).clamp(0, forecast.depth - 1)[None])
-        return reuse, after, distance, row.to(weights)
+        kept = self.forecast.depth
+        rows = _rows(self.forecast, times[:kept], at[0], self.steps, self.depth)
+        row = rows.index_select(0, (usable - 1).clamp(0, kept - 1)[None])
+        return reuse, after, distance, row.to(self.weights)
 
-    return run
+
+def gate_of_all(name: str, policy: Policy, branches: Sequence[str], advice: str = "") -> Gate:
+    """The gate that is the same for all branches.
+
+    Args:
+        name: of the strategy, for messages.
+        policy: what it does.
+        branches: their names, in order.
+        advice: what to do if there is none, to end the message with.
+
+    Raises:
+        ValueError: they have numbers of their own.
+    """
+    first, *others = (policy.gate(each, place) for place, each in enumerate(branches))
+    if any(each != first for each in others):
+        raise ValueError(
+            f"cache={name!r} with numbers for each branch is not allowed; one graph decides for "
+            f"all of them{advice}"
+        )
+    return first
+
+
+def verdict_on(gate: Gate, told: Sequence[float], at: Time, total: int | None) -> Verdict:
+    """What a gate says of a step that a graph has decided.
+
+    Args:
+        gate: the one within.
+        told: its state before the step, as numbers, and the distance.
+        at: where the step lies.
+        total: the number of steps.
+    """
+    *numbers, distance = told
+    state = tree_unflatten(numbers, tree_flatten(gate.begin())[1])
+    return gate.decide(state, at, total, distance)
 
 
 def initial_state(gate: Gate) -> list[float]:
@@ -194,8 +249,8 @@ def _check_forecast(forecast: Forecast, steps: int, depth: int) -> None:
         traced = make_fx(
             lambda times, now: _rows(forecast, times, now, steps, depth), tracing_mode="fake"
         )(*examples)
-        for _ in range(32):
-            *before, now = sorted(chance.sample(range(max(steps, depth + 1)), depth + 1))
+        for now in range(depth, max(steps, depth + 1)):
+            before = sorted(chance.sample(range(now), depth))
             places = [(float(i), 1000.0 * (1 - i / (steps + depth))) for i in [*before[::-1], now]]
             times = torch.tensor(places, dtype=torch.float64)
             found = traced(times[: forecast.depth], times[-1])

@@ -52,8 +52,7 @@ def compile_program(
     if analysis.supposed:
         rest = _compile_named(without_residuals(gm, analysis), examples, flags)
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
-    rows = dict(zip(guarded.reuse.inputs, guarded.reuse.example_inputs, strict=True))
-    row, constants, modulations = rows.get(WEIGHTS), guarded.constants, guarded.modulations
+    constants, modulations = guarded.constants, guarded.modulations
     timestep = None if analysis.timestep is None else analysis.timestep.name
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
@@ -68,7 +67,7 @@ def compile_program(
         entered=guarded.entered,
         weights=WEIGHTS,
         signal=guarded.signal,
-        weights_dtype=row.dtype if isinstance(row, torch.Tensor) else torch.float32,
+        weights_dtype=guarded.weights_dtype,
         per_sample=per_sample,
         constants=None if constants is None else _compile_named(constants, examples, flags),
         modulations=None if modulations is None else _compile_named(modulations, examples, flags),

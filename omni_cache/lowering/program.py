@@ -159,6 +159,9 @@ class Program:
         ]
         self._time = [name == parts.timestep for name in modulations.inputs]
 
+    gate = None
+    """No gate is in the parts: the host decides."""
+
     @property
     def per_sample(self) -> bool:
         """Whether a reused step takes weights for each sample."""
@@ -252,7 +255,7 @@ class Program:
             rows: one weight for each entry, for every sample or for all of them at once.
         """
         samples = _samples(history) if self._parts.per_sample and len(rows) == 1 else 1
-        weights = _weights((*rows,) * samples, self._parts.weights_dtype, history[0].device)
+        weights = constant((*rows,) * samples, self._parts.weights_dtype, history[0].device)
         result = self._parts.reuse.run(*self._reuse_inputs([*values, *history, weights]))
         if not self._parts.merges:
             return result
@@ -273,13 +276,11 @@ def _samples(history: Sequence[Tensor]) -> int:
 
 
 @lru_cache(maxsize=256)
-def _weights(
-    rows: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Rows as a tensor ``(1 or B, depth)``; the few that a schedule repeats are copied once."""
+def constant(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, or tuples of them, as a tensor; the few that a schedule repeats are copied once."""
     with torch.inference_mode(False):
         # Made on the device, it would have the host wait for all work that the device has before.
-        return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
+        return torch.tensor(value, dtype=dtype).to(device, non_blocking=True)
 
 
 def _numbered(names: Sequence[str], first: int) -> dict[str, int]:

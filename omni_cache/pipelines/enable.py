@@ -69,10 +69,11 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
             transformers of a pipeline are then as they were before.
     """
     compile_flags: dict[str, Any] = {key: flags.pop(key) for key in COMPILE_FLAGS if key in flags}
-    strategy = CompileOptions.parse({"cache": cache, **flags}, beside=COMPILE_FLAGS).strategy
+    parsed = CompileOptions.parse({"cache": cache, **flags}, beside=COMPILE_FLAGS)
+    strategy = parsed.strategy
     # Of a strategy only the guard is compiled, so that other thresholds compile nothing anew.
     options = {key: value for key, value in flags.items() if key in FLAGS}
-    options["cache"] = NO_CACHE if strategy is None else strategy.guard()
+    options["cache"] = NO_CACHE if strategy is None else parsed.guard
     models = models_of(target)
     weakref.ref(target)
     # All of them or none: what may fail comes before the first one is touched.
@@ -82,7 +83,17 @@ def enable(target: Any, cache: Any = "teacache", **flags: Any) -> Any:
         name: None if strategy is None else strategy.for_transformer(owner)
         for name, owner in owners.items()
     }
-    calls = {name: _call_for(each, options, compile_flags) for name, each in models.items()}
+    if parsed.guard is not None and parsed.guard.within is not None:
+        # What decides in a graph is the strategy of this transformer.
+        guards = {name: each.guard_within() for name, each in strategies.items() if each}
+    else:
+        guards = {}
+    calls = {
+        name: _call_for(
+            each, {**options, "cache": guards.get(name, options["cache"])}, compile_flags
+        )
+        for name, each in models.items()
+    }
     for name, call in calls.items():
         _install(call, models[name])
         call.configure(strategies[name], owners[name])

@@ -292,7 +292,8 @@ class Generation:
             return None
         key = guard, model_class, signal, owner
         if key not in self._policies:
-            wanted = strategy.guard()
+            is_within = guard is not None and guard.within is not None
+            wanted = strategy.guard_within() if is_within else strategy.guard()
             if guard is not None:
                 lacking = guard.lacks(wanted, model_class, signal)
             else:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from omni_cache.kernels import number_dtype
+from omni_cache.lowering.deciding import Decided, Standing, Within
 from omni_cache.lowering.program import Computed
 from omni_cache.runtime.agreement import add_up, common, digest, local
 from omni_cache.runtime.calls import Call, Ran
@@ -49,9 +50,9 @@ from omni_cache.runtime.place import (
     likely_place,
     locate,
 )
-from omni_cache.runtime.reading import Reading, read
+from omni_cache.runtime.reading import Reading, on_host, read
 from omni_cache.runtime.trajectory import Action, Layout, StepRecord, Trajectory
-from omni_cache.strategies import Policy, Time
+from omni_cache.strategies import Gate, Policy, Time, Verdict
 from omni_cache.strategies.base import DEFAULT_STEPS, Around, Made, Row
 from omni_cache.strategies.strategy import Found
 
@@ -60,6 +61,11 @@ LATE = "after the first step of the plan"
 REFUSED = "another run than the plan's"
 UNLISTED = "a timestep that is in no list"
 NO_LIST = "no list of timesteps"
+WITHIN = "decided in the graph"
+_OWN_NUMBERS = (
+    "numbers of its own for branch {!r} are not allowed with lowering='cond'; one graph decides "
+    "for all branches. Choose lowering='dispatch'"
+)
 _NAME_IT = (
     "such a call is computed. Name its place: with omni_cache.generation(...), "
     "omni_cache.branch('cond'): model(...)"
@@ -108,6 +114,7 @@ class Guarded:
         skips: whether results are kept, so that a call may skip the forward.
         hoists: whether constants are held.
         modulates: whether modulations are held, for many timesteps.
+        gate: the gate in the graph, which decides by itself; None where the host decides.
     """
 
     region: Region
@@ -120,6 +127,7 @@ class Guarded:
     skips: bool = False
     hoists: bool = False
     modulates: bool = False
+    gate: Gate | None = None
 
     def is_shared(self, policy: Policy) -> bool:
         """Whether ranks measure together. Without a measurement they agree by themselves."""
@@ -196,6 +204,9 @@ class Step:
     _signal: Tensor | None = None
     _arrived: Layout | None = None
     _action: Action = "reused"
+    # Of a graph that decides by itself.
+    _within: Within | None = None
+    _told: Tensor | None = None
 
     def __init__(
         self,
@@ -211,6 +222,7 @@ class Step:
         self._state, self._policy, self._guarded = state, policy, guarded
         self._ran, self._called, self._call = ran, called, call
         self._is_shared = guarded.is_shared(policy)
+        self._is_within = guarded.gate is not None
         # Ranks that measure nothing would not agree on what was finite; what was not is zero.
         self._is_symmetric = len(guarded.groups) > 0 and not self._is_shared
         self._place: Place | str | None = None if call is None else call.place
@@ -418,34 +430,12 @@ class Step:
             layout: of this call.
         """
         self._signal, self._layout = None if signal is None else local(signal), layout
-        is_known = self._place is not None
-        likely = self._place if is_known else self._likely
-        view = self._look(likely, layout) if isinstance(likely, Place) else None
-        view, sums, value = (self._read_together if self._is_shared else self._read)(view)
-        if self._place is None:
-            called = self._called if value is None else self._called._replace(value=value)
-            self._place = locate(self._state, called)
-            self._refute(self._place)
-        place = self._place
+        view, sums = self._find(layout)
         agree = None if self._call is None else self._call.agree
-        if isinstance(place, str):
-            self._tell(place)
+        if view is None:
             if agree is not None:  # who waits for this rank has to hear of it
                 agree(True)
             return False
-        if not is_known:
-            # Where the call was expected, what was measured counts.
-            seen, view = view, self._look(place, layout)
-            if seen and (seen.place.course, seen.place.at.index) == (place.course, place.at.index):
-                view = view._replace(kept=view.kept[: len(seen.kept)], must=view.must or seen.must)
-            elif view.must is None and view.trajectory.gate.measures:
-                view = view._replace(must="unexpected call")
-            if self.is_refuted and view.must is None and view.trajectory.gate.measures:
-                view = view._replace(must=REPLACED)  # what was measured is another call's
-        assert view is not None
-        self._warn(view)
-        if self._call is not None:
-            self._call.place = place
         gate, compares = view.trajectory.gate, self._policy.signal
         measured = compares if sums and not view.must else None
         distance = self._excess(view) if measured is None else measured.distance(sums)
@@ -453,7 +443,7 @@ class Step:
         # Where one rank computes because it must, all go on from the same state.
         begins = view.stale or (self._is_shared and view.must)
         state = gate.begin() if begins else view.trajectory.state
-        verdict = gate.decide(state, place.at, view.total, distance)
+        verdict = gate.decide(state, view.place.at, view.total, distance)
         if view.must is not None:
             verdict = verdict._replace(reuse=False, reason=view.must)
         if agree is not None:
@@ -463,8 +453,69 @@ class Step:
                 verdict = verdict._replace(
                     reuse=reuse, reason="agreed", if_reused=verdict.if_computed
                 )
-        self._view, self._verdict = view, verdict
+        self._verdict = verdict
         return verdict.reuse
+
+    def _find(self, layout: Layout) -> tuple[_View | None, Sequence[float]]:
+        """What the call finds, None where it has no place, and the sums of the comparison."""
+        is_known = self._place is not None
+        likely = self._place if is_known else self._likely
+        view = self._look(likely, layout) if isinstance(likely, Place) else None
+        view, sums, value = (self._read_together if self._is_shared else self._read)(view)
+        if self._place is None:
+            called = self._called if value is None else self._called._replace(value=value)
+            self._place = locate(self._state, called)
+            self._refute(self._place)
+        place = self._place
+        if isinstance(place, str):
+            self._tell(place)
+            return None, ()
+        if not is_known:
+            # Where the call was expected, what was measured counts.
+            seen, view = view, self._look(place, layout)
+            if seen and (seen.place.course, seen.place.at.index) == (place.course, place.at.index):
+                view = view._replace(kept=view.kept[: len(seen.kept)], must=view.must or seen.must)
+            elif view.must is None and view.trajectory.gate.measures and not self._is_within:
+                view = view._replace(must="unexpected call")
+            if self.is_refuted and view.must is None and view.trajectory.gate.measures:
+                view = view._replace(must=REPLACED)  # what was measured is another call's
+        assert view is not None
+        self._warn(view)
+        if self._call is not None:
+            self._call.place = place
+        self._view = view
+        return view, sums
+
+    def standing(self, layout: Layout) -> Standing:
+        """What the call finds, for a graph that decides by itself.
+
+        Args:
+            layout: of this call.
+        """
+        self._layout = layout
+        view, _ = self._find(layout)
+        if view is None:
+            return Standing()
+        trajectory, at = view.trajectory, view.place.at
+        if view.stale:
+            return Standing(at=at)
+        kept = trajectory.history.kept
+        history = trajectory.history.operands(kept, self._guarded.depth) if kept else ()
+        return Standing(view.must is None, at, trajectory.within, trajectory.signal, history)
+
+    def learn(self, decided: Decided) -> None:
+        """Take in what the graph has decided."""
+        if not on_host(decided.told):
+            current_tally.get().copied(1, waited=True)  # the flag that `torch.cond` goes by
+        if isinstance(self._place, str):
+            return
+        view, is_reused = self._view, decided.finite is None
+        # Of a strategy that keeps nothing, nothing is kept for the graph either.
+        self._within = None if self._policy.signal is None else decided.within
+        self._signal = decided.signal
+        self._told = decided.told if view.must is None else None
+        state = view.trajectory.state
+        self._verdict = Verdict(is_reused, view.must or WITHIN, state, state)
 
     def _excess(self, view: _View) -> float | None:
         """How far off forecasts are, for a strategy that checks them, as the host has heard."""
@@ -560,6 +611,9 @@ class Step:
         distance, accumulated = verdict.distance, verdict.accumulated
         record = StepRecord(action, distance, accumulated, at.value, verdict.reason, at.index)
         trajectory.record(record)
+        trajectory.within = self._within
+        if self._told is not None:
+            trajectory.tell(self._told, at, total)
         if self._policy.refuses is not None and action != "skipped":
             first = next(each for each in result if isinstance(each, Tensor))
             trajectory.size, trajectory.dtype = tuple(first.shape[1:]), str(first.dtype)
@@ -580,6 +634,8 @@ class Step:
         trajectory = place.run.trajectories.get((course.name, self._ran))
         if trajectory is None:
             gate = self._policy.gate(course.name, course.position)
+            if self._is_within and gate.measures and gate != guarded.gate:
+                raise ValueError(_OWN_NUMBERS.format(course.name))
             forecast = self._policy.forecast.of_branch(course.name)
             settings = guarded.device, guarded.per_sample, not self._is_symmetric
             history = History(self._policy.depth, forecast, *settings)
@@ -644,6 +700,7 @@ class Step:
             and view is not None
             and view.must is None
             and view.trajectory.gate.compares(view.trajectory.state)
+            and not self._is_within
         )
         unread = [each for each in (view.kept if view else ()) if each.is_finite is None]
         # What would cost a read of its own is not asked for.

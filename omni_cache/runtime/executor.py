@@ -1,9 +1,11 @@
-"""The dispatch executor: the host decides which compiled part of a guarded model runs.
+"""The executor: what runs of a guarded model in a call, and in which order.
 
 place -> skip -> constants, modulations -> prologue -> decide
 -> compute: body -> epilogue                keeps the residuals
 -> reuse:   partners + forecast -> epilogue
 -> commit
+
+place -> what is found -> all of it, where the graph decides -> what it has decided -> commit
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from omni_cache.lowering.deciding import DecidingProgram
 from omni_cache.lowering.program import Program
 from omni_cache.runtime.decision import Step
 from omni_cache.runtime.placement import Placement
@@ -23,11 +26,11 @@ class Executor:
     """A guarded model, compiled. It holds no state, so threads and models may share it.
 
     Args:
-        program: the parts, compiled.
+        program: what was compiled.
         placement: says where a call lies.
     """
 
-    def __init__(self, program: Program, placement: Placement) -> None:
+    def __init__(self, program: Program | DecidingProgram, placement: Placement) -> None:
         self._program = program
         self._placement = placement
 
@@ -35,6 +38,12 @@ class Executor:
         """Run one forward on the model's flat inputs; returns its flat outputs."""
         program = self._program
         step = self._placement.place(args)
+        if isinstance(program, DecidingProgram):
+            layout = Layout.of(program.shaped(args), self._placement.guarded.computation)
+            decided = program(args, step.standing(layout))
+            step.learn(decided)
+            step.commit(decided.result, decided.residuals, decided.finite)
+            return decided.result
         skipped = step.skip()
         if skipped is not None:
             step.commit(skipped)
@@ -42,7 +51,7 @@ class Executor:
         constants = step.held()
         if constants is None:
             constants = program.constants(args)
-        hoisted = (*constants, *self._modulations(step, args, constants))
+        hoisted = (*constants, *self._modulations(program, step, args, constants))
         values = program.begin(args, hoisted)
         computation = self._placement.guarded.computation, program.has_residual(values)
         layout = Layout.of(program.shaped(values), computation)
@@ -64,11 +73,11 @@ class Executor:
             step.commit(result, made, finite, entered)
         return result
 
+    @staticmethod
     def _modulations(
-        self, step: Step, args: Sequence[Any], constants: Sequence[Tensor]
+        program: Program, step: Step, args: Sequence[Any], constants: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         """Those of this call: a row of a table, or computed for it alone."""
-        program = self._program
         if not program.has_modulations:
             return ()
         row = step.row()

@@ -122,6 +122,9 @@ class Summary:
 def summarise(states: Iterable[tuple[str, ModelState]]) -> Summary:
     """Summarise the latest generation of named model states, also while others run."""
     named = list(states)
+    for _, state in named:
+        for each in list(state.latest.trajectories.values()) if state.latest is not None else ():
+            each.hear(waits=True)
     by_model: dict[str, Counters] = {}
     for name, state in named:
         by_model[name] = by_model.get(name, Counters()) + state.tally.counters

@@ -12,9 +12,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from omni_cache.lowering.cond import verdict_on
+from omni_cache.lowering.deciding import Within
 from omni_cache.runtime.constants import Constants
 from omni_cache.runtime.history import History
 from omni_cache.runtime.modulations import Table
+from omni_cache.runtime.reading import Reading, read
 from omni_cache.strategies import Gate, Time
 from omni_cache.strategies.base import Errors
 
@@ -89,6 +92,22 @@ class Layout(NamedTuple):
         return f"{name.replace('_', ' ')} changed"
 
 
+class Told(NamedTuple):
+    """What a graph has told of a step that it decided, which may be on its way to the host.
+
+    Attributes:
+        reading: the gate's state before the step, and how much the signal has changed.
+        at: where the step lies.
+        total: the number of steps.
+        place: which of the records is the step's.
+    """
+
+    reading: Reading
+    at: Time
+    total: int | None
+    place: int
+
+
 class Trajectory:
     """What a region of a model keeps for one guidance branch of one generation.
 
@@ -97,6 +116,7 @@ class Trajectory:
         gate: the gate, and ``state`` its state.
         signal: of the call that the next one is compared with, by reference.
         history: residuals of the last computed steps.
+        within: what a graph that decides by itself finds, None where there is nothing.
         constants: what was hoisted and is held, None where nothing is; ``modulations`` likewise.
         layout: of the last call that was not skipped.
         arrived: the layout of the last call's inputs, where calls may be skipped.
@@ -113,19 +133,22 @@ class Trajectory:
         self.state: Any = gate.begin()
         self.signal: Tensor | None = None
         self.history = history
+        self.within: Within | None = None
         self.constants: Constants | None = None
         self.modulations: Table | None = None
         self.layout: Layout | None = None
         self.arrived: Layout | None = None
         self.last: Time | None = None
         self.steps: list[StepRecord] = []
+        self._told: list[Told] = []
         self.memory_bytes = 0
         self.size: tuple[int, ...] | None = None
         self.dtype: str | None = None
 
     def release(self) -> None:
         """Free all tensors and begin anew; the records and the time stay."""
-        self.signal = self.layout = self.arrived = self.constants = self.modulations = None
+        self.signal = self.layout = self.arrived = self.within = None
+        self.constants = self.modulations = None
         self.history.kept = []
         self.state = self.gate.begin()
 
@@ -137,11 +160,38 @@ class Trajectory:
             last = max(place for place, each in enumerate(self.steps) if each.computed)
             self.steps[last] = self.steps[last]._replace(errors=errors)
 
+    def tell(self, told: Tensor, at: Time, total: int | None) -> None:
+        """Fill in the last record once what its graph has told has come; it waits for nothing."""
+        reading = Reading(told)
+        reading.fetch()
+        self._told.append(Told(reading, at, total, len(self.steps) - 1))
+        self.hear()
+
+    def hear(self, waits: bool = False) -> None:
+        """Fill in the records of which more is known by now, or of all."""
+        if waits:
+            read([each.reading for each in self._told])
+        told, self._told = self._told, []
+        for each in told:
+            if not each.reading.has_come:
+                self._told.append(each)
+                continue
+            record = self.steps[each.place]
+            verdict = verdict_on(self.gate, each.reading.numbers or (), each.at, each.total)
+            # Of what was not finite nothing is reused, whatever the gate says.
+            fits = verdict.reuse != record.computed
+            self.steps[each.place] = record._replace(
+                distance=verdict.distance,
+                accumulated=verdict.accumulated,
+                reason=verdict.reason if fits else "non-finite residual",
+            )
+
     def measure_memory(self) -> None:
         """Raise ``memory_bytes`` to what the trajectory holds now."""
         tensors = [*self.history.tensors, *([] if self.signal is None else [self.signal])]
         tensors += () if self.constants is None else self.constants.results
         if self.modulations is not None and self.modulations.branch == self.branch:
             tensors += self.modulations.held.results  # which other branches may share
+        tensors += self.within or ()
         held = {id(each): each.nbytes for each in tensors}
         self.memory_bytes = max(self.memory_bytes, sum(held.values()))

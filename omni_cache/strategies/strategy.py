@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -91,6 +91,8 @@ class Guard:
         inputs: whether the reused step weighs too what enters the region, now and at the newest
             computed step.
         skips: whether a call may skip the whole forward, which has its results kept.
+        within: what decides in the graph itself, so that the graph is for it alone; None where the
+            host decides.
     """
 
     source: str | PublishedSource | None
@@ -100,6 +102,7 @@ class Guard:
     whole: bool = False
     inputs: bool = False
     skips: bool = False
+    within: Strategy | None = field(default=None, hash=False)  # whose fields may be lists
 
     def source_of(self, model_class: str | None) -> str | None:
         """The signal for a model's class."""
@@ -121,6 +124,8 @@ class Guard:
         if wanted.whole != self.whole:
             regions = ("its blocks", "the whole model")
             return f"{regions[wanted.whole]} as the region, where it has {regions[self.whole]}"
+        if self.within is not None and self.within != wanted.within:
+            return f"a decision of its own, where the graph decides by {self.within}"
         span, wanted_span = (self.first, self.last), (wanted.first, wanted.last)
         if span != wanted_span:
             return "{} first and {} last blocks that always run, where it has {} and {}".format(
@@ -216,6 +221,10 @@ class Strategy(ABC):
     def guard(self) -> Guard:
         """What graphs are compiled for."""
 
+    def guard_within(self) -> Guard:
+        """What graphs are compiled for that decide by themselves, for any number of steps."""
+        return replace(self.guard(), within=replace(self, num_inference_steps=None))
+
     @abstractmethod
     def policy(self, model_class: str | None) -> Policy:
         """What calls of a model class follow (None where the class is unknown).
@@ -235,4 +244,4 @@ class Strategy(ABC):
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """The names of the strategy's flags."""
-        return tuple(field.name for field in fields(cls))
+        return tuple(each.name for each in fields(cls))
