@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_section import also
 from diffusers_models import CASES, TEXT, TEXT_CHANNELS, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
@@ -38,11 +39,6 @@ FLUX = replace(
     CASES["flux"], config={**CASES["flux"].config, "num_layers": 1, "num_single_layers": 2}
 )
 """With as few blocks as still make two lists."""
-
-
-def also(value: Any) -> Any:
-    """A parameter that shows little beyond the others, for --exhaustive."""
-    return pytest.param(value, marks=pytest.mark.exhaustive)
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
