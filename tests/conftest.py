@@ -3,7 +3,6 @@
 The environment is set on import, before any test module can import torch or the hub client.
 """
 
-import gc
 import os
 import shutil
 import sys
@@ -64,11 +63,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # A worker of pytest-xdist takes whole files, so that fixtures are made once.
         name = "captures" if item.path.name in SHARING_CAPTURES else str(item.path)
         item.add_marker(pytest.mark.xdist_group(name))
-
-
-def pytest_collection_finish() -> None:
-    # What is imported by now stays, and half a million objects need no look at each collection.
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
