@@ -41,7 +41,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--exhaustive", action="store_true", help="run what repeats a test for every model class"
+        "--exhaustive",
+        action="store_true",
+        help="run what repeats a test for another class or setting",
     )
 
 

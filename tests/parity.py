@@ -5,12 +5,13 @@ Each peer gets a model of its own, so that none disturbs another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from diffusers_models import ModelCase, sample
+from one_trace import OneTrace, cached
 from torch import Tensor, nn
 
 import omni_cache
@@ -44,6 +45,24 @@ def ours(case: ModelCase, steps: int, **flags: Any) -> Found:
         outputs = denoise(model, case, steps)
     (trajectory,) = omni_cache.summary(model).trajectories
     return Found([step.computed for step in trajectory.steps], outputs)
+
+
+def ours_of_all(
+    case: ModelCase, steps: int, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Found]:
+    """The loop with omni-cache for each of several sets of flags, after one capture."""
+    model = case.build()
+    trace = OneTrace({name: cached(strict=True, **flags) for name, flags in settings.items()})
+    compiled = torch.compile(model, backend=trace, fullgraph=True)
+    found = {}
+    for name in settings:
+        trace.chosen = name
+        omni_cache.refresh(model)
+        with omni_cache.generation(steps), omni_cache.branch("cond"):
+            outputs = denoise(compiled, case, steps)
+        (trajectory,) = omni_cache.summary(model).trajectories
+        found[name] = Found([step.computed for step in trajectory.steps], outputs)
+    return found
 
 
 def of_diffusers(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_section import cross_section
 from diffusers_models import CASES, REPRESENTATIVES, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
 from one_trace import OneTrace, cached
@@ -60,6 +61,10 @@ def relative_change(new: Tensor, old: Tensor) -> float:
 
 # --- a dozen classes, each in one trace ----------------------------------------------------------
 
+CROSS_SECTION = ("flux", "sd3", "wan", "hunyuan_video", "z_image", "pixart")
+"""Two streams that become one; two to the end, of which one is dropped; one with cross-attention,
+of a video and of an image; refined text beside the image, and in one sequence with it."""
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -72,7 +77,7 @@ class Runs:
     always: dict[str, tuple[list[Tensor], tuple[StepRecord, ...]]]
 
 
-@pytest.fixture(scope="module", params=REPRESENTATIVES.values(), ids=REPRESENTATIVES)
+@pytest.fixture(scope="module", params=cross_section(REPRESENTATIVES, CROSS_SECTION))
 def runs(request: pytest.FixtureRequest) -> Runs:
     case: ModelCase = request.param
     model = case.build()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cross_section import also
 from torch import Tensor, nn
 from toy_transformer import (
     ALWAYS_REUSE,
@@ -251,7 +252,8 @@ def predicted(model: nn.Module, **flags: Any) -> list[Tensor]:
 TWO, TWICE = ["first", "second"], ["first", "first"]
 
 
-@pytest.mark.parametrize("runs", [TWO, TWICE, [*TWO, "first"]], ids=" ".join)
+# The last has both: another model in between, and the first one a second time.
+@pytest.mark.parametrize("runs", [also(TWO), also(TWICE), [*TWO, "first"]], ids=" ".join)
 def test_none_is_given_the_residual_of_another_or_of_another_time(runs: list[str]) -> None:
     model = Towers()
     model.runs = runs

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cross_section import also
 from diffusers_models import CASES, TEXT, TEXT_CHANNELS, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
+from one_trace import OneTrace, cached
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -26,12 +29,17 @@ from toy_transformer import WIDTH, Block, ToyTransformer, gaussian
 
 import omni_cache
 from omni_cache import UncachedWarning, explain
+from omni_cache.capture.function import CapturedFunction
 
 STEPS = (0, 7, 14)
 ALWAYS: dict[str, Any] = {"cache": "teacache", "coefficients": (1.0, 0.0), "rel_l1_thresh": 1e6}
 NEVER: dict[str, Any] = {**ALWAYS, "rel_l1_thresh": 0.0}
 
-FLUX = CASES["flux"]
+FLUX = replace(
+    CASES["flux"], config={**CASES["flux"].config, "num_layers": 1, "num_single_layers": 2}
+)
+"""With as few blocks as still make two lists."""
+
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 """From the arguments of a call to those that a user would give instead."""
@@ -65,7 +73,11 @@ def enabled(model: nn.Module, **flags: Any) -> nn.Module:
 
 
 def loop(
-    model: nn.Module, case: ModelCase, change: Change = unchanged, seed: int = 0, batch: int = 1
+    model: Callable[..., Any],
+    case: ModelCase,
+    change: Change = unchanged,
+    seed: int = 0,
+    batch: int = 1,
 ) -> list[Tensor]:
     """A short generation of one branch."""
     with omni_cache.generation(len(STEPS)), omni_cache.branch("cond"):
@@ -93,11 +105,15 @@ def check(
     residual = capture_residual(model, case, given[0])
     reused = [plain[0]] + [forced_reuse(model, case, each, residual) for each in given[1:]]
 
-    enabled(model, **NEVER)
-    assert all(map(torch.equal, loop(model, case, change, batch=batch), plain))
+    trace = OneTrace(
+        {"never": cached(**NEVER, strict=True), "always": cached(**ALWAYS, strict=True)}
+    )
+    compiled = CapturedFunction(model, backend=trace)
+    assert all(map(torch.equal, loop(compiled, case, change, batch=batch), plain))
     assert [computed for computed, _ in steps(model)] == [True, True, True]
-    enabled(model, **ALWAYS)
-    got = loop(model, case, change, batch=batch)
+    trace.chosen = "always"
+    omni_cache.refresh(model)
+    got = loop(compiled, case, change, batch=batch)
     assert [computed for computed, _ in steps(model)] == [True, False, False]
     assert torch.equal(got[0], plain[0])
     for index in (1, 2):
@@ -205,7 +221,8 @@ def test_an_adapter_swapped_in_the_middle_is_told_of_by_refresh(tmp_path: Path) 
 # --- other ways to change the attention ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flux", "aura_flow", "pixart"])
+# Flux fuses those of its text too; the others hold one kind of projection each.
+@pytest.mark.parametrize("name", ["flux", also("aura_flow"), also("pixart")])
 def test_fused_projections(name: str) -> None:
     case = CASES[name]
     model: Any = case.build()
@@ -423,7 +440,8 @@ def inspect_parameters(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(model.forward).parameters)
 
 
-@pytest.mark.parametrize("count", [1, 4, 7])
+# With four, the timestep is one of them and others follow by name.
+@pytest.mark.parametrize("count", [also(1), 4, also(7)])
 def test_arguments_by_position(count: int) -> None:
     """Without contexts, so that the timestep has to be found among them."""
     plain = loop(FLUX.build(), FLUX)
@@ -443,7 +461,8 @@ def test_arguments_by_position(count: int) -> None:
 # --- batches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flux", "wan", "pixart"])
+# The batch is the first axis of every stream in all of them.
+@pytest.mark.parametrize("name", [also("flux"), also("wan"), "pixart"])
 def test_a_batch_of_three(name: str) -> None:
     check(CASES[name].build(), CASES[name], batch=3)
 
@@ -492,7 +511,8 @@ def halved(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+# Flux makes its rotary tables in float32, so that it has both precisions.
+@pytest.mark.parametrize("name", ["flux", also("sd3")])
 def test_a_model_in_bfloat16(name: str) -> None:
     check(CASES[name].build().bfloat16(), CASES[name], halved, tolerance=0.02)
 
@@ -572,7 +592,8 @@ def test_casts_between_blocks(stream: torch.dtype, inside: torch.dtype) -> None:
         torch.testing.assert_close(got[index], expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+# Flux, quantised below, runs eagerly.
+@pytest.mark.parametrize("inner", [also("eager"), "inductor"])
 def test_weights_of_eight_bits(inner: str) -> None:
     """The int8 weight-only quantisation of torchao keeps weights in a subclass of Tensor."""
     model = ToyTransformer(blocks=4)

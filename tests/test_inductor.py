@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cross_section import cross_section
 from diffusers_models import CASES, REPRESENTATIVES, ModelCase, sample
 from eager_reference import capture_residual, forced_reuse
-from one_trace import OneTrace, cached
+from one_trace import cached
 from torch import Tensor
-from torch._dynamo import lookup_backend
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 
@@ -25,19 +25,12 @@ def relative_change(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm())
 
 
-CROSS_SECTION = ("flux", "sd3", "pixart")
-"""Joint, dual and single streams; compiling takes a minute each."""
+CROSS_SECTION = ("flux", "pixart")
+"""Two streams that become one, and a single stream with cross-attention; each takes long."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if name in CROSS_SECTION else [pytest.mark.exhaustive])
-        for name, case in REPRESENTATIVES.items()
-    ],
-    ids=REPRESENTATIVES,
-)
+@pytest.mark.parametrize("case", cross_section(REPRESENTATIVES, CROSS_SECTION))
 @torch.no_grad()
 def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
     model = case.build()
@@ -45,15 +38,13 @@ def test_inductor_computes_and_reuses_as_eager_does(case: ModelCase) -> None:
     alternate = cached(
         inner="inductor", strict=True, cache="teacache", coefficients=(0.2,), rel_l1_thresh=0.3
     )
-    trace = OneTrace({"alternate": alternate, "plain": lookup_backend("inductor")})
-    compiled = torch.compile(model, backend=trace, fullgraph=True)
+    compiled = torch.compile(model, backend=alternate, fullgraph=True)
     with omni_cache.generation(), omni_cache.branch("cond"):
         outputs = [sample(compiled(**case.inputs(step))) for step in STEPS]
     (trajectory,) = omni_cache.summary(model).trajectories
     assert [step.computed for step in trajectory.steps] == [True, False, True, False]
-    trace.chosen = "plain"
     for index in (0, 2):
-        plain = sample(compiled(**case.inputs(STEPS[index])))
+        plain = sample(model(**case.inputs(STEPS[index])))
         assert relative_change(outputs[index], plain) < 1e-4
     for index in (1, 3):
         before, now = (case.inputs(STEPS[each]) for each in (index - 1, index))

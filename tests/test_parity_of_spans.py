@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import cache_dit
 import pytest
 import torch
+from cross_section import also
 from diffusers import hooks as peer
 from diffusers_models import CASES, ModelCase, sample
-from parity import assert_same, of_cache_dit, of_diffusers, ours
+from parity import Found, assert_same, of_cache_dit, of_diffusers, ours_of_all
 from torch import Tensor
 
 import omni_cache
@@ -23,13 +25,13 @@ STEPS = 20
 MODELS = {name: CASES[name].deep for name in ("flux", "wan", "qwen_image")}
 
 
-@pytest.mark.parametrize(
-    ("model", "threshold"), [("flux", 0.3), ("wan", 0.07), ("qwen_image", 0.4)]
-)
+FIRST_BLOCK = {"flux": 0.3, "wan": 0.07, "qwen_image": 0.4}
+
+
+@pytest.mark.parametrize(("model", "threshold"), FIRST_BLOCK.items())
 def test_first_block_cache_is_that_of_diffusers(model: str, threshold: float) -> None:
-    case = MODELS[model]
-    mine = ours(case, STEPS, cache="first_block_cache", threshold=threshold)
-    assert_same(mine, of_diffusers(case, STEPS, peer.FirstBlockCacheConfig(threshold=threshold)))
+    theirs = of_diffusers(MODELS[model], STEPS, peer.FirstBlockCacheConfig(threshold=threshold))
+    assert_same(ours_at_once(model)["first block"], theirs)
 
 
 # model, fn_compute_blocks, bn_compute_blocks, residual_diff_threshold
@@ -42,14 +44,16 @@ SPANS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "first", "last", "threshold"), SPANS)
+# By default each model once, and blocks at one end or at both.
+@pytest.mark.parametrize(
+    ("model", "first", "last", "threshold"),
+    [also(*SPANS[0]), SPANS[1], SPANS[2], also(*SPANS[3]), SPANS[4]],
+)
 def test_dbcache_is_that_of_cache_dit(model: str, first: int, last: int, threshold: float) -> None:
-    case = MODELS[model]
+    mine = ours_at_once(model)[str((first, last))]
     flags: dict[str, Any] = {"residual_diff_threshold": threshold, "max_warmup_steps": 2}
-    span = {"fn_compute_blocks": first, "bn_compute_blocks": last}
-    mine = ours(case, STEPS, cache="dbcache", **span, **flags)
-    theirs = of_cache_dit(case, STEPS, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
-    assert_same(mine, theirs)
+    span = {"Fn_compute_blocks": first, "Bn_compute_blocks": last}
+    assert_same(mine, of_cache_dit(MODELS[model], STEPS, **span, **flags))
 
 
 TWELVE = {
@@ -62,16 +66,41 @@ TWELVE = {
 OF_TWELVE = [("flux", 8, 0, 0.3), ("flux", 4, 4, 0.3), ("wan", 8, 0, 0.1), ("wan", 4, 4, 0.1)]
 
 
-@pytest.mark.parametrize(("model", "first", "last", "threshold"), OF_TWELVE)
+def spans_of(
+    spans: list[tuple[str, int, int, float]], model: str, **flags: Any
+) -> dict[str, dict[str, Any]]:
+    """The flags for each span that a model is tested with, under its numbers."""
+    return {
+        str((first, last)): {
+            "cache": "dbcache",
+            "fn_compute_blocks": first,
+            "bn_compute_blocks": last,
+            "residual_diff_threshold": threshold,
+            **flags,
+        }
+        for name, first, last, threshold in spans
+        if name == model
+    }
+
+
+@cache
+def ours_of_twelve(model: str) -> dict[str, Found]:
+    """What each span of twelve blocks leaves here."""
+    return ours_of_all(TWELVE[model], STEPS, spans_of(OF_TWELVE, model, max_warmup_steps=3))
+
+
+# By default the cut lies within a list for both, in Flux behind the place where two streams join.
+@pytest.mark.parametrize(
+    ("model", "first", "last", "threshold"),
+    [OF_TWELVE[0], also(*OF_TWELVE[1]), also(*OF_TWELVE[2]), OF_TWELVE[3]],
+)
 def test_dbcache_is_that_of_cache_dit_on_twelve_blocks(
     model: str, first: int, last: int, threshold: float
 ) -> None:
-    case = TWELVE[model]
+    mine = ours_of_twelve(model)[str((first, last))]
     flags: dict[str, Any] = {"residual_diff_threshold": threshold, "max_warmup_steps": 3}
-    span = {"fn_compute_blocks": first, "bn_compute_blocks": last}
-    mine = ours(case, STEPS, cache="dbcache", **span, **flags)
-    theirs = of_cache_dit(case, STEPS, Fn_compute_blocks=first, Bn_compute_blocks=last, **flags)
-    assert_same(mine, theirs)
+    span = {"Fn_compute_blocks": first, "Bn_compute_blocks": last}
+    assert_same(mine, of_cache_dit(TWELVE[model], STEPS, **span, **flags))
 
 
 FAST = cache_dit.steps_mask(total_steps=STEPS, mask_policy="fast")
@@ -116,19 +145,36 @@ WITH_KNOBS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "name", "further"), WITH_KNOBS)
+def knobs_of(name: str, further: dict[str, Any]) -> dict[str, Any]:
+    return {"max_warmup_steps": 2, "residual_diff_threshold": 0.9, **KNOBS[name], **further}
+
+
+@cache
+def ours_at_once(model: str) -> dict[str, Found]:
+    """What first-block caching, each span, all knobs and a named mask leave here."""
+    first: dict[str, Any] = {"cache": "dbcache", "fn_compute_blocks": 1}
+    settings = spans_of(SPANS, model, max_warmup_steps=2)
+    settings["first block"] = {"cache": "first_block_cache", "threshold": FIRST_BLOCK[model]}
+    for name, knobs, further in WITH_KNOBS:
+        if name == model:
+            settings[knobs] = {**first, **knobs_of(knobs, further)}
+    named = {"steps_computation_policy": "static", "steps_computation_mask": "fast"}
+    return ours_of_all(MODELS[model], STEPS, {**settings, "named mask": {**first, **named}})
+
+
+# The knobs see steps and distances, so that one model is enough by default.
+@pytest.mark.parametrize(
+    ("model", "name", "further"),
+    [each if each[0] == "qwen_image" else also(*each) for each in WITH_KNOBS],
+)
 def test_every_knob_is_that_of_cache_dit(model: str, name: str, further: dict[str, Any]) -> None:
-    case = MODELS[model]
-    flags = {"max_warmup_steps": 2, "residual_diff_threshold": 0.9, **KNOBS[name], **further}
-    mine = ours(case, STEPS, cache="dbcache", fn_compute_blocks=1, **flags)
-    theirs = of_cache_dit(case, STEPS, Fn_compute_blocks=1, Bn_compute_blocks=0, **flags)
-    assert_same(mine, theirs)
+    span = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
+    theirs = of_cache_dit(MODELS[model], STEPS, **span, **knobs_of(name, further))
+    assert_same(ours_at_once(model)[name], theirs)
 
 
 def test_a_mask_may_be_named() -> None:
-    case = MODELS["qwen_image"]
-    flags = {"cache": "dbcache", "fn_compute_blocks": 1, "steps_computation_policy": "static"}
-    named = ours(case, STEPS, **flags, steps_computation_mask="fast")
+    named = ours_at_once("qwen_image")["named mask"]
     assert named.computed == [bool(each) for each in FAST]
 
 
@@ -151,7 +197,8 @@ def guided(
     return outputs
 
 
-@pytest.mark.parametrize("hint", [None, 9])
+# The second is the first with a refresh.
+@pytest.mark.parametrize("hint", [also(None), 9])
 def test_branches_are_as_separate_as_with_cache_dit(hint: int | None) -> None:
     """cache-dit counts calls where it refreshes, and so two for each step; here steps count."""
     case = MODELS["qwen_image"]

@@ -6,13 +6,14 @@ the hooks are put around what the blocks add, and their default is shown to be a
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from diffusers import hooks as peer
 from diffusers_models import CASES, ModelCase
-from parity import Found, assert_same, farthest, of_diffusers, ours
+from parity import Found, assert_same, farthest, of_diffusers, ours_of_all
 from torch import Tensor, nn
 
 STEPS = 24
@@ -54,17 +55,21 @@ class Stack(nn.Module):
         return (encoder_hidden_states + text, image) if self.returns_text else image
 
 
-def mine(case: ModelCase, settings: tuple[int, int, int | None, int]) -> Found:
-    every, before, after, order = settings
-    return ours(
-        case,
-        STEPS,
-        cache="taylorseer",
-        cache_interval=every,
-        disable_cache_before_step=before,
-        disable_cache_after_step=after,
-        forecast_order=order,
-    )
+@cache
+def mine(name: str) -> list[Found]:
+    """What is left here by each of the settings."""
+    flags = {
+        str(settings): {
+            "cache": "taylorseer",
+            "cache_interval": every,
+            "disable_cache_before_step": before,
+            "disable_cache_after_step": after,
+            "forecast_order": order,
+        }
+        for settings in SETTINGS
+        for every, before, after, order in (settings,)
+    }
+    return list(ours_of_all(MODELS[name], STEPS, flags).values())
 
 
 def theirs(
@@ -91,14 +96,13 @@ def theirs(
 @pytest.mark.parametrize("name", MODELS)
 def test_taylorseer_is_that_of_diffusers(name: str) -> None:
     schedules = []
-    for settings in SETTINGS:
-        found = mine(MODELS[name], settings)
+    for settings, found in zip(SETTINGS, mine(name), strict=True):
         assert_same(found, theirs(MODELS[name], settings, of_stacks=True))
         schedules.append(found.computed)
     assert len(set(map(tuple, schedules))) == len(SETTINGS)
 
 
 def test_by_default_diffusers_forecasts_something_else_at_the_same_steps() -> None:
-    found, other = (each(MODELS["flux"], SETTINGS[0]) for each in (mine, theirs))
+    found, other = mine("flux")[0], theirs(MODELS["flux"], SETTINGS[0])
     assert found.computed == other.computed
     assert farthest(found, other) > 1e-3

@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cross_section import cross_section
 from torch._dynamo.utils import counters
 from toy_transformer import ALWAYS_REUSE, CHANNELS, TOKENS, ToyTransformer, gaussian
 
@@ -49,19 +51,22 @@ CASES = {
     for blocks in ("rolled", "unrolled")
 }
 
+CROSS_SECTION = ("magcache-rolled", "magcache-newton-2-unrolled", "dbcache-unrolled")
+"""Each strategy, and blocks both ways."""
+
 Found = dict[str, dict[str, int]]
 """For each case, how many parts each cache had (`_hit`), lacked, or would not take (`_bypass`)."""
 
 
 @torch.no_grad()
-def start() -> Found:
-    """Compile the toy for each case, in this process."""
+def start(names: Sequence[str]) -> Found:
+    """Compile the toy for each of the cases, in this process."""
     found = {}
-    for name, flags in CASES.items():
+    for name in names:
         torch._dynamo.reset()
         counters.clear()
         model = ToyTransformer(blocks=3)
-        omni_cache.enable(model, **flags)
+        omni_cache.enable(model, **CASES[name])
         for step in range(STEPS):
             latents = gaussian(step, 1, TOKENS, CHANNELS)
             model(latents, torch.tensor([900.0 - step]), gaussian("prompt", 1, 5, CHANNELS))
@@ -75,9 +80,9 @@ def start() -> Found:
     return found
 
 
-def start_elsewhere(folder: Path) -> Found:
+def start_elsewhere(folder: Path, names: Sequence[str]) -> Found:
     """`start` in a process of its own, whose caches lie in a folder."""
-    command = "import json, test_warm_start; print(json.dumps(test_warm_start.start()))"
+    command = f"import json, test_warm_start as it; print(json.dumps(it.start({names!r})))"
     process = subprocess.run(
         [sys.executable, "-c", command],
         cwd=Path(__file__).parent,
@@ -91,10 +96,13 @@ def start_elsewhere(folder: Path) -> Found:
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
+def starts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Found, Found]:
     """What the first process finds in a folder that is empty, and the second after it."""
     folder = tmp_path_factory.mktemp("caches")
-    return start_elsewhere(folder), start_elsewhere(folder)
+    names = [*CASES] if request.config.getoption("--exhaustive") else CROSS_SECTION
+    return start_elsewhere(folder, names), start_elsewhere(folder, names)
 
 
 @pytest.mark.slow
@@ -104,7 +112,7 @@ def test_the_first_process_begins_with_nothing(starts: tuple[Found, Found]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cross_section({name: name for name in CASES}, CROSS_SECTION))
 def test_the_second_process_compiles_nothing(starts: tuple[Found, Found], case: str) -> None:
     _, second = starts
     assert second[case] == expected(hit=len(PARTS))
