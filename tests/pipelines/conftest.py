@@ -8,6 +8,7 @@ import torch
 SHARING = (
     "test_chunks.py",
     "test_image_to_image.py",
+    "test_latents_unlike_predictions.py",
     "test_plans_of_pipelines.py",
     "test_schedules.py",
 )
