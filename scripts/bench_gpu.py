@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from functools import wraps
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
+from math import isqrt
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -65,6 +66,7 @@ class Size(NamedTuple):
     image_tokens: int
     text_tokens: int
     dtype: str
+    batch: int = 1
 
 
 FULL = Size(
@@ -103,11 +105,19 @@ TINY = Size(
 
 
 class Setting(NamedTuple):
-    """What all kinds have in common."""
+    """What all kinds have in common.
+
+    Attributes:
+        size: of the model and its inputs.
+        device: cuda or cpu.
+        inner: what compiles; None for nothing, so that peers run without Dynamo, and the parts of
+            ours as they are.
+        rounds: generations that are timed.
+    """
 
     size: Size
     device: str
-    inner: str
+    inner: str | None
     rounds: int
 
 
@@ -201,20 +211,20 @@ class Loop:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(STEPS)
         self.sigmas: list[float] = scheduler.sigmas.tolist()
-        self.timesteps = torch.tensor(self.sigmas, **place).unsqueeze(1)
+        self.timesteps = torch.tensor(self.sigmas, **place).unsqueeze(1).repeat(1, size.batch)
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(1, *shape, generator=generator).to(**place)
+            return torch.randn(size.batch, *shape, generator=generator).to(**place)
 
-        side = round(size.image_tokens**0.5)
-        grid = torch.arange(side, dtype=torch.float32)
-        ids = torch.cartesian_prod(torch.zeros(1), grid, grid)
+        rows = max(n for n in range(1, isqrt(size.image_tokens) + 1) if size.image_tokens % n == 0)
+        grid = [torch.arange(n).float() for n in (rows, size.image_tokens // rows)]
+        ids = torch.cartesian_prod(torch.zeros(1), *grid)
         self.noise = draw(size.image_tokens, config["in_channels"])
         self.same = {
             "encoder_hidden_states": draw(size.text_tokens, config["joint_attention_dim"]),
             "pooled_projections": draw(config["pooled_projection_dim"]),
-            "guidance": torch.full((1,), 3.5, **place),
+            "guidance": torch.full((size.batch,), 3.5, **place),
             "img_ids": ids.to(**place),
             "txt_ids": torch.zeros(size.text_tokens, 3, **place),
             "return_dict": False,
@@ -250,7 +260,8 @@ Start = Callable[[FluxTransformer2DModel, Setting], Ready]
 
 def plain(model: FluxTransformer2DModel, setting: Setting) -> Ready:
     """`torch.compile` of the whole model."""
-    model.compile(backend=setting.inner)
+    if setting.inner is not None:
+        model.compile(backend=setting.inner)
     return Ready()
 
 
@@ -264,11 +275,12 @@ def ours(blocks: str = "rolled", mode: str | None = None, **flags: Any) -> Start
     """Of omni-cache, with timed parts."""
 
     def start(model: FluxTransformer2DModel, setting: Setting) -> Ready:
-        parts = TimedParts(setting.inner, Clock(setting.device))
+        parts = TimedParts(setting.inner or "eager", Clock(setting.device))
         given = dict(flags)
         if (letters := given.pop("plan", None)) is not None:
             given = {"cache": plan(model, setting, letters)}
-        omni_cache.enable(model, inner=parts, blocks=blocks, mode=mode, strict=True, **given)
+        chosen = "unrolled" if setting.inner is None else blocks  # as it is without a compiler
+        omni_cache.enable(model, inner=parts, blocks=chosen, mode=mode, strict=True, **given)
 
         def computed() -> list[bool]:
             (trajectory,) = omni_cache.summary(model).trajectories
@@ -342,7 +354,7 @@ def compile_blocks(model: FluxTransformer2DModel, setting: Setting) -> list[bool
     """
     ran: list[bool] = []
     blocks: list[Any] = [*chain(model.transformer_blocks, model.single_transformer_blocks)]
-    for block in blocks:
+    for block in blocks if setting.inner is not None else ():
         block.forward = torch.compile(block.forward, backend=setting.inner)
     last = blocks[-1].forward
 
@@ -475,6 +487,7 @@ class Runner:
     loop: Loop
     ready: Ready
     clock: Clock
+    schedule: Sequence[bool]
     moments: list[Any] = field(default_factory=list)
 
     def generate(
@@ -511,21 +524,25 @@ def simply(step: int, call: Callable[[], Tensor]) -> Tensor:
     return call()
 
 
-@torch.no_grad()
-def measure(name: str, setting: Setting) -> dict[str, Any]:
-    """Run one kind in this process.
+class Round(NamedTuple):
+    """What one generation took, in milliseconds: all of it, its steps, and our parts in each."""
 
-    Returns:
-        Times in milliseconds, compilation in seconds, memory in MiB.
-    """
-    kind, clock, is_cuda = KINDS[name], Clock(setting.device), setting.device == "cuda"
+    whole: float
+    computed: list[float]
+    reused: list[float]
+    reused_parts: list[float]
+
+
+@torch.no_grad()
+def prepared(name: str, setting: Setting, steps: int = STEPS) -> tuple[Runner, dict[str, Any]]:
+    """A kind that has run for so many steps, and the seconds of its weights and compilation."""
+    kind, clock = KINDS[name], Clock(setting.device)
     began = time.perf_counter()
     model = build(setting)
     clock.wait()
     found: dict[str, Any] = {"weights_s": time.perf_counter() - began}
-    weights = sum(each.numel() * each.element_size() for each in model.parameters())
-    runner = Runner(model, Loop(setting), kind.start(model, setting), clock)
-    ready = runner.ready
+    schedule = [True] * STEPS if kind.strategy is None else COMPUTED
+    runner = Runner(model, Loop(setting), kind.start(model, setting), clock, schedule)
 
     began = time.perf_counter()
 
@@ -536,46 +553,78 @@ def measure(name: str, setting: Setting) -> dict[str, Any]:
             found["compile_s"] = time.perf_counter() - began
         return result
 
-    latents = runner.generate(first)
+    latents = runner.generate(first, steps)
     assert latents.isfinite().all(), "the latents are not finite"
-    schedule = [True] * STEPS if kind.strategy is None else COMPUTED
-    assert ready.computed is None or ready.computed() == schedule, ready.computed()
+    hold_to_schedule(runner, steps)
+    return runner, found
 
+
+def hold_to_schedule(runner: Runner, steps: int = STEPS) -> None:
+    """Check that the last generation computed what every strategy shall compute."""
+    computed = runner.ready.computed
+    assert computed is None or computed() == runner.schedule[:steps], computed()
+
+
+def timed(runner: Runner, steps: int = STEPS) -> Round:
+    """Run a generation and take its times."""
+    clock, parts = runner.clock, runner.ready.parts
+    clock.wait()
+    runner.generate(simply, steps)
+    clock.wait()
+    moments = runner.moments
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    for step, computed in enumerate(runner.schedule[:steps]):
+        taken[computed].append(clock.milliseconds(moments[step], moments[step + 1]))
+    whole = clock.milliseconds(moments[0], moments[-1])
+    if parts is None:
+        return Round(whole, taken[True], taken[False], [])
+    each = zip(parts.milliseconds(), runner.schedule, strict=False)
+    return Round(whole, taken[True], taken[False], [part for part, ran in each if not ran])
+
+
+@torch.no_grad()
+def measure(name: str, setting: Setting) -> dict[str, Any]:
+    """Run one kind in this process.
+
+    Returns:
+        Times in milliseconds, compilation in seconds, memory in MiB.
+    """
+    is_cuda = setting.device == "cuda"
+    runner, found = prepared(name, setting)
     if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    wholes: list[float] = []
-    parts: list[float] = []
-    steps: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(setting.rounds):
-        clock.wait()
-        runner.generate(simply)
-        clock.wait()
-        moments = runner.moments
-        wholes.append(clock.milliseconds(moments[0], moments[-1]))
-        for step, computed in enumerate(schedule):
-            steps[computed].append(clock.milliseconds(moments[step], moments[step + 1]))
-        if ready.parts is not None:
-            each = zip(ready.parts.milliseconds(), schedule, strict=True)
-            parts += [taken for taken, computed in each if not computed]
-    assert ready.computed is None or ready.computed() == schedule, ready.computed()
-    found |= {
-        "generations_ms": wholes,
-        "generation_ms": statistics.median(wholes),
-        "computed_ms": statistics.median(steps[True]),
-        "reused_ms": statistics.median(steps[False]) if steps[False] else None,
-        "reused_parts_ms": statistics.median(parts) if parts else None,
-    }
+    rounds = [timed(runner) for _ in range(setting.rounds)]
+    hold_to_schedule(runner)
+    found |= medians(rounds)
     if is_cuda:
+        weights = sum(each.numel() * each.element_size() for each in runner.model.parameters())
         found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         found["beyond_weights_mib"] = found["peak_mib"] - weights / 2**20
-    if kind.is_ours:
-        found["held_mib"] = omni_cache.summary(model).memory_bytes / 2**20
-    found["host_ms"] = host_times(runner, schedule)
+    if KINDS[name].is_ours:
+        found["held_mib"] = omni_cache.summary(runner.model).memory_bytes / 2**20
+    found["host_ms"] = host_times(runner)
     found["device"] = {} if not is_cuda else device_work(runner)
     return found
 
 
-def host_times(runner: Runner, schedule: Sequence[bool]) -> dict[str, float]:
+def medians(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Of generations, and of the steps of all of them; None where there are none."""
+    wholes = [each.whole for each in rounds]
+
+    def middle(times: Iterable[float]) -> float | None:
+        found = [*times]
+        return statistics.median(found) if found else None
+
+    return {
+        "generations_ms": wholes,
+        "generation_ms": middle(wholes),
+        "computed_ms": middle(chain(*(each.computed for each in rounds))),
+        "reused_ms": middle(chain(*(each.reused for each in rounds))),
+        "reused_parts_ms": middle(chain(*(each.reused_parts for each in rounds))),
+    }
+
+
+def host_times(runner: Runner) -> dict[str, float]:
     """How long the host is busy in a call that finds the device idle, in milliseconds."""
     taken: dict[bool, list[float]] = {True: [], False: []}
 
@@ -583,7 +632,7 @@ def host_times(runner: Runner, schedule: Sequence[bool]) -> dict[str, float]:
         runner.clock.wait()
         start = time.perf_counter()
         result = call()
-        taken[schedule[step]].append(1e3 * (time.perf_counter() - start))
+        taken[runner.schedule[step]].append(1e3 * (time.perf_counter() - start))
         return result
 
     runner.generate(around, steps=2 * EVERY)

@@ -2,8 +2,7 @@
 
 Runs a loop with each cache in a process of its own, eagerly, and counts after every step the bytes
 of all tensors that are alive and were not before the cache was put on the model, whoever holds
-them, so that all caches are counted alike. Then draws pictures of the bundled pipeline with
-residuals kept in several dtypes, at one schedule. Writes memory.json and memory.md.
+them, so that all caches are counted alike. Writes memory.json and memory.md.
 """
 
 from __future__ import annotations
@@ -19,31 +18,24 @@ from datetime import date
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, NamedTuple
 
 import diffusers
 import torch
 import typer
-from omni_cache.passes.storage import restored, scaled
 from rich.progress import track
 from torch import Tensor, nn
 
 import omni_cache
 from omni_cache.compare.report import processor
-from omni_cache.demo import load_demo_pipeline
-from omni_cache.demo.command import demo_captions
-from omni_cache.demo.measurement import draw
 from omni_cache.explanation import examine
 from omni_cache.options import CompileOptions
-from omni_cache.quality import fidelity_to
 
 STEPS = 12
 IMAGE, TEXT, WIDTH = 16, 64, 256
 """Latents are 16 x 16 tokens; the prompt's, and what a token's stream is wide."""
 
 BAR_PREDICTED = 0.01
-PICTURE_STEPS = 28
 OURS = "omni-cache"
 
 EVERY_THIRD: dict[str, Any] = {"cache_interval": 3, "disable_cache_before_step": 3}
@@ -310,40 +302,8 @@ def measure_elsewhere(case: Case) -> Held:
         return process.submit(measure, case).result()
 
 
-def rounding() -> dict[str, float]:
-    """How far residuals are rounded, relative to their own size, in the mean over all elements."""
-    drawn = torch.randn(4, 1024, 256, generator=torch.Generator().manual_seed(0))
-    found = {
-        str(dtype).removeprefix("torch."): drawn.to(dtype).float()
-        for dtype in (torch.bfloat16, torch.float16)
-    }
-    found["float8_e4m3fn"] = restored(*scaled(drawn))
-    return {name: float((each - drawn).norm() / drawn.norm()) for name, each in found.items()}
-
-
-def fidelity(prompts: int) -> list[dict[str, Any]]:
-    """How near pictures of the bundled pipeline come to those of every step computed."""
-    pipe = load_demo_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    captions = list(enumerate(demo_captions(prompts)))
-    references = [draw(pipe, each, seed, PICTURE_STEPS)[0] for seed, each in captions]
-    rows = []
-    for forecast in ("hold", "newton"):
-        for dtype in ("float32", "bfloat16", "float8_e4m3fn"):
-            omni_cache.enable(
-                pipe, "taylorseer", forecast=forecast, history_dtype=dtype, inner="eager",
-                **EVERY_THIRD,
-            )  # fmt: skip
-            pictures = [draw(pipe, each, seed, PICTURE_STEPS)[0] for seed, each in captions]
-            pairs = zip(references, pictures, strict=True)
-            psnr = [fidelity_to(*pair).psnr for pair in pairs]
-            rows.append({"forecast": forecast, "history_dtype": dtype, "psnr": median(psnr)})
-    return rows
-
-
 def main(
     output: Annotated[Path, typer.Argument(help="Folder for memory.json and memory.md.")],
-    prompts: Annotated[int, typer.Option(help="Pictures of each kind.")] = 8,
 ) -> None:
     """Measure what caches hold."""
     cases = [
@@ -362,9 +322,6 @@ def main(
         "command": shlex.join(["python", "scripts/bench_memory.py", *sys.argv[1:]]),
         "steps": STEPS,
         "rows": [{**case._asdict(), **each._asdict()} for case, each in held.items()],
-        "rounding": rounding(),
-        "prompts": prompts,
-        "pictures": fidelity(prompts),
     }
     output.mkdir(parents=True, exist_ok=True)
     (output / "memory.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -394,7 +351,6 @@ def as_markdown(report: dict[str, Any]) -> str:
     worst = max(abs(each["bytes"] / each["predicted"] - 1) for each in ours)
     theirs = [(case, each) for case, each in rows.items() if case.who != OURS]
     shares = [each["bytes"] / rows[case._replace(who=OURS)]["bytes"] for case, each in theirs]
-    rounded = ", ".join(f"{name} {100 * off:.2f}%" for name, off in report["rounding"].items())
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return "\n".join(
         [
@@ -413,20 +369,6 @@ def as_markdown(report: dict[str, Any]) -> str:
             f"- What is held differs from what is foreseen by {100 * worst:.2f}% at most (bar "
             f"{100 * BAR_PREDICTED:g}%).",
             f"- Peers hold {min(shares):.2f} to {max(shares):.2f} times as much (bar 1 or more).",
-            "",
-            "# Residuals in fewer bits",
-            "",
-            f"Error of Gaussian residuals, relative to them: {rounded}.",
-            "",
-            "Median PSNR of the bundled pipeline's pictures to those of every step computed, at "
-            f"one schedule (every third step; {PICTURE_STEPS} steps, {report['prompts']} prompts):",
-            "",
-            "| forecast | kept in | PSNR |",
-            "|---|---|---:|",
-            *(
-                f"| {each['forecast']} | {each['history_dtype']} | {each['psnr']:.2f} dB |"
-                for each in report["pictures"]
-            ),
             "",
             f"Each cache in a process of its own. {report['date']}, {report['machine']}, "
             f"{versions}.",

@@ -24,11 +24,15 @@ STEPS = 10
 
 
 def denoised(
-    model: Any, sample: int, branches: tuple[str, ...] = ("cond",), steps: int = STEPS
+    model: Any,
+    sample: int,
+    branches: tuple[str, ...] = ("cond",),
+    steps: int = STEPS,
+    loudness: float = 1.0,
 ) -> Tensor:
-    """The latents at the end of a loop."""
+    """The latents at the end of a loop, with prompts that are so many times as large as usual."""
     latents = gaussian(sample, 1, TOKENS, CHANNELS)
-    prompts = {name: gaussian(f"{name} {sample}", 1, 5, CHANNELS) for name in branches}
+    prompts = {name: loudness * gaussian(f"{name} {sample}", 1, 5, CHANNELS) for name in branches}
     with torch.no_grad(), omni_cache.generation(steps):
         for step in range(steps):
             timestep = torch.tensor([1000.0 * (1 - step / steps)])
@@ -45,6 +49,16 @@ def tuned(model: Any, generate: Callable[[int], Any] | None = None, **arguments:
     return tune(model, generate or (lambda i: denoised(model, i)), **{**settings, **arguments})
 
 
+def median_psnr(references: list[Tensor], results: list[Tensor]) -> float:
+    """Of latents, whose peak is how far the reference reaches; of equal ones it is infinite."""
+    found = []
+    for one, other in zip(references, results, strict=True):
+        error = float(((one - other) ** 2).mean())
+        reach = float(one.max() - one.min())
+        found.append(20 * math.log10(reach) - 10 * math.log10(error) if error else math.inf)
+    return float(np.median(found))
+
+
 def test_a_plan_does_what_it_says() -> None:
     model = ToyTransformer()
     plan = tuned(model, computed_steps=4)
@@ -57,12 +71,39 @@ def test_a_plan_does_what_it_says() -> None:
     omni_cache.enable(model, plan, guardrail=None, inner="eager")
     followed = [denoised(model, each) for each in samples]
     assert omni_cache.summary(model).computed_steps == 4
-    psnr = [
-        20 * math.log10(float(a.max() - a.min())) - 10 * math.log10(float(((a - b) ** 2).mean()))
-        for a, b in zip(uncached, followed, strict=True)
-    ]
-    assert plan.point.judged.psnr == pytest.approx(np.median(psnr), abs=1e-3)
+    assert plan.point.judged.psnr == pytest.approx(median_psnr(uncached, followed), abs=1e-3)
     assert plan.point.judged.ssim is None  # latents are no pictures
+
+
+@pytest.mark.parametrize(("loudness", "gain"), [(100.0, 1.0), (1.0, 3.0)])
+def test_the_guardrail_reaches_what_was_planned_on_loud_prompts_and_off_weights(
+    loudness: float, gain: float
+) -> None:
+    """A plan keeps to its quality on what no sample was like, and not without a guardrail."""
+    model, samples = ToyTransformer(), range(20, 28)
+    plan = tuned(
+        model,
+        lambda i: denoised(model, i, steps=20),
+        computed_steps=9,
+        effort="low",
+        samples=8,
+        judged=8,
+    )
+    for block in model.blocks:
+        block.qkv.weight.mul_(gain)
+
+    def drawn() -> list[Tensor]:
+        return [denoised(model, i, steps=20, loudness=loudness) for i in samples]
+
+    uncached, reached = drawn(), {}
+    for guardrail in (plan.guardrail, None):
+        omni_cache.enable(model, plan, guardrail=guardrail, inner="eager")
+        reached[guardrail] = median_psnr(uncached, drawn())
+        inserted = omni_cache.summary(model).computed_steps > 9
+        assert inserted == (guardrail is not None)
+        omni_cache.disable(model)
+    assert reached[plan.guardrail] > plan.point.judged.psnr - 3
+    assert reached[None] < plan.point.judged.psnr - 10
 
 
 def test_several_numbers_of_computed_steps_share_one_tuning(tmp_path: Path) -> None:

@@ -1,0 +1,167 @@
+"""How the overhead of caching grows with tokens, depth and batch.
+
+Usage: python scripts/bench_growth.py FOLDER [--rounds 5] [--point TOKENS,DEPTH,BATCH ...]
+
+The kinds `plain` and `rolled` of bench_gpu over a narrow transformer of FLUX's architecture in
+float32, at one point after the other: two processes, one compiled plainly and one with the cache,
+run in turn. Writes growth.json and growth.md after each point, and goes on where it was
+interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from bench_gpu import BAR, COMPUTED, EVERY, FULL, Setting, Size
+from bench_turns import Report, Turns, Want, begun, middle, paired, signature, write
+from rich.progress import track
+
+HEAD_WIDTH, TEXT_TOKENS = 64, 64
+CACHED_STEPS = 2 * EVERY
+PLAIN_STEPS = sum(COMPUTED[:CACHED_STEPS])
+"""As many as the cached loop computes, so that both work about as long in a round."""
+
+
+class Point(NamedTuple):
+    """Where is measured."""
+
+    image_tokens: int
+    double: int
+    single: int
+    batch: int
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """From `1024,1+2,1`."""
+        try:
+            tokens, depth, batch = text.split(",")
+            found = cls(int(tokens), *map(int, depth.split("+")), int(batch))
+        except (TypeError, ValueError):
+            raise typer.BadParameter(
+                f"{text!r}; write image tokens, blocks of two streams + of one, and batch, "
+                "as in 1024,1+2,1"
+            ) from None
+        if min(found) < 1:
+            raise typer.BadParameter(f"{text!r}; all numbers have to be 1 or more")
+        return found
+
+    def size(self, width: int) -> Size:
+        """What runs there."""
+        config = {
+            **FULL.config,
+            "num_layers": self.double,
+            "num_single_layers": self.single,
+            "attention_head_dim": HEAD_WIDTH,
+            "num_attention_heads": width // HEAD_WIDTH,
+            "joint_attention_dim": width,
+            "pooled_projection_dim": width,
+            "axes_dims_rope": (16, 24, 24),
+        }
+        return Size(config, self.image_tokens, TEXT_TOKENS, "float32", self.batch)
+
+
+POINTS = [
+    *(f"{tokens},1+2,1" for tokens in (256, 1024, 4096, 8192)),
+    *(f"1024,{depth},1" for depth in ("2+4", "4+8")),
+    *(f"1024,1+2,{batch}" for batch in (2, 4)),
+]
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder for growth.json and growth.md.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Loops of each kind.")] = 5,
+    points: Annotated[
+        list[str],
+        typer.Option(
+            "--point", help="Image tokens, blocks of two streams + of one, batch. Repeatable."
+        ),
+    ] = POINTS,
+    width: Annotated[int, typer.Option(help=f"A multiple of {HEAD_WIDTH}.")] = 128,
+    inner: Annotated[str, typer.Option(help="What compiles.")] = "inductor",
+) -> None:
+    """Measure at each point."""
+    if width < HEAD_WIDTH or width % HEAD_WIDTH:
+        raise typer.BadParameter(f"--width {width}; allowed are multiples of {HEAD_WIDTH}")
+    wanted = [Point.parse(each) for each in points]
+    path = output / "growth.json"
+    settings = {"width": width, "inner": inner, "rounds": rounds, "points": points}
+    report = begun(path, settings)
+    for point in track(wanted[len(report["measured"]) :], "points"):
+        setting = Setting(point.size(width), "cpu", inner, rounds)
+        kinds = {
+            "plain": Want("plain", setting, PLAIN_STEPS),
+            "rolled": Want("rolled", setting, CACHED_STEPS),
+        }
+        with Turns(kinds) as turns:
+            taken = [turns.round() for _ in range(rounds)]
+            if turns.failed:
+                raise RuntimeError(f"{point} did not run: {turns.failed}")
+        report["measured"].append(row(point, taken))
+        report["is_done"] = len(report["measured"]) == len(wanted)
+        write(report, path, as_markdown(report))
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def row(point: Point, taken: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What was found at a point: medians of the rounds, and of their ratios."""
+    reused = CACHED_STEPS - PLAIN_STEPS
+    ideal = [
+        each["rolled"]["generation_ms"]
+        / (PLAIN_STEPS * each["plain"]["computed_ms"] + reused * each["rolled"]["reused_parts_ms"])
+        for each in taken
+    ]
+    beyond = [each["rolled"]["reused_ms"] - each["rolled"]["reused_parts_ms"] for each in taken]
+    return {
+        **point._asdict(),
+        "plain_ms": middle(taken, "plain", "computed_ms"),
+        "computed_ms": middle(taken, "rolled", "computed_ms"),
+        "reused_ms": middle(taken, "rolled", "reused_ms"),
+        "reused_beyond_parts_ms": median(beyond),
+        "computed_over_plain": median(paired(taken, "computed_ms", "rolled", "plain")),
+        "over_ideal": median(ideal),
+        "over_ideal_per_round": ideal,
+        "held_mib": middle(taken, "rolled", "held_mib"),
+    }
+
+
+def as_markdown(report: Report) -> str:
+    """The report as Markdown."""
+    rows = report["measured"]
+    worst = max(rows, key=lambda each: each["over_ideal"])
+    return "\n".join(
+        [
+            "# Growth with tokens, depth and batch",
+            "",
+            f"FLUX's architecture, width {report['width']}, float32, {TEXT_TOKENS} tokens of a "
+            f"prompt, inner compiler {report['inner']}. A cached loop has {CACHED_STEPS} steps of "
+            f"which every {EVERY}th is computed (MagCache); `ideal` is as many steps of plain "
+            "`torch.compile` as it computes + the compiled parts that run in the others. Plain "
+            "and cached run in turn, each in a process of its own.",
+            "",
+            "| image tokens | blocks | batch | plain step, ms | computed step, ms | over plain "
+            "| reused step, ms | of it beyond its parts, us | loop over ideal | held, MiB |",
+            "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+            *(
+                f"| {each['image_tokens']:,} | {each['double']}+{each['single']} "
+                f"| {each['batch']} | {each['plain_ms']:.2f} | {each['computed_ms']:.2f} "
+                f"| {each['computed_over_plain']:.3f} | {each['reused_ms']:.3f} "
+                f"| {1e3 * each['reused_beyond_parts_ms']:.0f} | {each['over_ideal']:.3f} "
+                f"| {each['held_mib']:.2f} |"
+                for each in rows
+            ),
+            "",
+            f"A loop takes {worst['over_ideal']:.3f} times the ideal at most (bar {BAR:g}), at "
+            f"{worst['image_tokens']:,} image tokens, {worst['double']}+{worst['single']} blocks "
+            f"and batch {worst['batch']}.",
+            "",
+            f"Medians of {report['rounds']} rounds; a ratio is the median of the rounds' ratios.",
+            *signature(report),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
