@@ -69,21 +69,21 @@ def test_a_digest_is_small_and_tells_states_apart():
 
 
 def test_a_digest_is_the_same_in_every_process():
-    code = "from omni_cache.runtime.agreement import digest; print(digest(('cond', 3)))"
-    for seed in ("1", "2"):
-        environment = {
-            **os.environ,
-            "PYTHONHASHSEED": seed,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        found = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert int(found.stdout) == digest(("cond", 3))
+    code = (
+        "from omni_cache.runtime.agreement import digest; print(digest(('cond', 3)), hash('cond'))"
+    )
+    # Another seed than this process has, so that strings have other hashes.
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    made, hashed = map(int, found.stdout.split())
+    assert hashed != hash("cond")
+    assert made == digest(("cond", 3))
 
 
 def test_a_tensor_of_one_process_is_its_own_part():

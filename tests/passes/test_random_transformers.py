@@ -18,7 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tracing import Trace, run, trace
 
-EXAMPLES = [pytest.param(80, id="some"), pytest.param(320, id="many", marks=pytest.mark.exhaustive)]
+EXAMPLES = [
+    pytest.param(20, id="a few"),
+    pytest.param(80, id="some", marks=pytest.mark.exhaustive),
+    pytest.param(320, id="many", marks=pytest.mark.exhaustive),
+]
 """How many are drawn; two draws may come out the same."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}

@@ -115,7 +115,12 @@ def enabled(way: str, prompts: Sequence[str], named: bool, **flags: Any) -> Chun
 
 
 PROMPTS = [("cond",), ("cond", "uncond")]
-BRANCHES = [(PROMPTS[0], True), (PROMPTS[1], True), (PROMPTS[1], False)]
+BRANCHES = [
+    # Two branches show all that one does, and that they are told apart.
+    pytest.param(PROMPTS[0], True, marks=pytest.mark.exhaustive),
+    (PROMPTS[1], True),
+    (PROMPTS[1], False),
+]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

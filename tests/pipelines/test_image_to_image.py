@@ -83,7 +83,8 @@ def steps_of(pipe: ImageToImage, computed_only: bool = False) -> list[list[int]]
 
 
 @pytest.mark.parametrize("tells", [True, False], ids=["begin index", "sliced timesteps"])
-@pytest.mark.parametrize("branches", [1, 2])
+# Two branches show all that one does, and that they are told apart.
+@pytest.mark.parametrize("branches", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("name", [name for name, (_, order) in SCHEDULERS.items() if order == 1])
 def test_every_step_goes_by_the_ratio_of_its_place_wherever_the_loop_begins(
     name: str, branches: int, tells: bool

@@ -6,8 +6,9 @@ latents. The channels come last in sequences of tokens and second in pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
@@ -128,8 +129,16 @@ def schedule(target: Any) -> list[list[tuple[bool, str]]]:
 UNLIKE = [kind for kind in KINDS if kind != "plain"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", UNLIKE)
+def in_layouts(kinds: Iterable[str]) -> list[Any]:
+    """Every kind as tokens, and one in every layout; all in all with --exhaustive."""
+    return [
+        pytest.param(kind, layout, marks=() if few else pytest.mark.exhaustive)
+        for kind, layout in product(kinds, LAYOUTS)
+        for few in [layout == "tokens" or kind == "control image"]
+    ]
+
+
+@pytest.mark.parametrize(("kind", "layout"), in_layouts(UNLIKE))
 def test_in_a_pipeline_the_schedule_is_that_of_the_plain_model(kind: str, layout: str) -> None:
     plain, unlike = (
         omni_cache.enable(Loop(each, layout), inner="eager", **MAGCACHE) for each in ("plain", kind)
@@ -150,8 +159,7 @@ def test_in_a_pipeline_the_schedule_is_that_of_the_plain_model(kind: str, layout
         assert reused >= prompts * STEPS // 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", UNLIKE)
+@pytest.mark.parametrize(("kind", "layout"), in_layouts(UNLIKE))
 def test_in_a_loop_of_ones_own_the_schedule_is_that_of_the_plain_model(
     kind: str, layout: str
 ) -> None:
@@ -164,8 +172,7 @@ def test_in_a_loop_of_ones_own_the_schedule_is_that_of_the_plain_model(
         assert [len(each) for each in schedule(unlike.transformer)] == [STEPS] * prompts
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "layout"), in_layouts(KINDS))
 def test_another_prompt_is_still_seen(kind: str, layout: str) -> None:
     pipe = omni_cache.enable(Loop(kind, layout), inner="eager", **ALWAYS_REUSE)
     for change in (1, 2, 5, STEPS - 1):

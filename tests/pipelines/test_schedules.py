@@ -108,7 +108,8 @@ def indexes(pipe: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("branches", [1, 2])
+# Two branches show all that one does, and that they are told apart.
+@pytest.mark.parametrize("branches", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_the_first_and_the_last_step_are_known(name: str, branches: int) -> None:
     pipe = enabled(Scheduled(name, branches), **FORCED)
     with warnings.catch_warnings():
