@@ -133,8 +133,18 @@ SETTINGS: dict[str, tuple[dict[str, Any], list[tuple[dict[str, Any], Sequence[in
 }
 
 
+FEW = ("flux", "wan")
+"""One without guidance and one with it; holding and forecasting."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model", SETTINGS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        name if name in FEW else pytest.param(name, marks=pytest.mark.exhaustive)
+        for name in SETTINGS
+    ],
+)
 def test_the_engines_agree(model: str) -> None:
     shared, settings = SETTINGS[model]
     for own, requests in settings:

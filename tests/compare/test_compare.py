@@ -190,11 +190,14 @@ def one(kind: Kind, setting: int) -> Kind:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "peer", "own"),
+    # One that is calibrated and whose rule is ours, and one in a process of its own.
     [
-        ("diffusers", "FirstBlockCache", "first_block_cache"),
+        pytest.param(
+            *("diffusers", "FirstBlockCache", "first_block_cache"), marks=pytest.mark.exhaustive
+        ),
         ("diffusers", "MagCache", "magcache"),
         ("cache-dit", "DBCache", None),
-        ("diffusers", "TaylorSeer", None),
+        pytest.param("diffusers", "TaylorSeer", None, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_peer_computes_some_steps_and_where_the_rule_is_ours_draws_our_picture(

@@ -99,7 +99,7 @@ def test_the_folder_holds_pictures_and_the_numbers_behind_them(demo):
 @pytest.mark.slow
 def test_the_command_ends_with_the_files_to_open_and_is_silent_otherwise(tmp_path):
     output = tmp_path / "a folder with a long name, which a terminal of 80 columns would break"
-    flags = ["--inner", "eager", "--prompts", "2", "--steps", "4", "--output", str(output)]
+    flags = ["--inner", "eager", "--prompts", "1", "--steps", "2", "--output", str(output)]
     done = subprocess.run(
         [sys.executable, "-c", "from omni_cache.cli import app; app()", "demo", *flags],
         capture_output=True,

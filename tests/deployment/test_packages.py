@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from diffusers_models import CASES
 from plans_by_hand import plan
 from torch import nn
+from torch._inductor import config
 from torch.utils._pytree import tree_leaves
 from toy_transformer import CHANNELS, TOKENS, Loop, ToyTransformer, gaussian
 
@@ -94,14 +95,32 @@ def check(
             assert float((result - wanted).abs().max()) < 1e-5
 
 
+@pytest.fixture(autouse=True)
+def _compiled_in_a_hurry() -> Iterator[None]:
+    """The C++ around the kernels is large, and runs a few times here."""
+    with config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+        yield
+
+
+def flux() -> tuple[nn.Module, list[dict[str, Any]]]:
+    case = CASES["flux"]
+    return case.build(), [case.inputs(3 * step) for step in range(8)]
+
+
+def toy() -> tuple[nn.Module, list[dict[str, Any]]]:
+    return ToyTransformer(), toy_calls()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("made", [toy, pytest.param(flux, marks=pytest.mark.exhaustive)])
 @torch.no_grad()
-def test_the_page_s_package_of_flux_runs_where_only_pytorch_is_and_decides_as_dispatch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_page_s_package_runs_where_only_pytorch_is_and_decides_as_dispatch(
+    made: Callable[[], tuple[nn.Module, list[dict[str, Any]]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    case = CASES["flux"]
-    module, calls = case.build(), [case.inputs(3 * step) for step in range(8)]
+    module, calls = made()
     exec(EXPORT, {"omni_cache": omni_cache, "transformer": module, "inputs": calls[0]})
     flags = {"cache": "teacache", "rel_l1_thresh": 0.3, "num_inference_steps": 8}
     check(tmp_path, module, calls, flags)
@@ -110,7 +129,7 @@ def test_the_page_s_package_of_flux_runs_where_only_pytorch_is_and_decides_as_di
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_plan_s_package_runs_where_only_pytorch_is_and_skips_as_dispatch(tmp_path: Path) -> None:
-    module, calls, flags = ToyTransformer(), toy_calls(), {"cache": plan("ccrcscss")}
+    (module, calls), flags = toy(), {"cache": plan("ccrcscss")}
     path = tmp_path / "flux.pt2"
     assert omni_cache.export(module, calls[0], path, **flags) == path
     check(tmp_path, module, calls, flags)

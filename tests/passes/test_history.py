@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import made_up_models as made_up
@@ -62,9 +63,20 @@ def test_the_newest_residual_alone_is_added_bit_for_bit(dtype: torch.dtype) -> N
     assert torch.equal(reused(traced, values, [entry], traced.hold()), wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [1, 2])
+FEW = [
+    *((torch.float32, depth, 1) for depth in (1, 2, 3, 4)),
+    *((torch.bfloat16, 2, 2), (torch.float16, 4, 1), (torch.float64, 3, 2), (torch.float32, 2, 2)),
+]
+"""Every depth, every dtype, and weights for all samples and for each, though not all together."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "depth", "rows"),
+    [
+        each if each in FEW else pytest.param(*each, marks=pytest.mark.exhaustive)
+        for each in itertools.product(DTYPES, (1, 2, 3, 4), (1, 2))
+    ],
+)
 def test_the_forecast_is_the_weighted_sum_over_the_history(
     dtype: torch.dtype, depth: int, rows: int
 ) -> None:

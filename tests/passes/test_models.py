@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from diffusers_models import REPRESENTATIVES
+from omni_cache.passes import calls_of
 from omni_cache.passes.cost import arithmetic
 from omni_cache.passes.order import computation
 from omni_cache.passes.views import leaves
+from test_roll import check
+from torch import Tensor
 from twelve import captured, model
 
 MIXED = {"z_image": 0.5, "chroma": 0.8}
@@ -65,3 +71,27 @@ def test_blocks_of_sd3_have_three_structures() -> None:
     first, _, third, _, last = structures
     assert structures == [first, first, third, third, last]
     assert len({first, third, last}) == 3
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+@torch.no_grad()
+def test_a_transformer_rolls_and_computes_the_same_bits(name: str) -> None:
+    body, rolled = check(captured(name))["body"]
+    assert len(calls_of(rolled)) >= 2
+    assert len(rolled.module.graph.nodes) < len(body.module.graph.nodes)
+
+
+@torch.no_grad()
+def test_two_views_of_one_tensor_leave_as_that_tensor() -> None:
+    """Two outputs of a subgraph may not lie in one memory; views are taken outside."""
+    _, rolled = check(captured("flux"))["body"]
+    for name, subgraph in rolled.module.named_children():
+        if name in calls_of(rolled):
+            outputs = subgraph(*map(made, subgraph.graph.find_nodes(op="placeholder")))
+            memory = [each.untyped_storage().data_ptr() for each in outputs]
+            assert len(memory) == len(set(memory))
+
+
+def made(node: torch.fx.Node) -> Any:
+    value = node.meta["example_value"]
+    return torch.randn(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value

@@ -7,10 +7,12 @@ import torch
 
 SHARING = (
     "test_chunks.py",
+    "test_enable_pipeline.py",
     "test_image_to_image.py",
     "test_latents_unlike_predictions.py",
     "test_plans_of_pipelines.py",
     "test_schedules.py",
+    "test_step_callbacks.py",
 )
 """Files whose tests compile the same models with the same flags over and over. State lies with the
 models, of which each test has its own."""

@@ -613,8 +613,8 @@ class BehindDisabled(CutUp):
 def test_a_model_whose_blocks_no_graph_holds_is_told_of_once_and_refused_by_strict(
     model_class: type[ToyTransformer],
 ) -> None:
-    expected = Loop().run(model_class(blocks=4))
-    model = enabled(model_class(blocks=4))
+    expected = Loop().run(model_class())
+    model = enabled(model_class())
     reason = "a graph break keeps the block loop out of every graph; omni_cache.explain"
     message = f"{model_class.__name__} runs uncached: {reason}"
     with pytest.warns(UncachedWarning, match=message) as seen:
@@ -623,10 +623,10 @@ def test_a_model_whose_blocks_no_graph_holds_is_told_of_once_and_refused_by_stri
     assert same(predictions, expected)
     # Another instance shares what was compiled, and is told as well.
     with pytest.warns(UncachedWarning, match=message) as seen:
-        Loop().run(enabled(model_class(blocks=4)))
+        Loop().run(enabled(model_class()))
     assert len(seen) == 1
 
-    strict = enabled(model_class(blocks=4), strict=True, **ALWAYS_REUSE)
+    strict = enabled(model_class(), strict=True, **ALWAYS_REUSE)
     for _ in range(2):
         with pytest.raises(RegionError, match=reason):
             Loop().run(strict)

@@ -68,10 +68,10 @@ def trajectories(pipe: Any) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        ("flux", "teacache"),
-        ("sd3", "magcache"),
-        ("wan", "magcache"),
-        ("wan with experts", "teacache"),
+        ("flux", "magcache"),
+        pytest.param("sd3", "magcache", marks=pytest.mark.exhaustive),
+        pytest.param("wan", "magcache", marks=pytest.mark.exhaustive),
+        ("wan with experts", "teacache"),  # guided by branches, one model after the other
     ],
 )
 def test_a_generation_sees_nothing_of_those_before(name: str, strategy: str) -> None:
@@ -228,6 +228,7 @@ def digest(latents: Tensor) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/runtime/test_second_generation.py says the same of a loop
 def test_a_second_generation_is_the_first_of_a_new_process() -> None:
     here = Path(__file__).parent
     child = subprocess.run(

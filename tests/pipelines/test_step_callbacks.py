@@ -170,7 +170,14 @@ def check_nothing_is_held(pipe: Guided) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "inferred"])
-@pytest.mark.parametrize("prompts", [("cond",), ("cond", "uncond")], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "prompts",
+    # Two branches show all that one does, and that they are told apart.
+    [
+        pytest.param(("cond",), id="one", marks=pytest.mark.exhaustive),
+        pytest.param(("cond", "uncond"), id="two"),
+    ],
+)
 @pytest.mark.parametrize("what", REPLACING)
 def test_the_changed_step_is_computed_and_the_last_one_still_known(
     what: str, prompts: tuple[str, ...], named: bool

@@ -122,7 +122,6 @@ def hoisting(drive: Drive, parts: Sequence[str] = PARTS, **flags: Any) -> int:
     plain, model, counting = Crossing(), Crossing(), Counting(parts)
     expected = drive(plain, compiled(plain, **flags))
     schedule = computed(plain)
-    torch._dynamo.reset()
     cached = compiled(model, **{**flags, "hoist": True, "inner": counting})
     predictions = drive(model, cached)
     assert same(predictions, expected)
@@ -215,7 +214,6 @@ def test_under_inference_mode_contents_are_compared() -> None:
 def test_inductor_takes_constants_for_operands_of_rolled_blocks() -> None:
     drive = steps(lambda step: {"prompt": PROMPT if step < 4 else OTHER}, 8)
     expected = drive(plain := Crossing(), compiled(plain))
-    torch._dynamo.reset()
     predictions = drive(model := Crossing(), compiled(model, hoist=True, inner="inductor"))
     assert computed(model) == computed(plain)
     for one, other in zip(predictions, expected, strict=True):
@@ -332,7 +330,6 @@ def test_threads_keep_to_their_own() -> None:
 def test_models_of_one_class_keep_to_their_own() -> None:
     drive = steps(lambda step: {"prompt": PROMPT})
     expected = {seed: drive(one := Crossing(seed), compiled(one)) for seed in (0, 1)}
-    torch._dynamo.reset()
     models = {seed: Crossing(seed) for seed in (0, 1)}
     cached = {seed: compiled(model, hoist=True) for seed, model in models.items()}
     for seed in (0, 1, 0):
@@ -345,7 +342,6 @@ def test_another_length_of_the_prompt_recomputes() -> None:
     for dynamic in (False, True):
         expected = drive(plain := Crossing(), compiled(plain, dynamic=dynamic))
         schedule = computed(plain)
-        torch._dynamo.reset()
         model = Crossing()
         assert same(drive(model, compiled(model, dynamic=dynamic, hoist=True)), expected)
         assert computed(model) == schedule
@@ -389,7 +385,6 @@ def test_no_read_is_added_and_no_wrong_guess_is_used(
     with pretended_device(monkeypatch) as reads:
         expected = drive(plain, compiled(plain, **flags))
         before, schedule = list(reads), computed(plain)
-        torch._dynamo.reset()
         reads.clear()
         predictions = drive(model, compiled(model, **flags, hoist=True))
     assert reads == before

@@ -339,7 +339,10 @@ def test_low_effort_keeps_its_budget_on_a_long_loop(computed_steps: int | None) 
 def test_guidance_branches_share_actions_and_have_weights_of_their_own() -> None:
     model = ToyTransformer()
     plan = tuned(
-        model, lambda sample: denoised(model, sample, ("cond", "uncond")), computed_steps=4
+        model,
+        lambda sample: denoised(model, sample, ("cond", "uncond")),
+        computed_steps=4,
+        effort="low",
     )
     assert set(plan.point.weights[""]) == {"cond", "uncond"}
     cond, uncond = plan.point.weights[""].values()
