@@ -40,7 +40,7 @@ def demo(
         Path, typer.Option(help="Folder for the pictures, the timeline and the figures.")
     ] = Path("demo-output"),
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to measure.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of an uncached generation.")] = 28,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of an uncached generation.")] = 28,
     inner: Annotated[str, typer.Option(help="Compiler of the model, cached and not.")] = "inductor",
     seed: Annotated[int, typer.Option(help="Prompt i starts from the noise of seed + i.")] = 0,
 ) -> None:

@@ -35,6 +35,8 @@ from omni_cache.quality import Fidelity
 REL_L1_THRESHOLDS = (0.1, 0.2, 0.3, 0.4)
 MAGNITUDE_THRESHOLDS = (0.1, 0.2, 0.4)
 _CALIBRATION_PROMPTS = 4
+LEAST_STEPS = 3
+"""Fewer do not calibrate a polynomial of degree 4 on so many prompts."""
 _PSNR_FLOORS = (30, 35, 40)
 
 
@@ -65,11 +67,12 @@ def run(
         magnitude_thresholds: MagCache's thresholds.
 
     Raises:
-        ValueError: ``prompts`` or ``num_inference_steps`` is less than 1.
+        ValueError: ``prompts`` is less than 1, or ``num_inference_steps`` less than `LEAST_STEPS`.
     """
-    for name, value in (("prompts", prompts), ("num_inference_steps", num_inference_steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, and is {value}")
+    given = ("prompts", prompts, 1), ("num_inference_steps", num_inference_steps, LEAST_STEPS)
+    for name, value, least in given:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, and is {value}")
     console = Console()
     pipe = load_demo_pipeline(pipeline)
     pipe.set_progress_bar_config(disable=True)
