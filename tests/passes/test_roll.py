@@ -249,7 +249,7 @@ def test_a_part_for_any_batch_rolls() -> None:
 
 
 def test_inductor_compiles_rolled_blocks_once_and_they_compute_the_same() -> None:
-    traced = deep(3)
+    traced = deep(6)
     values = traced.values()
     kernels, outputs = [], []
     for part in rolled_parts(traced)["body"]:
