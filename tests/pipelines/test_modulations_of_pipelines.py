@@ -22,6 +22,7 @@ def test_no_call_computes_modulations_for_itself(name: str) -> None:
     kind = PIPELINES[name]
     expected = kind.generate(enabled(kind, **MAGCACHE))
     torch._dynamo.reset()
+    counters.clear()
     pipe = enabled(kind, **MAGCACHE, hoist="modulations")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="omni-cache: .*timestep")

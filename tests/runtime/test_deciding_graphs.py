@@ -76,6 +76,11 @@ def records(target: Any) -> list[Any]:
     return [each.steps for each in omni_cache.summary(target).trajectories]
 
 
+def measured(step: Any) -> tuple[float, float]:
+    """What a record says of the comparison; 0 where there was none."""
+    return step.distance or 0.0, step.accumulated or 0.0
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_generations_of_two_branches_are_those_of_dispatch(name: str) -> None:
     models = [enabled(each, **STRATEGIES[name]) for each in ("cond", "dispatch")]
@@ -113,7 +118,13 @@ def test_inner_compilers_take_the_graph_and_another_size(inner: str) -> None:
     models = [enabled("cond", inner=inner, **flags), enabled("dispatch", **flags)]
     for batches in ([1] * 4, [1, 1, 2, 2, 2], [3] * 3):
         found, expected = (batched(each, batches) for each in models)
-        assert records(models[0]) == records(models[1])
+        for decided, dispatched in zip(*map(records, models), strict=True):
+            # Inductor rounds what it measures otherwise than eager does.
+            assert list(map(measured, decided)) == [
+                pytest.approx(each, rel=1e-4) for each in map(measured, dispatched)
+            ]
+            assert [each.reason for each in decided] == [each.reason for each in dispatched]
+            assert [each.action for each in decided] == [each.action for each in dispatched]
         assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-5
     counters = [omni_cache.summary(each).counters for each in models]
     assert counters[0] == counters[1]

@@ -461,9 +461,10 @@ def test_a_guess_at_an_earlier_generation_is_not_used(monkeypatch: pytest.Monkey
 
     plain, model = Crossing(), Crossing()
     copies_end(monkeypatch, True)
-    with pretended_device(monkeypatch) as reads:
-        monkeypatch.setattr(decision, "host_value", Tensor.item)
-        monkeypatch.setattr(reading, "on_host", lambda each: each.dim() == 1 and len(each) == 6)
+    # What is patched within is taken back within.
+    with pretended_device(monkeypatch) as reads, monkeypatch.context() as patch:
+        patch.setattr(decision, "host_value", Tensor.item)
+        patch.setattr(reading, "on_host", lambda each: each.dim() == 1 and len(each) == 6)
         expected = drive(plain, compiled(plain))
         torch._dynamo.reset()
         predictions = drive(model, compiled(model, hoist="modulations"))
