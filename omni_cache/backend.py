@@ -68,7 +68,6 @@ def omni_cache_backend(
     Raises:
         ValueError: a flag is unknown or has a value that is not allowed, or names a module that
             the graph does not run.
-        NotImplementedError: a flag's value is planned and not built yet.
         RegionError: the graph cannot be cached and ``strict`` is set. A piece between graph breaks
             that holds no block loop is no error: another one may hold it, and nothing here tells
             that none does, unless it is a single block. Under ``enable`` that is told when a call
@@ -76,7 +75,7 @@ def omni_cache_backend(
     """
     try:
         flags = CompileOptions.parse(options, mode)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise unwrapped(error) from None
     if flags.guard is None:
         return without_cache(compile_part(gm, example_inputs, flags))

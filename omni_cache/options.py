@@ -103,7 +103,6 @@ class CompileOptions:
         Raises:
             ValueError: a flag is unknown or its value is not allowed; the message names the flag,
                 what was given and what is allowed.
-            NotImplementedError: a value that is planned and not built yet.
         """
         given = dict(options or {})
         guard = given.pop("cache") if isinstance(given.get("cache"), Guard) else None

@@ -426,7 +426,6 @@ def test_enable_takes_tensors_for_numbers_and_compares_them() -> None:
     [
         ({"iner": "eager"}, ValueError, "unknown flag 'iner', did you mean 'inner'"),
         ({"rel_l1_thresh": -1}, ValueError, "rel_l1_thresh=-1 is not allowed"),
-        ({"hoist": "modulations"}, NotImplementedError, "hoist='modulations' is not built yet"),
         ({"strict": True}, RegionError, "no list of repeated blocks"),
     ],
 )
