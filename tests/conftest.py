@@ -65,9 +65,37 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(name))
 
 
+# State lies with the models, of which each test has its own; what is compiled may be shared.
+SHARING_COMPILED = (
+    "test_chunks.py",
+    "test_constants.py",
+    "test_enable_pipeline.py",
+    "test_image_to_image.py",
+    "test_latents_unlike_predictions.py",
+    "test_plans_of_pipelines.py",
+    "test_schedules.py",
+    "test_second_generation.py",
+    "test_step_callbacks.py",
+)
+"""Files whose tests compile the same models with the same flags over and over."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile once for all tests of such a file, however many flags they compile with."""
+    if request.path.name not in SHARING_COMPILED:
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=256):
+        yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    """No test sees another's compiled code or recompile count."""
+def _fresh_dynamo(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test sees another's compiled code or recompile count, but in such a file."""
     yield
-    if "torch._dynamo" in sys.modules:
+    if request.path.name not in SHARING_COMPILED and "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
