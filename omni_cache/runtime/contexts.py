@@ -138,6 +138,8 @@ def generation(
     strategy = None
     if cache is not None:
         strategy = make_strategy(cache, flags) or Uncached()
+    is_list = timesteps is None or isinstance(timesteps, Iterable)
+    require(is_list, "timesteps", timesteps, "numbers, or a tensor of them")
     listed = timesteps.flatten().tolist() if isinstance(timesteps, Tensor) else timesteps
     current = Generation(num_inference_steps, strategy, () if listed is None else tuple(listed))
     token = named_generation.set(current)

@@ -512,7 +512,7 @@ def tables(model: nn.Module) -> list[Any]:
     return [each for each in found if each is not None]
 
 
-@pytest.mark.parametrize("wrong", [("now",), [None]])
+@pytest.mark.parametrize("wrong", [("now",), [None], 3.0, "now"])
 def test_timesteps_have_to_be_numbers(wrong: Any) -> None:
     with (
         pytest.raises(ValueError, match=r"timesteps=.* is not allowed.*numbers"),
