@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that the package leans on outside of passes and kernels.
+"""Every private name of PyTorch that the package leans on outside of passes, kernels and repeats.
 
 Each stands here once, under a name that says what it is for, and has a test that fails when PyTorch
 changes it (``tests/test_dynamo.py``). Knows nothing of caches.
@@ -19,6 +19,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction
 from torch._dynamo import list_backends, lookup_backend
 from torch._dynamo.exc import (
@@ -30,6 +31,8 @@ from torch._dynamo.exc import (
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from omni_cache.repeats import traced_once
 
 Unwrapped = ShortenTraceback
 """Base of the errors of a backend that reach the caller of a compiled function as they are."""
@@ -81,6 +84,7 @@ def compiled(
     fullgraph: bool = False,
     dynamic: bool | None = None,
     at_limit: Callable[[str], None] | None = None,
+    repeating: Callable[[], nn.Module | None] = lambda: None,
 ) -> Callable[..., Any]:
     """A function compiled as ``torch.compile`` does, under settings of our own.
 
@@ -103,6 +107,8 @@ def compiled(
         dynamic: as in ``torch.compile``.
         at_limit: called when Dynamo makes no more graphs of a function, with one sentence that says
             so and why it needed another one.
+        repeating: tells the model whose blocks are traced once for all that are alike, where one
+            graph is asked for; see `omni_cache.repeats`.
     """
     context: Any = torch._dynamo.optimize(backend, nopython=fullgraph, dynamic=dynamic)
     convert = getattr(context, "callback", None)
@@ -112,7 +118,7 @@ def compiled(
     @functools.wraps(convert, assigned=())  # Dynamo finds the backend by an attribute
     def convert_under_settings(frame: Any, *rest: Any) -> Any:
         try:
-            with _settings(fullgraph, dynamic):
+            with _settings(fullgraph, dynamic), traced_once(repeating() if fullgraph else None):
                 result = convert(frame, *rest)
         except LimitError as error:
             if at_limit is not None:

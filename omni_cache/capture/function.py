@@ -32,6 +32,7 @@ class CapturedFunction:
         backend: as for :func:`omni_cache.dynamo.compiled`.
         fullgraph: True to raise at a break, False to ask for pieces from the start.
         dynamic: as in ``torch.compile``.
+        blocks: "rolled" to trace blocks once for all that are alike, "unrolled" to trace each.
     """
 
     def __init__(
@@ -40,13 +41,15 @@ class CapturedFunction:
         backend: Callable[[GraphModule, list[Any]], Any],
         fullgraph: bool | None = None,
         dynamic: bool | None = None,
+        blocks: str = "rolled",
     ) -> None:
         self._function = function
         self._fullgraph = fullgraph
         self._limits: list[str] = []
         self._breaks = fullgraph is False
         say = self._limits.append
-        self._whole = compiled(function, backend, True, dynamic, say)
+        repeating = _called_model if blocks == "rolled" else _no_model
+        self._whole = compiled(function, backend, True, dynamic, say, repeating)
         # A break makes Dynamo give up code, which others have to be captured whole from.
         pieces = with_own_code(function, "in_pieces")
         self._pieces = compiled(pieces, backend, False, dynamic, say)
@@ -77,6 +80,15 @@ class CapturedFunction:
         if call is not None and self._limits and not call.is_cached:
             call.refusals.insert(0, RegionError(self._limits[-1]))
         return result
+
+
+def _called_model() -> nn.Module | None:
+    call = bound_call.get()
+    return None if call is None else call.module
+
+
+def _no_model() -> None:
+    return None
 
 
 def with_own_code(

@@ -495,7 +495,8 @@ def _runner(
         return ExtractedModel(extractor, type(module), flags, **compile_flags)
     # Models of one class with equal flags share what is compiled.
     own = with_own_code(entry, type(module), {**options, **compile_flags})
-    return CapturedFunction(own, _Backend(options), **compile_flags)
+    blocks = CompileOptions.parse(options).blocks
+    return CapturedFunction(own, _Backend(options), **compile_flags, blocks=blocks)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,582 @@
+"""Blocks that repeat are traced once: Dynamo follows the first one and copies what it found.
+
+    blocks.0(x)     traced: its nodes, its guards and what it returns are kept
+    blocks.1(x)     the same nodes on its own weights, the same guards on its own attributes
+
+Everything else of a compilation is done once for all blocks of one structure; tracing would grow
+with depth. A copy is made only of a block that is like the traced one in everything its code could
+tell them apart by, that is called alike, and that had no effect but its result. Any other block is
+traced. Like `omni_cache.dynamo`, this leans on private names of PyTorch: where one of them is
+missing, every block is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from itertools import dropwhile
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node, Proxy
+from torch.fx.node import map_arg
+
+from omni_cache.likeness import tensor_facts, twins
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def traced_once(model: nn.Module | None) -> Iterator[None]:
+    """Have Dynamo trace the blocks of a model once for all that are alike.
+
+    Args:
+        model: whose blocks, the elements of its lists, are meant; None for no blocks at all.
+    """
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)] if model else []
+    blocks = {id(block): block for each in lists if len(each) > 1 for block in each}
+    token = _tracing.set(_Tracing(blocks) if blocks and _dynamo_asks() else None)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+@functools.cache
+def _dynamo_asks() -> bool:
+    """Have Dynamo ask `_tracing` at each call of a module; False where this PyTorch is another.
+
+    For good, since of two threads that each put the method back one could put back the other's.
+    """
+    try:
+        from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable as Module
+
+        call = Module.call_function
+    except (ImportError, AttributeError):
+        logger.info("torch %s traces every block", torch.__version__)
+        return False
+
+    @functools.wraps(call)
+    def call_once(self: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        tracing = _tracing.get()
+        trace = functools.partial(call, self, tx, args, kwargs)
+        if tracing is None or tracing.blocks.get(id(self.value)) is not self.value:
+            return trace()
+        return tracing.call(trace, self, tx, [*args, *kwargs.values()], tuple(kwargs))
+
+    Module.call_function = call_once  # type: ignore[method-assign, assignment]
+    return True
+
+
+@dataclass
+class _Tracing:
+    """What has been traced of the blocks that may repeat."""
+
+    blocks: Mapping[int, nn.Module]
+    output: Any = None
+    traced: list[_Traced] = field(default_factory=list)
+    is_within_block: bool = False
+
+    def call(
+        self, trace: Callable[[], Any], block: Any, tx: Any, args: list[Any], names: tuple[str, ...]
+    ) -> Any:
+        """What a call that is being traced returns: by a copy where one will do."""
+        is_nested = self.is_within_block or tx.output.current_tracer.parent is not None
+        if is_nested or block.source is None:
+            return trace()
+        if not _has_no_effect(tx):
+            return trace()
+        if self.output is not tx.output:  # Dynamo has begun anew
+            self.output, self.traced = tx.output, []
+        for each in self.traced:
+            result = each.copy_for(block, tx, args, names)
+            if result is not None:
+                return result
+        self.is_within_block = True
+        before = _Before(tx, args)
+        try:
+            result = trace()
+        finally:
+            self.is_within_block = False
+        traced = before.traced(block, names, result)
+        if traced is not None:
+            self.traced.append(traced)
+        return result
+
+
+_tracing: ContextVar[_Tracing | None] = ContextVar("blocks_being_traced", default=None)
+
+
+class _Unlike(Exception):
+    """A call is no copy of another one, or none can be made of it."""
+
+
+# --- what a call is given -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor, by the node that makes it."""
+
+    node: Node
+    facts: tuple[Any, ...]
+    variable: Any = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A Python value."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        own, its = self.value, getattr(other, "value", None)
+        return type(own) is type(its) and own == its and repr(own) == repr(its)
+
+
+@dataclass(frozen=True)
+class _Items:
+    """A tuple, list or dictionary."""
+
+    kind: type
+    keys: tuple[Any, ...]
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Same:
+    """Anything else that comes from outside, by where it comes from."""
+
+    source: Any
+
+
+class _Unused:
+    """What no code has looked at."""
+
+
+def _given(value: Any, like: Any = None) -> Any:
+    """What a variable of Dynamo's stands for.
+
+    Args:
+        value: the variable.
+        like: what stood in its place in another call. What that one has looked at is looked at.
+    """
+    from torch._dynamo.variables.constant import ConstantVariable
+    from torch._dynamo.variables.dicts import ConstDictVariable
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+    from torch._dynamo.variables.lists import ListVariable, TupleVariable
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    if isinstance(like, _Unused):
+        return like
+    if type.__instancecheck__(LazyVariableTracker, value):
+        if like is None and not value.is_realized():
+            return _Unused()
+        value = value.realize()
+    kind = type(value)
+    if kind is TensorVariable:
+        node = value.as_proxy().node
+        return _Tensor(node, _facts(node), value)
+    if kind is ConstantVariable:
+        return _Constant(value.value)
+    if kind in (TupleVariable, ListVariable, ConstDictVariable):
+        is_dict = kind is ConstDictVariable
+        keys = tuple(key.vt.as_python_constant() for key in value.items) if is_dict else ()
+        items = list(value.items.values()) if is_dict else value.items
+        likes = like.items if isinstance(like, _Items) and len(like.items) == len(items) else ()
+        parts = (_given(*each) for each in zip(items, likes or [None] * len(items), strict=True))
+        return _Items(kind, keys, tuple(parts))
+    if value.source is None:
+        raise _Unlike
+    return _Same(value.source)
+
+
+def _facts(node: Node) -> tuple[Any, ...]:
+    """What tracing may depend on of the tensor that a node makes."""
+    value = node.meta["example_value"]
+    return (type(value), *_sizes(value), *tensor_facts(value))
+
+
+def _sizes(value: torch.Tensor) -> tuple[int, ...]:
+    sizes = (*value.size(), *value.stride())
+    if not all(type(size) is int for size in sizes):
+        raise _Unlike  # a size that may change: what is traced may depend on how sizes relate
+    return sizes
+
+
+def _tensors(given: Any) -> Iterator[_Tensor]:
+    if isinstance(given, _Tensor):
+        yield given
+    for each in given.items if isinstance(given, _Items) else ():
+        yield from _tensors(each)
+
+
+def _pairs(given: Any, other: Any) -> Iterator[tuple[Node, Node]]:
+    """The nodes of two calls that stand in one place."""
+    if isinstance(given, _Tensor):
+        if not isinstance(other, _Tensor) or given.facts != other.facts:
+            raise _Unlike
+        yield given.node, other.node
+    elif isinstance(given, _Items):
+        if not isinstance(other, _Items):
+            raise _Unlike
+        if (given.kind, given.keys, len(given.items)) != (other.kind, other.keys, len(other.items)):
+            raise _Unlike
+        for each, its in zip(given.items, other.items, strict=True):
+            yield from _pairs(each, its)
+    elif not isinstance(given, _Unused) and given != other:
+        raise _Unlike
+
+
+# --- what a traced call leaves --------------------------------------------------------------------
+
+
+class _Before:
+    """Where tracing stands before a call."""
+
+    def __init__(self, tx: Any, args: list[Any]) -> None:
+        self._tx = tx
+        self._args = args
+        self._last = next(iter(reversed(tx.output.graph.nodes)), None)
+        self._calls = dict(tx.num_calls)
+        self._surroundings = _surroundings(tx)
+        self._lists = list(map(_items_of, args))
+
+    def traced(self, block: Any, names: tuple[str, ...], result: Any) -> _Traced | None:
+        """The call that has been traced since; None where it cannot be copied."""
+        tx = self._tx
+        if not _has_no_effect(tx) or list(map(_items_of, self._args)) != self._lists:
+            return None
+        path = _path(block)
+        try:
+            given = _Items(tuple, names, tuple(map(_given, self._args)))
+            nodes = self._nodes()
+            within = {*nodes, *(each.node for each in _tensors(given))}
+            _check_nodes(nodes, within)
+            calls = {name: count for name, count in tx.num_calls.items() if name.startswith(path)}
+            if {**self._calls, **calls} != tx.num_calls or calls.keys() & self._calls:
+                raise _Unlike  # it calls what others call, and Dynamo numbers the calls of a module
+            return _Traced(
+                module=block.value,
+                source=block.source,
+                path=path,
+                given=given,
+                nodes=nodes,
+                result=_given_back(result, within),
+                guards=_guards_below(block.source, tx),
+                ordered=[
+                    each for each in tx.output.guard_on_key_order if _is_below(each, block.source)
+                ],
+                calls=calls,
+                surroundings=self._surroundings,
+            )
+        except _Unlike:
+            return None
+
+    def _nodes(self) -> list[Node]:
+        nodes: list[Node] = []
+        for node in reversed(self._tx.output.graph.nodes):
+            if node is self._last or node.op == "placeholder":
+                break
+            nodes.append(node)
+        return nodes[::-1]
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A block's call as Dynamo has traced it.
+
+    Attributes:
+        module: the block.
+        source: where the block comes from.
+        path: what Dynamo calls it.
+        given: what it was called with.
+        nodes: what the call computes.
+        result: what it returns, made of nodes.
+        guards: what must hold of the block, for what was traced to hold.
+        ordered: the dictionaries of the block whose order counts.
+        calls: how often each module was called, by the names that Dynamo counts by.
+        surroundings: the modes that it was called in.
+    """
+
+    module: nn.Module
+    source: Any
+    path: str
+    given: _Items
+    nodes: list[Node]
+    result: Any
+    guards: list[Any]
+    ordered: list[Any]
+    calls: dict[str, int]
+    surroundings: tuple[Any, ...]
+
+    def copy_for(self, block: Any, tx: Any, args: list[Any], names: tuple[str, ...]) -> Any | None:
+        """What the call of another block returns, once the graph has what it computes.
+
+        None where that block has to be traced; the graph is as before then.
+        """
+        if (names, len(args)) != (self.given.keys, len(self.given.items)):
+            return None
+        if self.surroundings != _surroundings(tx):
+            return None
+        others = twins(self.module, block.value)
+        if others is None:
+            return None
+        graph = tx.output.graph
+        last = next(iter(reversed(graph.nodes)))
+        try:
+            given = _Items(tuple, names, tuple(map(_given, args, self.given.items)))
+            return _Copy(self, block, tx, others).made(given)
+        except _Unlike:
+            while (newest := next(iter(reversed(graph.nodes)))) is not last:
+                graph.erase_node(newest)
+            return None
+
+
+class _Copy:
+    """A traced call of one block, made the call of another one."""
+
+    def __init__(self, traced: _Traced, block: Any, tx: Any, others: Mapping[int, Any]) -> None:
+        self._traced = traced
+        self._block = block
+        self._tx = tx
+        self._others = others
+        self._tracer = tx.output.current_tracer
+        self._path = _path(block)
+        self._nodes: dict[Node, Node] = {}
+        self._sources = {traced.source: block.source}
+
+    def made(self, given: _Items) -> Any:
+        """What the call returns, given what it is called with."""
+        traced, tx = self._traced, self._tx
+        if any(self._its_path(name) in tx.num_calls for name in traced.calls):
+            raise _Unlike  # called before: Dynamo numbers the calls of a module
+        pairs = list(_pairs(traced.given, given))
+        self._nodes.update(pairs)
+        if any(self._nodes[own] is not its for own, its in pairs):
+            raise _Unlike  # two of its tensors are one in the other call
+        if len(set(self._nodes.values())) < len(self._nodes):
+            raise _Unlike  # or the other way round
+        self._read_weights()
+        for node in traced.nodes:
+            self._nodes[node] = self._copied(node)
+        for guard in traced.guards:
+            self._guard(guard)
+        tx.output.guard_on_key_order.update(map(self._its_source, traced.ordered))
+        for name, count in traced.calls.items():
+            tx.num_calls[self._its_path(name)] = count
+        return self._returned(traced.result, {each.node: each.variable for each in _tensors(given)})
+
+    def _its_source(self, source: Any) -> Any:
+        its = self._sources.get(source)
+        if its is None:
+            read = ((each.name, getattr(source, each.name)) for each in fields(source))
+            parts = {name: self._its_source(part) for name, part in read if _is_source(part)}
+            its = self._sources[source] = replace(source, **parts)
+        return its
+
+    def _its_path(self, name: str) -> str:
+        return self._path + name.removeprefix(self._traced.path)
+
+    def _read_weights(self) -> None:
+        """Make inputs of the graph of what the traced block has read of its own."""
+        from torch._dynamo.variables.builder import VariableBuilder
+        from torch._dynamo.variables.tensor import TensorVariable
+
+        graph = self._tx.output.graph
+        for node in graph.find_nodes(op="placeholder"):
+            argument = node.meta.get("grapharg")
+            if argument is None or not _is_below(argument.source, self._traced.source):
+                continue
+            value = self._others.get(id(argument.example))
+            if value is None:
+                raise _Unlike
+            read = VariableBuilder(self._tx, self._its_source(argument.source))(value)
+            if type(read) is not TensorVariable:
+                raise _Unlike
+            made = self._nodes[node] = read.as_proxy().node
+            if "nn_module_stack" in node.meta and "nn_module_stack" not in made.meta:
+                self._describe(made, node)
+
+    def _copied(self, node: Node) -> Node:
+        from torch._dynamo.utils import get_fake_value, set_example_value
+
+        args, kwargs = map_arg((node.args, node.kwargs), lambda each: self._nodes.get(each, each))
+        name = re.sub(r"_\d+$", "", node.name)
+        made: Node = self._tracer.create_node(node.op, node.target, args, kwargs, name)
+        self._describe(made, node)
+        if node.op != "get_attr":
+            set_example_value(made, get_fake_value(made, self._tx, allow_non_graph_fake=True))
+        else:
+            made.meta["example_value"] = node.meta["example_value"]
+        return made
+
+    def _describe(self, made: Node, node: Node) -> None:
+        """Say of a node in which code it was traced, and in which modules."""
+        made.stack_trace = node.stack_trace
+        if "nn_module_stack" in node.meta:
+            made.meta["nn_module_stack"] = self._modules_around(node.meta["nn_module_stack"])
+        if "source_fn_stack" in node.meta:
+            *outer, (_, function) = node.meta["source_fn_stack"]
+            made.meta["source_fn_stack"] = [*outer, (made.name, function)]
+
+    def _modules_around(self, stack: Mapping[str, Any]) -> dict[str, Any]:
+        around = dict(self._tx.nn_module_stack)
+        inner = dropwhile(lambda each: each[1][0] != self._traced.path, stack.items())
+        for key, (path, kind) in inner:
+            identity, at, number = key.partition("@")
+            other = self._others[int(identity)]
+            around[f"{id(other)}{at}{number}"] = (self._its_path(path), kind)
+        return around
+
+    def _guard(self, guard: Any) -> None:
+        its = self._its_source(guard.originating_source).make_guard(guard.create_fn)
+        its.user_stack = guard.user_stack
+        self._tx.output.guards.add(its, collect_debug_stack=False)
+
+    def _returned(self, result: Any, seen: dict[Node, Any]) -> Any:
+        from torch._dynamo.variables.base import ValueMutationNew
+        from torch._dynamo.variables.builder import handle_traced_output
+        from torch._dynamo.variables.constant import ConstantVariable
+        from torch._dynamo.variables.lists import ListVariable
+        from torch._dynamo.variables.tensor import TensorVariable
+
+        if isinstance(result, _Constant):
+            return ConstantVariable.create(result.value)
+        if isinstance(result, _Items):
+            items = [self._returned(each, seen) for each in result.items]
+            if result.kind is ListVariable:
+                return ListVariable(items, mutation_type=ValueMutationNew())
+            return result.kind(items)
+        node = self._nodes[result.node]
+        if node not in seen:
+            value = node.meta["example_value"]
+            proxy = Proxy(node, self._tracer)
+            seen[node] = handle_traced_output(value, self._tx, proxy, {}, None, TensorVariable)
+        return seen[node]
+
+
+# --- what is asked of Dynamo ----------------------------------------------------------------------
+
+
+def _has_no_effect(tx: Any) -> bool:
+    """Whether nothing that lives outside of what is traced has been changed."""
+    effects = tx.output.side_effects
+    return not (effects.mutated_sources or effects.tensor_hooks or effects.save_for_backward)
+
+
+def _surroundings(tx: Any) -> tuple[Any, ...]:
+    """The modes that code runs in."""
+    state: dict[str, tuple[Any, Any]] = {}
+    tx.output.save_global_state(state)
+    return (torch.get_default_dtype(), *(value for _, value in state.values()))
+
+
+def _path(block: Any) -> str:
+    """What Dynamo calls a module where it counts calls, and names those around a node."""
+    name: str = block.get_nn_module_stack_source().name
+    return re.sub(r"\._(?:modules|parameters|buffers)\[(['\"])([^'\"\]]+)\1\]", r".\2", name)
+
+
+def _items_of(value: Any) -> Any:
+    """The variables in a list, tuple or dictionary that a call may have changed."""
+    from torch._dynamo.variables.dicts import ConstDictVariable
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+    from torch._dynamo.variables.lists import BaseListVariable
+
+    if type.__instancecheck__(LazyVariableTracker, value):
+        return None  # it comes from outside, so that a change would be an effect
+    if isinstance(value, ConstDictVariable):
+        return id(value), [*value.items], [*map(_items_of, value.items.values())]
+    if isinstance(value, BaseListVariable):
+        return id(value), [*map(_items_of, value.items)]
+    return id(value)
+
+
+def _check_nodes(nodes: Iterable[Node], within: Container[Node]) -> None:
+    """Raise where some nodes make something other than tensors, or read what is not theirs."""
+    for node in nodes:
+        value = node.meta.get("example_value")
+        values = value if isinstance(value, tuple | list) else [value]
+        if not all(isinstance(each, torch.Tensor) for each in values) or not values:
+            raise _Unlike
+        for each in values:
+            _sizes(each)
+        owner = getattr(node.target, "__self__", None)
+        if node.op == "call_module" or not isinstance(owner, ModuleType | type | None):
+            raise _Unlike
+        for read in node.all_input_nodes:
+            if read not in within and read.op != "placeholder":
+                raise _Unlike
+
+
+def _given_back(result: Any, within: Container[Node]) -> Any:
+    """What a call returns, of nodes of its own or of what it was given."""
+    given = _given(result)
+    parts = [given]
+    for part in parts:
+        if isinstance(part, _Items):
+            parts += part.items
+            if part.keys:
+                raise _Unlike
+        elif not isinstance(part, _Constant) and not (
+            isinstance(part, _Tensor) and part.node in within
+        ):
+            raise _Unlike
+    return given
+
+
+def _guards_below(source: Any, tx: Any) -> list[Any]:
+    """What must hold of a block for what was traced of it to hold.
+
+    Not of its tensors, which are guarded where they are read, and not of the classes in it, which
+    are those of every block like it.
+    """
+    arguments = (node.meta.get("grapharg") for node in tx.output.graph.find_nodes(op="placeholder"))
+    tensors = {argument.source for argument in arguments if argument is not None}
+    guards = []
+    for guard in tx.output.guards:
+        kind = guard.inner_create_fn().__name__
+        if kind == "DUPLICATE_INPUT":
+            other = guard.create_fn.keywords["source_b"]
+            if _is_below(other, source) or _is_below(guard.originating_source, source):
+                raise _Unlike
+        elif _is_below(guard.originating_source, source):
+            if guard.originating_source in tensors or _is_by_class(guard.originating_source):
+                continue
+            if isinstance(guard.create_fn, functools.partial) and kind.startswith("TENSOR"):
+                raise _Unlike
+            guards.append(guard)
+    return guards
+
+
+def _is_source(value: Any) -> bool:
+    from torch._guards import Source
+
+    return isinstance(value, Source)
+
+
+def _is_below(source: Any, block: Any) -> bool:
+    """Whether something comes from a block, as its attributes do."""
+    return block in _chain(source)
+
+
+def _is_by_class(source: Any) -> bool:
+    """Whether something is reached by the class of an object, as its methods are."""
+    from torch._dynamo.source import TypeSource
+
+    return any(isinstance(each, TypeSource) for each in _chain(source))
+
+
+def _chain(source: Any) -> Iterator[Any]:
+    """A source, and what it is an attribute or item of."""
+    while source is not None:
+        yield source
+        source = getattr(source, "base", None)

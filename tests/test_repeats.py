@@ -1,0 +1,517 @@
+"""A block that is copied is what it would have been traced as; what cannot be copied is traced."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cross_section import cross_section
+from diffusers_models import CASES, ModelCase, sample
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from omni_cache.dynamo import compiled
+from omni_cache.repeats import traced_once
+
+WIDTH = 4
+X = torch.linspace(-1, 1, 2 * 3 * WIDTH).reshape(2, 3, WIDTH)
+
+looks: list[str] = []
+"""One entry for each block that Dynamo has traced."""
+
+
+@torch.compiler.assume_constant_result
+def look() -> int:
+    """Run by Dynamo while it traces, and by nothing else that is compiled."""
+    looks.append("looked")
+    return 0
+
+
+class Block(nn.Module):
+    """A block with something of everything: weights, a norm, a number, a function, a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.scale = 0.5
+        self.steps = 1
+        self.activation = nn.functional.gelu
+        self.table = {"shift": 0.25}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        look()
+        y = self.activation(self.linear(self.norm(x))) * self.scale + self.table["shift"]
+        return x + y * self.steps
+
+
+class Model(nn.Module):
+    """Blocks in a list, called in turn."""
+
+    def __init__(self, block: Callable[[], nn.Module] = Block, depth: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@dataclass
+class Captured:
+    """What one trace of a module has come to."""
+
+    gm: GraphModule
+    guards: Counter[str]
+    looks: int
+    result: Any
+
+
+def captured(model: nn.Module, inputs: Mapping[str, Any], once: bool, dynamic: Any = False) -> Any:
+    """Trace a call anew and run it."""
+    torch._dynamo.reset()
+    looks.clear()
+    made: list[Captured] = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        tx = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx()
+        guards = Counter(f"{each.name}: {each.create_fn_name()}" for each in tx.output.guards)
+        made.append(Captured(gm, guards, len(looks), None))
+        return gm.forward
+
+    repeating = (lambda: model) if once else (lambda: None)
+    call = compiled(model.forward, backend, True, dynamic, repeating=repeating)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        result = call(**{name: copy.deepcopy(each) for name, each in inputs.items()})
+    [found] = made
+    found.result = result
+    return found
+
+
+def facts(value: Any) -> Any:
+    """What a compiler may read off an example value."""
+    if isinstance(value, Tensor):
+        flags = (value._version, value._is_view(), value.requires_grad)
+        return (*map(str, (value.size(), value.stride(), value.dtype, value.device)), *flags)
+    return [*map(facts, value)] if isinstance(value, tuple | list) else value
+
+
+def described(graph: Any) -> list[Any]:
+    """A graph without the numbers in its names."""
+    place = {node: at for at, node in enumerate(graph.nodes)}
+
+    def argument(value: Any) -> Any:
+        return torch.fx.node.map_arg(value, lambda node: f"%{place[node]}")
+
+    return [
+        (
+            node.op,
+            str(node.target),
+            str(argument(node.args)),
+            str(argument(node.kwargs)),
+            facts(node.meta.get("example_value")),
+            node.meta.get("nn_module_stack"),
+            [function for _, function in node.meta.get("source_fn_stack", ())],
+            node.stack_trace,
+        )
+        for node in graph.nodes
+    ]
+
+
+def assert_same(model: nn.Module, inputs: Mapping[str, Any], dynamic: Any = False) -> int:
+    """Check a graph with copies against the one without; returns how many blocks were traced."""
+    plain = captured(model, inputs, once=False, dynamic=dynamic)
+    copied = captured(model, inputs, once=True, dynamic=dynamic)
+    assert described(copied.gm.graph) == described(plain.gm.graph)
+    torch.testing.assert_close(copied.result, plain.result, rtol=0, atol=0)
+    return int(copied.looks)
+
+
+def test_blocks_that_are_alike_are_traced_once() -> None:
+    assert assert_same(Model(), {"x": X}) == 1
+    assert captured(Model(), {"x": X}, once=False).looks == 4
+
+
+def test_a_copied_block_is_guarded_as_a_traced_one() -> None:
+    plain, copied = (captured(Model(), {"x": X}, once).guards for once in (False, True))
+    own = {each for each in plain if "blocks" in each and "__class__" not in each}
+    assert own
+    missing = {each for each in own - copied.keys() if not each.startswith(("type(", "dict(type("))}
+    assert not missing
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a number": lambda block: setattr(block, "scale", 2.0),
+    "an integer": lambda block: setattr(block, "steps", 3),
+    "an item": lambda block: block.table.update(shift=1.0),
+    "a function": lambda block: setattr(block, "activation", nn.functional.silu),
+    "a module": lambda block: setattr(block, "norm", nn.Identity()),
+    "no bias": lambda block: setattr(block.linear, "bias", None),
+    "another weight": lambda block: setattr(block, "linear", nn.Linear(WIDTH, WIDTH)),
+    "a number of a module": lambda block: setattr(block.norm, "eps", 10.0),
+    "a method": lambda block: setattr(block, "forward", lambda x: x * 3),
+    "a weight in place": lambda block: block.linear.weight.data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_change_of_a_copied_block_is_seen(change: Callable[[Any], Any], at: int) -> None:
+    model = Model()
+    call = compiled(model.forward, lambda gm, _: gm.forward, True, False, repeating=lambda: model)
+    with torch.no_grad():
+        assert torch.equal(call(X), model(X))
+        before = model(X)
+        change(model.blocks[at])
+        expected = model(X)
+        assert not torch.equal(before, expected)
+        assert torch.equal(call(X), expected)
+
+
+# --- blocks that are not all alike ----------------------------------------------------------------
+
+
+HOOKS: dict[str, Callable[[Any], Any]] = {
+    "a hook": lambda block: block.linear.register_forward_hook(lambda m, i, y: y * 2),
+    "a hook of the block": lambda block: block.register_forward_hook(lambda m, i, y: y + 1),
+}
+"""Dynamo looks at these while it traces, and at no later call."""
+
+
+@pytest.mark.parametrize("change", (CHANGES | HOOKS).values(), ids=(CHANGES | HOOKS).keys())
+def test_a_block_that_differs_is_traced(change: Callable[[Any], Any]) -> None:
+    model = Model()
+    change(model.blocks[2])
+    is_alike = change in (CHANGES["another weight"], CHANGES["a weight in place"])
+    replaces = change is CHANGES["a method"]
+    assert assert_same(model, {"x": X}) == (1 if is_alike or replaces else 2)
+
+
+class Numbered(Block):
+    """Blocks that know their place."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = Numbered.count
+        Numbered.count += 1
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * (self.index + 1)
+
+
+def test_blocks_that_know_their_place_are_traced() -> None:
+    Numbered.count = 0
+    assert assert_same(Model(Numbered), {"x": X}) == 4
+
+
+def test_two_kinds_are_traced_once_each() -> None:
+    class Other(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x) * 2
+
+    model = Model()
+    for _ in range(3):
+        model.blocks.append(Other())
+    assert assert_same(model, {"x": X}) == 2
+
+
+def test_a_block_may_be_called_twice() -> None:
+    model = Model()
+    model.blocks[3] = model.blocks[1]
+    assert assert_same(model, {"x": X}) == 1
+    model.blocks[0] = model.blocks[1]
+    assert_same(model, {"x": X})
+
+
+def test_weights_that_blocks_share_are_read_once() -> None:
+    model = Model()
+    for block in model.blocks[1:]:
+        block.linear = model.blocks[0].linear
+    assert_same(model, {"x": X})
+    two = Model()
+    two.blocks[3].linear = two.blocks[1].linear
+    assert_same(two, {"x": X})
+
+
+class Given(nn.Module):
+    """Calls its blocks as it is told."""
+
+    def __init__(self, call: Callable[..., Any], block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(block() for _ in range(4))
+        self.outer = nn.Linear(WIDTH, WIDTH)
+        self.call = call
+
+    def forward(self, x: Tensor) -> Any:
+        return self.call(self, x)
+
+
+class Taking(Block):
+    """Takes a tensor, a number, a tuple, a dictionary and a module."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(x)
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, tuple | list):
+                y = y * each[0] + each[1]
+            elif isinstance(each, dict):
+                y = y * each["a"]
+            elif isinstance(each, nn.Module):
+                y = each(y)
+            elif each is not None:
+                y = y + each
+        return y
+
+
+def alike(self: Any, x: Tensor) -> Tensor:
+    emb = self.outer(x)
+    rotary = (emb.sin(), emb.cos())
+    for block in self.blocks:
+        x = block(x, emb, 0.5, None, rotary, more={"a": emb})
+    return x
+
+
+def a_module_around(self: Any, x: Tensor) -> Tensor:
+    for block in self.blocks:
+        x = block(x, module=self.outer)
+    return x
+
+
+def other_numbers(self: Any, x: Tensor) -> Tensor:
+    for at, block in enumerate(self.blocks):
+        x = block(x, float(at))
+    return x
+
+
+def other_numbers_of_arguments(self: Any, x: Tensor) -> Tensor:
+    for at, block in enumerate(self.blocks):
+        x = block(x, *([x] * (at % 2)))
+    return x
+
+
+def other_names(self: Any, x: Tensor) -> Tensor:
+    for at, block in enumerate(self.blocks):
+        x = block(x, **{"ab"[at % 2]: x})
+    return x
+
+
+def other_sizes(self: Any, x: Tensor) -> Tensor:
+    for at, block in enumerate(self.blocks):
+        x = block(x, x[:, :1] if at % 2 else x)
+    return x
+
+
+def the_same_tensor_twice(self: Any, x: Tensor) -> Tensor:
+    for at, block in enumerate(self.blocks):
+        x = block(x, x if at % 2 else x + 0)
+    return x
+
+
+def other_modes(self: Any, x: Tensor) -> Tensor:
+    for at, block in enumerate(self.blocks):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=at % 2 == 0):
+            x = block(x).float()
+    return x
+
+
+def other_layouts(self: Any, x: Tensor) -> Tensor:
+    x = x.transpose(0, 1)
+    for block in self.blocks:
+        x = block(x)
+    return x
+
+
+CALLS: dict[Callable[..., Any], int] = {
+    alike: 1,
+    a_module_around: 4,
+    other_numbers: 4,
+    other_numbers_of_arguments: 2,
+    other_names: 2,
+    other_sizes: 2,
+    the_same_tensor_twice: 2,
+    other_modes: 2,
+    other_layouts: 1,
+}
+
+
+@pytest.mark.parametrize(("call", "traced"), CALLS.items(), ids=[each.__name__ for each in CALLS])
+def test_calls_that_differ_are_traced(call: Callable[..., Any], traced: int) -> None:
+    assert assert_same(Given(call, Taking), {"x": X}) == traced
+
+
+# --- what a block may do --------------------------------------------------------------------------
+
+
+def returning(give: Callable[..., Any], take: Callable[..., Any]) -> nn.Module:
+    """A model whose blocks return what `give` makes of their output, of which `take` makes x."""
+
+    class Returning(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return give(self, x, super().forward(x))
+
+    def call(self: Any, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = take(block(x))
+        return x
+
+    return Given(call, Returning)
+
+
+RETURNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    "a tuple": (lambda b, x, y: (y, x), lambda r: r[0] + r[1], 1),
+    "a list": (lambda b, x, y: [y, None], lambda r: r.pop(0), 1),
+    "views of one tensor": (
+        lambda b, x, y: (y[:, :1], y[:, 1:]),
+        lambda r: torch.cat(r, 1),
+        1,
+    ),
+    "one tensor twice": (lambda b, x, y: (y, y), lambda r: r[0] * r[1], 1),
+    "nested": (lambda b, x, y: ((y,), 2), lambda r: r[0][0] * r[1], 1),
+    "what it was given": (lambda b, x, y: x, lambda r: r, 1),
+    "chunks": (lambda b, x, y: y.chunk(2, -1), lambda r: torch.cat(r, -1), 1),
+    "a write into its input": (lambda b, x, y: x.mul_(2) + y, lambda r: r, 1),
+    "a write into its output": (lambda b, x, y: y.add_(x), lambda r: r.mul_(2), 1),
+    "a draw": (lambda b, x, y: y + torch.rand_like(y), lambda r: r, 1),
+    "a literal": (lambda b, x, y: y * torch.tensor([0.5]), lambda r: r, 1),
+    "a shape": (lambda b, x, y: y.reshape(x.shape), lambda r: r, 1),
+    "a dictionary": (lambda b, x, y: {"y": y}, lambda r: r["y"], 4),
+    "a weight": (lambda b, x, y: b.linear.bias + y, lambda r: r, 1),
+    "its own mode": (lambda b, x, y: in_bfloat16(b, y), lambda r: r.float(), 4),
+    "an item of data": (lambda b, x, y: y * x[0, 0, 0], lambda r: r, 1),
+}
+
+
+def in_bfloat16(block: Any, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return block.linear(y)
+
+
+@pytest.mark.parametrize(("give", "take", "traced"), RETURNS.values(), ids=RETURNS.keys())
+def test_what_a_block_returns_and_does(
+    give: Callable[..., Any], take: Callable[..., Any], traced: int
+) -> None:
+    assert assert_same(returning(give, take), {"x": X}) == traced
+
+
+class Counting(Block):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_a_block_that_changes_itself_is_traced() -> None:
+    model = Model(Counting)
+    call = compiled(model.forward, lambda gm, _: gm.forward, True, False, repeating=lambda: model)
+    looks.clear()
+    with torch.no_grad():
+        call(X)
+        assert len(looks) == 4
+        call(X)
+    assert [block.calls for block in model.blocks] == [2, 2, 2, 2]
+
+
+class Keeping(Block):
+    """Puts what it has computed into a list that it is given."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(x)
+        args[0].append(y)
+        return y
+
+
+def test_a_block_that_changes_what_it_is_given_is_traced() -> None:
+    def call(self: Any, x: Tensor) -> Any:
+        kept: list[Tensor] = []
+        for block in self.blocks:
+            x = block(x, kept)
+        return x + kept[0] + kept[-2]
+
+    assert assert_same(Given(call, Keeping), {"x": X}) == 4
+
+
+def test_what_changed_in_between_is_seen() -> None:
+    class Reading(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x) * args[0].factor
+
+    def call(self: Any, x: Tensor) -> Any:
+        for at, block in enumerate(self.blocks):
+            self.factor = float(at)
+            x = block(x, self)
+        return x
+
+    assert assert_same(Given(call, Reading), {"x": X}) == 4
+
+
+def test_sizes_that_may_change_are_traced() -> None:
+    assert assert_same(Model(), {"x": X}, dynamic=True) == 4
+
+
+def test_blocks_in_blocks_are_copied_with_them() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.inner:
+                x = block(x)
+            return x
+
+    assert assert_same(Model(Nested), {"x": X}) == 2
+
+
+def test_a_trace_that_begins_anew_forgets_what_it_has_traced() -> None:
+    model = Model()
+    first = captured(model, {"x": X}, once=True)
+    second = captured(model, {"x": X}, once=True)
+    assert (first.looks, second.looks) == (1, 1)
+    assert described(first.gm.graph) == described(second.gm.graph)
+
+
+def test_nothing_is_copied_outside() -> None:
+    model = Model()
+    captured(model, {"x": X}, once=True)
+    torch._dynamo.reset()
+    looks.clear()
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(X)
+    assert len(looks) == 4
+
+
+def test_no_model_no_blocks() -> None:
+    for model in (None, nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)])):
+        with traced_once(model):
+            pass
+
+
+# --- the transformers -----------------------------------------------------------------------------
+
+FEW = ("flux", "sd3", "wan", "hunyuan_video", "z_image", "pixart")
+
+
+@pytest.mark.parametrize("case", cross_section(CASES, FEW))
+def test_a_transformer_s_graph_is_the_same(case: ModelCase) -> None:
+    model = case.deep.build()
+    plain, copied = (captured(model, case.inputs(), once) for once in (False, True))
+    assert described(copied.gm.graph) == described(plain.gm.graph)
+    torch.testing.assert_close(
+        sample(copied.result), sample(plain.result), rtol=0, atol=0, equal_nan=True
+    )
