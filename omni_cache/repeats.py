@@ -4,10 +4,10 @@
     blocks.1(x)     the same nodes on its own weights, the same guards on its own attributes
 
 Everything else of a compilation is done once for all blocks of one structure; tracing would grow
-with depth. A copy is made only of a block that is like the traced one in everything its code could
-tell them apart by, that is called alike, and that had no effect but its result. Any other block is
-traced. Like `omni_cache.dynamo`, this leans on private names of PyTorch: where one of them is
-missing, every block is traced.
+with depth. A copy is made only of a block that is like the traced one in everything that its
+code could tell them apart by, that is called alike and in the same line, and that had no effect but
+its result. Any other block is traced. Like `omni_cache.dynamo`, this leans on private names of
+PyTorch: where one of them is missing, every block is traced.
 """
 
 from __future__ import annotations
@@ -57,11 +57,10 @@ def _dynamo_asks() -> bool:
     """
     try:
         from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable as Module
-
-        call = Module.call_function
-    except (ImportError, AttributeError):
+    except ImportError:
         logger.info("torch %s traces every block", torch.__version__)
         return False
+    call: Any = Module.call_function
 
     @functools.wraps(call)
     def call_once(self: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -71,7 +70,7 @@ def _dynamo_asks() -> bool:
             return trace()
         return tracing.call(trace, self, tx, [*args, *kwargs.values()], tuple(kwargs))
 
-    Module.call_function = call_once  # type: ignore[method-assign, assignment]
+    Module.call_function = call_once  # type: ignore[method-assign]
     return True
 
 
@@ -114,8 +113,14 @@ class _Tracing:
 _tracing: ContextVar[_Tracing | None] = ContextVar("blocks_being_traced", default=None)
 
 
-class _Unlike(Exception):
+class _UnlikeError(Exception):
     """A call is no copy of another one, or none can be made of it."""
+
+
+def _say(error: Exception, block: Any) -> None:
+    """Leave a word where something else is amiss; the block is traced then."""
+    if not isinstance(error, _UnlikeError):
+        logger.info("%s is traced: %s: %s", _path(block), type(error).__name__, error)
 
 
 # --- what a call is given -------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def _given(value: Any, like: Any = None) -> Any:
         parts = (_given(*each) for each in zip(items, likes or [None] * len(items), strict=True))
         return _Items(kind, keys, tuple(parts))
     if value.source is None:
-        raise _Unlike
+        raise _UnlikeError
     return _Same(value.source)
 
 
@@ -207,7 +212,7 @@ def _facts(node: Node) -> tuple[Any, ...]:
 def _sizes(value: torch.Tensor) -> tuple[int, ...]:
     sizes = (*value.size(), *value.stride())
     if not all(type(size) is int for size in sizes):
-        raise _Unlike  # a size that may change: what is traced may depend on how sizes relate
+        raise _UnlikeError  # a size that may change: what is traced may depend on how sizes relate
     return sizes
 
 
@@ -222,17 +227,17 @@ def _pairs(given: Any, other: Any) -> Iterator[tuple[Node, Node]]:
     """The nodes of two calls that stand in one place."""
     if isinstance(given, _Tensor):
         if not isinstance(other, _Tensor) or given.facts != other.facts:
-            raise _Unlike
+            raise _UnlikeError
         yield given.node, other.node
     elif isinstance(given, _Items):
         if not isinstance(other, _Items):
-            raise _Unlike
+            raise _UnlikeError
         if (given.kind, given.keys, len(given.items)) != (other.kind, other.keys, len(other.items)):
-            raise _Unlike
+            raise _UnlikeError
         for each, its in zip(given.items, other.items, strict=True):
             yield from _pairs(each, its)
     elif not isinstance(given, _Unused) and given != other:
-        raise _Unlike
+        raise _UnlikeError
 
 
 # --- what a traced call leaves --------------------------------------------------------------------
@@ -247,29 +252,31 @@ class _Before:
         self._last = next(iter(reversed(tx.output.graph.nodes)), None)
         self._calls = dict(tx.num_calls)
         self._surroundings = _surroundings(tx)
-        self._lists = list(map(_items_of, args))
+        self._lists = list(map(_containers, args))
 
     def traced(self, block: Any, names: tuple[str, ...], result: Any) -> _Traced | None:
         """The call that has been traced since; None where it cannot be copied."""
         tx = self._tx
-        if not _has_no_effect(tx) or list(map(_items_of, self._args)) != self._lists:
+        if not _has_no_effect(tx) or list(map(_containers, self._args)) != self._lists:
             return None
-        path = _path(block)
         try:
+            path = _path(block)
             given = _Items(tuple, names, tuple(map(_given, self._args)))
             nodes = self._nodes()
             within = {*nodes, *(each.node for each in _tensors(given))}
             _check_nodes(nodes, within)
             calls = {name: count for name, count in tx.num_calls.items() if name.startswith(path)}
             if {**self._calls, **calls} != tx.num_calls or calls.keys() & self._calls:
-                raise _Unlike  # it calls what others call, and Dynamo numbers the calls of a module
+                # It calls what others call, and Dynamo numbers the calls of a module.
+                raise _UnlikeError
             return _Traced(
                 module=block.value,
                 source=block.source,
                 path=path,
                 given=given,
+                weights=_weights_below(block.source, tx),
                 nodes=nodes,
-                result=_given_back(result, within),
+                result=_given_back(result, within, self._args),
                 guards=_guards_below(block.source, tx),
                 ordered=[
                     each for each in tx.output.guard_on_key_order if _is_below(each, block.source)
@@ -277,7 +284,8 @@ class _Before:
                 calls=calls,
                 surroundings=self._surroundings,
             )
-        except _Unlike:
+        except Exception as error:
+            _say(error, block)
             return None
 
     def _nodes(self) -> list[Node]:
@@ -298,18 +306,20 @@ class _Traced:
         source: where the block comes from.
         path: what Dynamo calls it.
         given: what it was called with.
+        weights: inputs of the graph that come from the block.
         nodes: what the call computes.
         result: what it returns, made of nodes.
         guards: what must hold of the block, for what was traced to hold.
         ordered: the dictionaries of the block whose order counts.
         calls: how often each module was called, by the names that Dynamo counts by.
-        surroundings: the modes that it was called in.
+        surroundings: the line that called it, and the modes that it was called in.
     """
 
     module: nn.Module
     source: Any
     path: str
     given: _Items
+    weights: list[Node]
     nodes: list[Node]
     result: Any
     guards: list[Any]
@@ -334,7 +344,8 @@ class _Traced:
         try:
             given = _Items(tuple, names, tuple(map(_given, args, self.given.items)))
             return _Copy(self, block, tx, others).made(given)
-        except _Unlike:
+        except Exception as error:
+            _say(error, block)
             while (newest := next(iter(reversed(graph.nodes)))) is not last:
                 graph.erase_node(newest)
             return None
@@ -357,13 +368,13 @@ class _Copy:
         """What the call returns, given what it is called with."""
         traced, tx = self._traced, self._tx
         if any(self._its_path(name) in tx.num_calls for name in traced.calls):
-            raise _Unlike  # called before: Dynamo numbers the calls of a module
+            raise _UnlikeError  # called before: Dynamo numbers the calls of a module
         pairs = list(_pairs(traced.given, given))
         self._nodes.update(pairs)
         if any(self._nodes[own] is not its for own, its in pairs):
-            raise _Unlike  # two of its tensors are one in the other call
+            raise _UnlikeError  # two of its tensors are one in the other call
         if len(set(self._nodes.values())) < len(self._nodes):
-            raise _Unlike  # or the other way round
+            raise _UnlikeError  # or the other way round
         self._read_weights()
         for node in traced.nodes:
             self._nodes[node] = self._copied(node)
@@ -390,19 +401,17 @@ class _Copy:
         from torch._dynamo.variables.builder import VariableBuilder
         from torch._dynamo.variables.tensor import TensorVariable
 
-        graph = self._tx.output.graph
-        for node in graph.find_nodes(op="placeholder"):
-            argument = node.meta.get("grapharg")
-            if argument is None or not _is_below(argument.source, self._traced.source):
-                continue
+        inputs = set(self._tx.output.graph.find_nodes(op="placeholder"))
+        for node in self._traced.weights:
+            argument = node.meta["grapharg"]
             value = self._others.get(id(argument.example))
             if value is None:
-                raise _Unlike
+                raise _UnlikeError
             read = VariableBuilder(self._tx, self._its_source(argument.source))(value)
             if type(read) is not TensorVariable:
-                raise _Unlike
+                raise _UnlikeError
             made = self._nodes[node] = read.as_proxy().node
-            if "nn_module_stack" in node.meta and "nn_module_stack" not in made.meta:
+            if made not in inputs:
                 self._describe(made, node)
 
     def _copied(self, node: Node) -> Node:
@@ -469,14 +478,20 @@ class _Copy:
 def _has_no_effect(tx: Any) -> bool:
     """Whether nothing that lives outside of what is traced has been changed."""
     effects = tx.output.side_effects
-    return not (effects.mutated_sources or effects.tensor_hooks or effects.save_for_backward)
+    changed = getattr(effects, "mutated_sources", True)  # not every version tells
+    return not (changed or effects.tensor_hooks or effects.save_for_backward)
 
 
 def _surroundings(tx: Any) -> tuple[Any, ...]:
-    """The modes that code runs in."""
+    """The line that calls, and those that call it, and the modes that they run in."""
     state: dict[str, tuple[Any, Any]] = {}
     tx.output.save_global_state(state)
-    return (torch.get_default_dtype(), *(value for _, value in state.values()))
+    modes = [value for _, value in state.values()]
+    places = []
+    while tx is not None:
+        places.append((tx.f_code, tx.instruction_pointer))
+        tx = getattr(tx, "parent", None)
+    return (places, modes, torch.get_default_dtype())
 
 
 def _path(block: Any) -> str:
@@ -485,52 +500,77 @@ def _path(block: Any) -> str:
     return re.sub(r"\._(?:modules|parameters|buffers)\[(['\"])([^'\"\]]+)\1\]", r".\2", name)
 
 
-def _items_of(value: Any) -> Any:
-    """The variables in a list, tuple or dictionary that a call may have changed."""
+def _containers(value: Any) -> dict[int, list[int]]:
+    """What lies in a variable's lists, tuples and dictionaries, all by identity."""
     from torch._dynamo.variables.dicts import ConstDictVariable
     from torch._dynamo.variables.lazy import LazyVariableTracker
     from torch._dynamo.variables.lists import BaseListVariable
 
-    if type.__instancecheck__(LazyVariableTracker, value):
-        return None  # it comes from outside, so that a change would be an effect
-    if isinstance(value, ConstDictVariable):
-        return id(value), [*value.items], [*map(_items_of, value.items.values())]
-    if isinstance(value, BaseListVariable):
-        return id(value), [*map(_items_of, value.items)]
-    return id(value)
+    found: dict[int, list[int]] = {}
+    values: list[Any] = [value]
+    for each in values:
+        if type.__instancecheck__(LazyVariableTracker, each):
+            continue  # it comes from outside, so that a change of it would be an effect
+        if isinstance(each, ConstDictVariable | BaseListVariable):
+            items = each.items
+            items = [*items.values()] if isinstance(items, dict) else items
+            found[id(each)] = [*map(id, items)]
+            values += items
+    return found
 
 
 def _check_nodes(nodes: Iterable[Node], within: Container[Node]) -> None:
-    """Raise where some nodes make something other than tensors, or read what is not theirs."""
+    """Raise where some nodes make something other than tensors, or read what may be another's."""
     for node in nodes:
         value = node.meta.get("example_value")
         values = value if isinstance(value, tuple | list) else [value]
-        if not all(isinstance(each, torch.Tensor) for each in values) or not values:
-            raise _Unlike
         for each in values:
+            if not isinstance(each, torch.Tensor):
+                raise _UnlikeError
             _sizes(each)
         owner = getattr(node.target, "__self__", None)
         if node.op == "call_module" or not isinstance(owner, ModuleType | type | None):
-            raise _Unlike
-        for read in node.all_input_nodes:
-            if read not in within and read.op != "placeholder":
-                raise _Unlike
+            raise _UnlikeError
+        if not all(
+            each in within or _is_tensor_from_outside(each) for each in node.all_input_nodes
+        ):
+            raise _UnlikeError
 
 
-def _given_back(result: Any, within: Container[Node]) -> Any:
+def _is_tensor_from_outside(node: Node) -> bool:
+    """Whether a node is an input of the graph that is one; a Python number may be a drawn one."""
+    argument = node.meta.get("grapharg")
+    return argument is not None and argument.is_tensor and not argument.pass_arg_as_tensor
+
+
+def _given_back(result: Any, within: Container[Node], args: Sequence[Any]) -> Any:
     """What a call returns, of nodes of its own or of what it was given."""
     given = _given(result)
     parts = [given]
     for part in parts:
         if isinstance(part, _Items):
             parts += part.items
-            if part.keys:
-                raise _Unlike
         elif not isinstance(part, _Constant) and not (
             isinstance(part, _Tensor) and part.node in within
         ):
-            raise _Unlike
+            raise _UnlikeError
+    # A list that somebody else has too could be changed by either.
+    own, its = set(_containers(result)), {each for arg in args for each in _containers(arg)}
+    if own & its or any(isinstance(part, _Items) and part.keys for part in parts):
+        raise _UnlikeError
     return given
+
+
+def _weights_below(source: Any, tx: Any) -> list[Node]:
+    """The inputs of the graph that come from a block."""
+    arguments = [
+        (node, node.meta.get("grapharg")) for node in tx.output.graph.find_nodes(op="placeholder")
+    ]
+    return [
+        node
+        for node, argument in arguments
+        if argument is not None and _is_below(argument.source, source)
+    ]
 
 
 def _guards_below(source: Any, tx: Any) -> list[Any]:
@@ -539,20 +579,19 @@ def _guards_below(source: Any, tx: Any) -> list[Any]:
     Not of its tensors, which are guarded where they are read, and not of the classes in it, which
     are those of every block like it.
     """
-    arguments = (node.meta.get("grapharg") for node in tx.output.graph.find_nodes(op="placeholder"))
-    tensors = {argument.source for argument in arguments if argument is not None}
+    tensors = {node.meta["grapharg"].source for node in _weights_below(source, tx)}
     guards = []
     for guard in tx.output.guards:
         kind = guard.inner_create_fn().__name__
         if kind == "DUPLICATE_INPUT":
             other = guard.create_fn.keywords["source_b"]
             if _is_below(other, source) or _is_below(guard.originating_source, source):
-                raise _Unlike
+                raise _UnlikeError
         elif _is_below(guard.originating_source, source):
             if guard.originating_source in tensors or _is_by_class(guard.originating_source):
                 continue
             if isinstance(guard.create_fn, functools.partial) and kind.startswith("TENSOR"):
-                raise _Unlike
+                raise _UnlikeError
             guards.append(guard)
     return guards
 
