@@ -15,7 +15,7 @@ from diffusers_models import CASES, ModelCase, sample
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from omni_cache.dynamo import compiled
+from omni_cache.dynamo import NoGraphError, compiled
 from omni_cache.repeats import traced_once
 
 WIDTH = 4
@@ -105,11 +105,20 @@ def facts(value: Any) -> Any:
 
 
 def described(graph: Any) -> list[Any]:
-    """A graph without the numbers in its names."""
-    place = {node: at for at, node in enumerate(graph.nodes)}
+    """A graph without the numbers in its names, and without the order of its inputs."""
+    place = {node: f"%{at}" for at, node in enumerate(reversed(graph.nodes))}
+    inputs = graph.find_nodes(op="placeholder")
+    place.update((node, node.target) for node in inputs)
+    inner = [node for node in graph.nodes if node.op != "placeholder"]
 
     def argument(value: Any) -> Any:
-        return torch.fx.node.map_arg(value, lambda node: f"%{place[node]}")
+        return torch.fx.node.map_arg(value, place.__getitem__)
+
+    def origin(node: Any) -> Any:
+        """The code that a node was traced in; an input of the call may be read sooner by a copy."""
+        is_weight = "_parameters_" in str(node.target) or "_buffers_" in str(node.target)
+        is_told = is_weight or node.op != "placeholder"
+        return (node.meta.get("nn_module_stack"), node.stack_trace) if is_told else None
 
     return [
         (
@@ -118,11 +127,10 @@ def described(graph: Any) -> list[Any]:
             str(argument(node.args)),
             str(argument(node.kwargs)),
             facts(node.meta.get("example_value")),
-            node.meta.get("nn_module_stack"),
-            [function for _, function in node.meta.get("source_fn_stack", ())],
-            node.stack_trace,
+            origin(node),
+            [str(function) for _, function in node.meta.get("source_fn_stack", ())],
         )
-        for node in graph.nodes
+        for node in [*sorted(inputs, key=lambda node: str(node.target)), *inner]
     ]
 
 
@@ -510,7 +518,13 @@ FEW = ("flux", "sd3", "wan", "hunyuan_video", "z_image", "pixart")
 @pytest.mark.parametrize("case", cross_section(CASES, FEW))
 def test_a_transformer_s_graph_is_the_same(case: ModelCase) -> None:
     model = case.deep.build()
-    plain, copied = (captured(model, case.inputs(), once) for once in (False, True))
+    try:
+        plain = captured(model, case.inputs(), once=False)
+    except NoGraphError:  # it is captured in pieces, of which nothing is copied
+        with pytest.raises(NoGraphError):
+            captured(model, case.inputs(), once=True)
+        return
+    copied = captured(model, case.inputs(), once=True)
     assert described(copied.gm.graph) == described(plain.gm.graph)
     torch.testing.assert_close(
         sample(copied.result), sample(plain.result), rtol=0, atol=0, equal_nan=True
