@@ -31,10 +31,10 @@ def twins(one: nn.Module, other: nn.Module) -> dict[int, Any] | None:
     return found.others if found.are_alike(one, other) else None
 
 
-def tensor_facts(value: Tensor) -> tuple[Any, ...]:
-    """What is known of a strided tensor without its content."""
+def kind_of_tensor(value: Tensor) -> tuple[Any, ...]:
+    """What is known of a tensor without its size and its content."""
     return (
-        *(value.size(), value.stride(), value.dtype, value.device, value.requires_grad),
+        *(value.dtype, value.device, value.layout, value.requires_grad),
         *(value.is_inference(), torch._C._dispatch_keys(value)),
     )
 
@@ -79,7 +79,8 @@ class _Pairs:
     def _tensors(self, one: Tensor, other: Tensor) -> bool:
         if type(one) not in (Tensor, nn.Parameter, nn.Buffer) or one.layout is not torch.strided:
             return one is other
-        same = tensor_facts(one) == tensor_facts(other)
+        same_sizes = (one.size(), one.stride()) == (other.size(), other.stride())
+        same = same_sizes and kind_of_tensor(one) == kind_of_tensor(other)
         return same and self._mappings(vars(one), vars(other))
 
     def _mappings(self, one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:

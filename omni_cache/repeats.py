@@ -28,7 +28,7 @@ from torch import nn
 from torch.fx import Node, Proxy
 from torch.fx.node import map_arg
 
-from omni_cache.likeness import tensor_facts, twins
+from omni_cache.likeness import kind_of_tensor, twins
 
 logger = logging.getLogger(__name__)
 
@@ -206,14 +206,14 @@ def _given(value: Any, like: Any = None) -> Any:
 def _facts(node: Node) -> tuple[Any, ...]:
     """What tracing may depend on of the tensor that a node makes."""
     value = node.meta["example_value"]
-    return (type(value), *_sizes(value), *tensor_facts(value))
+    return (type(value), *_sizes(value), *kind_of_tensor(value))
 
 
-def _sizes(value: torch.Tensor) -> tuple[int, ...]:
+def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
+    """The sizes and strides of a tensor; of one that may change, the expression that it is."""
     sizes = (*value.size(), *value.stride())
-    if not all(type(size) is int for size in sizes):
-        raise _UnlikeError  # a size that may change: what is traced may depend on how sizes relate
-    return sizes
+    # Comparing the sizes themselves would be a guard.
+    return tuple(each.node.expr if isinstance(each, torch.SymInt) else each for each in sizes)
 
 
 def _tensors(given: Any) -> Iterator[_Tensor]:
@@ -250,6 +250,7 @@ class _Before:
         self._tx = tx
         self._args = args
         self._last = next(iter(reversed(tx.output.graph.nodes)), None)
+        self._inputs = set(tx.output.graph.find_nodes(op="placeholder"))
         self._calls = dict(tx.num_calls)
         self._surroundings = _surroundings(tx)
         self._lists = list(map(_containers, args))
@@ -264,7 +265,7 @@ class _Before:
             given = _Items(tuple, names, tuple(map(_given, self._args)))
             nodes = self._nodes()
             within = {*nodes, *(each.node for each in _tensors(given))}
-            _check_nodes(nodes, within)
+            _check_nodes(nodes, within, self._inputs)
             calls = {name: count for name, count in tx.num_calls.items() if name.startswith(path)}
             if {**self._calls, **calls} != tx.num_calls or calls.keys() & self._calls:
                 # It calls what others call, and Dynamo numbers the calls of a module.
@@ -519,22 +520,27 @@ def _containers(value: Any) -> dict[int, list[int]]:
     return found
 
 
-def _check_nodes(nodes: Iterable[Node], within: Container[Node]) -> None:
-    """Raise where some nodes make something other than tensors, or read what may be another's."""
+def _check_nodes(nodes: Iterable[Node], within: Container[Node], before: Container[Node]) -> None:
+    """Raise where a call makes more than tensors and sizes, or reads what may be another's.
+
+    Args:
+        nodes: what the call computes.
+        within: those, and what it is given.
+        before: the inputs that the graph had before.
+    """
     for node in nodes:
         value = node.meta.get("example_value")
         values = value if isinstance(value, tuple | list) else [value]
-        for each in values:
-            if not isinstance(each, torch.Tensor):
-                raise _UnlikeError
-            _sizes(each)
+        if not all(isinstance(each, torch.Tensor | torch.SymInt | int) for each in values):
+            raise _UnlikeError
         owner = getattr(node.target, "__self__", None)
         if node.op == "call_module" or not isinstance(owner, ModuleType | type | None):
             raise _UnlikeError
-        if not all(
-            each in within or _is_tensor_from_outside(each) for each in node.all_input_nodes
-        ):
-            raise _UnlikeError
+        if "unbacked_bindings" in node.meta:
+            raise _UnlikeError  # a size that depends on data is another one at each call
+        for each in node.all_input_nodes:
+            if each not in within and each not in before and not _is_tensor_from_outside(each):
+                raise _UnlikeError
 
 
 def _is_tensor_from_outside(node: Node) -> bool:

@@ -74,8 +74,17 @@ class Captured:
     result: Any
 
 
-def captured(model: nn.Module, inputs: Mapping[str, Any], once: bool, dynamic: Any = False) -> Any:
-    """Trace a call anew and run it."""
+def captured(
+    model: nn.Module, inputs: Mapping[str, Any], once: bool, changing: int | None = None
+) -> Captured:
+    """Trace a call anew and run it.
+
+    Args:
+        model: whose call it is.
+        inputs: what it is called with.
+        once: whether blocks that are alike are traced once.
+        changing: the dimension whose size may change, of all inputs.
+    """
     torch._dynamo.reset()
     looks.clear()
     made: list[Captured] = []
@@ -87,10 +96,13 @@ def captured(model: nn.Module, inputs: Mapping[str, Any], once: bool, dynamic: A
         return gm.forward
 
     repeating = (lambda: model) if once else (lambda: None)
-    call = compiled(model.forward, backend, True, dynamic, repeating=repeating)
+    call = compiled(model.forward, backend, True, None, repeating=repeating)
     with torch.no_grad():
         torch.manual_seed(1)
-        result = call(**{name: copy.deepcopy(each) for name, each in inputs.items()})
+        own = {name: copy.deepcopy(each) for name, each in inputs.items()}
+        for each in own.values() if changing is not None else ():
+            torch._dynamo.mark_dynamic(each, changing)
+        result = call(**own)
     [found] = made
     found.result = result
     return found
@@ -134,13 +146,13 @@ def described(graph: Any) -> list[Any]:
     ]
 
 
-def assert_same(model: nn.Module, inputs: Mapping[str, Any], dynamic: Any = False) -> int:
+def assert_same(model: nn.Module, inputs: Mapping[str, Any], changing: int | None = None) -> int:
     """Check a graph with copies against the one without; returns how many blocks were traced."""
-    plain = captured(model, inputs, once=False, dynamic=dynamic)
-    copied = captured(model, inputs, once=True, dynamic=dynamic)
+    plain = captured(model, inputs, once=False, changing=changing)
+    copied = captured(model, inputs, once=True, changing=changing)
     assert described(copied.gm.graph) == described(plain.gm.graph)
     torch.testing.assert_close(copied.result, plain.result, rtol=0, atol=0)
-    return int(copied.looks)
+    return copied.looks
 
 
 def test_blocks_that_are_alike_are_traced_once() -> None:
@@ -468,8 +480,41 @@ def test_what_changed_in_between_is_seen() -> None:
     assert assert_same(Given(call, Reading), {"x": X}) == 4
 
 
-def test_sizes_that_may_change_are_traced() -> None:
-    assert assert_same(Model(), {"x": X}, dynamic=True) == 4
+def relating(block: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Asks how two sizes relate."""
+    return y.repeat(1, 2, 1) if y.shape[1] < 8 else y + y.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "traced"),
+    {
+        "the same": (Model(), 1),
+        "a size in its arithmetic": (returning(lambda b, x, y: y * x.shape[1], lambda r: r), 1),
+        "a view": (returning(lambda b, x, y: y.reshape(-1, WIDTH), lambda r: r[None]), 2),
+        "growing": (returning(relating, lambda r: r), 3),
+        "arguments alike": (Given(alike, Taking), 1),
+        "of data": (returning(lambda b, x, y: y[y[..., 0] < 9][None], lambda r: r), 4),
+    }.values(),
+)
+def test_sizes_that_may_change(model: nn.Module, traced: int) -> None:
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert assert_same(model, {"x": X}, changing=1) == traced
+
+
+def test_another_size_is_seen() -> None:
+    model = Model()
+    made = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        made.append(gm)
+        return gm.forward
+
+    call = compiled(model.forward, backend, True, None, repeating=lambda: model)
+    with torch.no_grad():
+        for size in (3, 5, 7):
+            x = torch.linspace(-1, 1, 2 * size * WIDTH).reshape(2, size, WIDTH)
+            assert torch.equal(call(x), model(x))
+    assert len(made) == 2
 
 
 def test_blocks_in_blocks_are_copied_with_them() -> None:
