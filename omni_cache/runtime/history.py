@@ -286,7 +286,8 @@ def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:
         return newest
     precise = torch.promote_types(newest.dtype, torch.float32)
     terms = (weight * each.to(precise) for weight, each in zip(row, entries, strict=True))
-    return reduce(torch.add, terms).to(newest.dtype)
+    # In place, since terms are nobody else's. Fused with the product, a sum would be rounded once.
+    return reduce(Tensor.add_, terms).to(newest.dtype)
 
 
 def _copied(value: Any) -> Any:
