@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain, count
 from typing import Any
 
 import torch
@@ -302,8 +301,10 @@ class _CachedCall:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        names = chain(self._parameters, map("*{}".format, count()))  # *0, *1, ... of *args
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = dict(zip(self._parameters, args, strict=False))
+        for place, each in enumerate(args[len(self._parameters) :]):
+            arguments[f"*{place}"] = each
+        arguments.update(kwargs)
         call = Call(module, self.state, arguments, self._loop(module))
         with self.context(call), bind(call):
             result = run(first, *args, **kwargs)
@@ -316,7 +317,8 @@ class _CachedCall:
         if not self.pipelines:
             return None
         alive = [pipeline for each in self.pipelines if (pipeline := each()) is not None]
-        return running_loop(module, sys._getframe(1), alive[0] if len(alive) == 1 else None)
+        # The frames up to the third are of this class.
+        return running_loop(module, sys._getframe(3), alive[0] if len(alive) == 1 else None)
 
     def _say_what_is_uncached(self, call: Call) -> None:
         """Warn, once, or raise if no piece of the model is cached or some of its blocks are not."""

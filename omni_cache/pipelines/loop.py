@@ -188,10 +188,11 @@ def _owners(module: nn.Module, frame: FrameType | None) -> Iterator[Any]:
         if code.co_argcount and not code.co_filename.startswith(_TORCH):
             owner = frame.f_locals.get(code.co_varnames[0])
             parts = getattr(owner, "__dict__", {})
-            # Some pipelines are modules, which keep their parts apart.
-            parts = {**parts, **(parts.get("_modules") or {})} if "scheduler" in parts else {}
-            if _has(parts.values(), module):
-                yield owner
+            if "scheduler" in parts:
+                # Some pipelines are modules, which keep their parts apart.
+                parts = {**parts, **(parts.get("_modules") or {})}
+                if _has(parts.values(), module):
+                    yield owner
         frame = frame.f_back
 
 

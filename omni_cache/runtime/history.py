@@ -97,6 +97,7 @@ class History:
         # A forecast is checked by all that it would have weighed, the entry that goes included.
         self._width = depth + 1 if forecast.checks else depth
         self._compared: list[_Compared] = []
+        self._errors: Errors | None = None  # of these, once they are known
 
     def push(
         self,
@@ -124,6 +125,7 @@ class History:
         if products is not None and self.forecast.checks:
             products.fetch()
             self._compared = [_Compared(at, products), *map(_Compared.of, compared)]
+            self._errors = None
         device = self.device or self.home
         moved, came = (
             tuple([_moved(each, device) for each in tensors]) for tensors in (residuals, entered)
@@ -193,6 +195,8 @@ class History:
         compared = self._compared
         if not compared or not self.kept:
             return None
+        if self._errors is not None:  # every step up to the next computed one asks
+            return self._errors
         readings = [each.products for each in compared if each.products is not None]
         if len(readings) < len(compared):
             return None
@@ -201,7 +205,8 @@ class History:
         times = [each.at for each in compared]
         checked = (self.forecast.check(times, each) for each in _matrices(readings, self._width))
         known = [each for each in checked if each is not None]
-        return max(known, key=lambda each: each.excess, default=None)
+        self._errors = max(known, key=lambda each: each.excess, default=None)
+        return self._errors
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -281,7 +286,8 @@ def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:
         return newest
     precise = torch.promote_types(newest.dtype, torch.float32)
     terms = (weight * each.to(precise) for weight, each in zip(row, entries, strict=True))
-    return reduce(torch.add, terms).to(newest.dtype)
+    # In place, since terms are nobody else's. Fused with the product, a sum would be rounded once.
+    return reduce(Tensor.add_, terms).to(newest.dtype)
 
 
 def _copied(value: Any) -> Any:

@@ -157,8 +157,10 @@ class Trajectory:
         self.steps.append(step)
         errors = self.history.errors
         if errors is not None:
-            last = max(place for place, each in enumerate(self.steps) if each.computed)
-            self.steps[last] = self.steps[last]._replace(errors=errors)
+            places = reversed(range(len(self.steps)))
+            last = next(place for place in places if self.steps[place].computed)
+            if self.steps[last].errors is not errors:
+                self.steps[last] = self.steps[last]._replace(errors=errors)
 
     def tell(self, told: Tensor, at: Time, total: int | None) -> None:
         """Fill in the last record once what its graph has told has come; it waits for nothing."""

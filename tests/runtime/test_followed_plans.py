@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from toy_transformer import (
 import omni_cache
 from omni_cache import Plan
 from omni_cache.runtime.reading import Reading
+from omni_cache.strategies import Time
+from omni_cache.strategies.base import Errors, Matrix
+from omni_cache.strategies.following import Planned
 
 LOOP = Loop(explicit=True)
 ACTIONS = "ccrcrcrr"
@@ -302,6 +305,20 @@ def test_the_guardrail_is_silent_on_what_the_plan_was_made_from() -> None:
     ]
     assert all(0.3 < each.excess < 1.5 for each in errors if each is not None)
     assert "expected" in str(omni_cache.summary(model))
+
+
+def test_a_forecast_is_checked_once_for_each_computed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    check, checked = Planned.check, []
+
+    def counted(self: Planned, kept: Sequence[Time], products: Matrix) -> Errors | None:
+        found = check(self, kept, products)
+        if found is not None:
+            checked.append(kept[0].index)
+        return found
+
+    monkeypatch.setattr(Planned, "check", counted)
+    LOOP.run(enabled(tuned_to_the_toy("cccrrcrr")))
+    assert checked == [1, 2, 5]
 
 
 def test_the_guardrail_inserts_steps_where_the_run_is_none_that_was_expected() -> None:
