@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from traceback import FrameSummary
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import nn
 from torch._C._dynamo.eval_frame import _FrameAction
 from torch._dynamo import list_backends, lookup_backend
 from torch._dynamo.exc import (
@@ -31,8 +31,6 @@ from torch._dynamo.exc import (
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-from omni_cache.repeats import traced_once
 
 Unwrapped = ShortenTraceback
 """Base of the errors of a backend that reach the caller of a compiled function as they are."""
@@ -57,6 +55,7 @@ __all__ = [
     "captures_conditionals",
     "compile_ahead",
     "compiled",
+    "find_vectors",
     "forget_compiled",
     "inductor_modes",
     "inductor_options",
@@ -84,7 +83,7 @@ def compiled(
     fullgraph: bool = False,
     dynamic: bool | None = None,
     at_limit: Callable[[str], None] | None = None,
-    repeating: Callable[[], nn.Module | None] = lambda: None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Callable[..., Any]:
     """A function compiled as ``torch.compile`` does, under settings of our own.
 
@@ -107,8 +106,7 @@ def compiled(
         dynamic: as in ``torch.compile``.
         at_limit: called when Dynamo makes no more graphs of a function, with one sentence that says
             so and why it needed another one.
-        repeating: tells the model whose blocks are traced once for all that are alike, where one
-            graph is asked for; see `omni_cache.repeats`.
+        around: makes what is entered around each trace.
     """
     context: Any = torch._dynamo.optimize(backend, nopython=fullgraph, dynamic=dynamic)
     convert = getattr(context, "callback", None)
@@ -118,7 +116,7 @@ def compiled(
     @functools.wraps(convert, assigned=())  # Dynamo finds the backend by an attribute
     def convert_under_settings(frame: Any, *rest: Any) -> Any:
         try:
-            with _settings(fullgraph, dynamic), traced_once(repeating() if fullgraph else None):
+            with _settings(fullgraph, dynamic), around():
                 result = convert(frame, *rest)
         except LimitError as error:
             if at_limit is not None:
@@ -281,6 +279,27 @@ def prepare_for_part() -> None:
         tracing.fw_metadata = None
 
 
+@functools.cache
+def find_vectors() -> Callable[[], None]:
+    """Begin to find out for which vector instructions C++ can be compiled, in other processes.
+
+    Inductor does so before its first kernel for a CPU, which takes seconds if no earlier process
+    has: they pass while this one traces.
+
+    Returns:
+        What waits until it is known.
+    """
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    def find() -> None:
+        with suppress(Exception):  # Inductor meets it again, and tells
+            valid_vec_isa_list()
+
+    thread = Thread(target=find, daemon=True)
+    thread.start()
+    return thread.join
+
+
 def run_inductor(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -298,6 +317,10 @@ def run_inductor(
             AOTAutograd finds them itself; of one that a backend built, it finds none.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    tensors = [each for each in example_inputs if isinstance(each, torch.Tensor)]
+    if tensors and all(each.device.type == "cpu" for each in tensors):
+        find_vectors()()
 
     @functools.wraps(compile_fx_inner)
     def compile_inner(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,21 @@ def test_a_break_is_told_where_one_graph_is_asked_for_and_nothing_has_run() -> N
         dynamo.compiled(breaking, Graphs(), fullgraph=True)(X)
     assert not ran
     assert dynamo.place_of(raised.value)[-1].name == "breaking"
+
+
+def test_what_is_around_is_entered_for_each_trace_and_for_no_call() -> None:
+    happened = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        happened.append("traced")
+        yield
+        happened.append("compiled")
+
+    double = dynamo.compiled(lambda x: x * 2, Graphs(), True, False, around=around)
+    for x in (X, X, X[1:]):
+        double(x)
+    assert happened == ["traced", "compiled"] * 2
 
 
 def test_a_number_taken_from_data_is_told_likewise() -> None:
@@ -443,3 +460,35 @@ def test_whether_cuda_graphs_take_conditional_nodes_is_known() -> None:
 
     known = hasattr(cudagraph_trees, "ControlFlowOpWarmupDispatchMode")
     assert dynamo.captures_conditionals() is known
+
+
+def test_vector_instructions_are_found_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, end = [], threading.Event()
+
+    def find() -> list[str]:
+        begun.append(threading.current_thread())
+        end.wait(10)
+        return []
+
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", find)
+    dynamo.find_vectors.cache_clear()
+    try:
+        wait = dynamo.find_vectors()
+        assert dynamo.find_vectors() is wait
+        end.set()
+        wait()
+        [thread] = begun
+        assert thread is not threading.current_thread()
+        assert not thread.is_alive()
+    finally:
+        dynamo.find_vectors.cache_clear()
+
+
+def test_inductor_takes_the_vector_instructions_that_were_found() -> None:
+    from torch._inductor.cpu_vec_isa import pick_vec_isa, valid_vec_isa_list
+
+    dynamo.find_vectors()()
+    before = valid_vec_isa_list.cache_info().misses
+    assert before
+    pick_vec_isa()
+    assert valid_vec_isa_list.cache_info().misses == before

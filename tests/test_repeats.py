@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -95,8 +96,8 @@ def captured(
         made.append(Captured(gm, guards, len(looks), None))
         return gm.forward
 
-    repeating = (lambda: model) if once else (lambda: None)
-    call = compiled(model.forward, backend, True, None, repeating=repeating)
+    around = partial(traced_once, model if once else None)
+    call = compiled(model.forward, backend, True, None, around=around)
     with torch.no_grad():
         torch.manual_seed(1)
         own = {name: copy.deepcopy(each) for name, each in inputs.items()}
@@ -186,7 +187,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_change_of_a_copied_block_is_seen(change: Callable[[Any], Any], at: int) -> None:
     model = Model()
-    call = compiled(model.forward, lambda gm, _: gm.forward, True, False, repeating=lambda: model)
+    call = compiled(
+        model.forward, lambda gm, _: gm.forward, True, False, around=partial(traced_once, model)
+    )
     with torch.no_grad():
         assert torch.equal(call(X), model(X))
         before = model(X)
@@ -438,7 +441,9 @@ class Counting(Block):
 
 def test_a_block_that_changes_itself_is_traced() -> None:
     model = Model(Counting)
-    call = compiled(model.forward, lambda gm, _: gm.forward, True, False, repeating=lambda: model)
+    call = compiled(
+        model.forward, lambda gm, _: gm.forward, True, False, around=partial(traced_once, model)
+    )
     looks.clear()
     with torch.no_grad():
         call(X)
@@ -509,7 +514,7 @@ def test_another_size_is_seen() -> None:
         made.append(gm)
         return gm.forward
 
-    call = compiled(model.forward, backend, True, None, repeating=lambda: model)
+    call = compiled(model.forward, backend, True, None, around=partial(traced_once, model))
     with torch.no_grad():
         for size in (3, 5, 7):
             x = torch.linspace(-1, 1, 2 * size * WIDTH).reshape(2, size, WIDTH)

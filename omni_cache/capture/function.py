@@ -9,15 +9,18 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from omni_cache.dynamo import LimitError, NoGraphError, compiled
+from omni_cache.dynamo import LimitError, NoGraphError, compiled, find_vectors
+from omni_cache.options import CompileOptions
 from omni_cache.passes import RegionError
+from omni_cache.repeats import traced_once
 from omni_cache.runtime.calls import bound_call
 
 
@@ -32,7 +35,7 @@ class CapturedFunction:
         backend: as for :func:`omni_cache.dynamo.compiled`.
         fullgraph: True to raise at a break, False to ask for pieces from the start.
         dynamic: as in ``torch.compile``.
-        blocks: "rolled" to trace blocks once for all that are alike, "unrolled" to trace each.
+        around: makes what is entered around the trace of one graph.
     """
 
     def __init__(
@@ -41,15 +44,14 @@ class CapturedFunction:
         backend: Callable[[GraphModule, list[Any]], Any],
         fullgraph: bool | None = None,
         dynamic: bool | None = None,
-        blocks: str = "rolled",
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._function = function
         self._fullgraph = fullgraph
         self._limits: list[str] = []
         self._breaks = fullgraph is False
         say = self._limits.append
-        repeating = _called_model if blocks == "rolled" else _no_model
-        self._whole = compiled(function, backend, True, dynamic, say, repeating)
+        self._whole = compiled(function, backend, True, dynamic, say, around)
         # A break makes Dynamo give up code, which others have to be captured whole from.
         pieces = with_own_code(function, "in_pieces")
         self._pieces = compiled(pieces, backend, False, dynamic, say)
@@ -82,13 +84,20 @@ class CapturedFunction:
         return result
 
 
-def _called_model() -> nn.Module | None:
+@contextmanager
+def tracing(flags: CompileOptions) -> Iterator[None]:
+    """Trace the called model: what repeats once, while its compiler is made ready.
+
+    Args:
+        flags: what the model is compiled with.
+    """
     call = bound_call.get()
-    return None if call is None else call.module
-
-
-def _no_model() -> None:
-    return None
+    model = None if call is None else call.module
+    devices = {each.device.type for each in model.parameters()} if model is not None else set()
+    if flags.inner == "inductor" and devices == {"cpu"}:
+        find_vectors()
+    with traced_once(model if flags.blocks == "rolled" else None):
+        yield
 
 
 def with_own_code(

@@ -54,9 +54,11 @@ def compile_program(
     guarded, per_sample = _split(gm, analysis, flags.guard, flags.history_dtype)
     constants, modulations = guarded.constants, guarded.modulations
     timestep = None if analysis.timestep is None else analysis.timestep.name
+    # First, since most kernels are the body's: they are compiled while other parts are lowered.
+    body = _compile_named(guarded.body, examples, flags)
     parts = GuardedParts(
         prologue=_compile_named(guarded.prologue, examples, flags),
-        body=_compile_named(guarded.body, examples, flags),
+        body=body,
         epilogue=_compile_named(guarded.epilogue, examples, flags),
         reuse=_compile_named(guarded.reuse, examples, flags),
         merges=guarded.merges,

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.fx import GraphModule
 
 from omni_cache.backend import omni_cache_backend
 from omni_cache.capture.extractor import ExtractedModel, Extractor, find_extractor
-from omni_cache.capture.function import CapturedFunction, with_own_code
+from omni_cache.capture.function import CapturedFunction, tracing, with_own_code
 from omni_cache.capture.pieces import refusal_in_pieces
 from omni_cache.dynamo import leave_uncompiled
 from omni_cache.errors import UncachedWarning
@@ -497,8 +498,8 @@ def _runner(
         return ExtractedModel(extractor, type(module), flags, **compile_flags)
     # Models of one class with equal flags share what is compiled.
     own = with_own_code(entry, type(module), {**options, **compile_flags})
-    blocks = CompileOptions.parse(options).blocks
-    return CapturedFunction(own, _Backend(options), **compile_flags, blocks=blocks)
+    around = partial(tracing, CompileOptions.parse(options))
+    return CapturedFunction(own, _Backend(options), **compile_flags, around=around)
 
 
 @dataclass(frozen=True)
