@@ -606,7 +606,7 @@ def test_a_list_that_is_another_s_or_in_two_places_is_traced() -> None:
         own = [y]
         return own, own
 
-    def take(result: Any) -> Tensor:
+    def take(result: Any) -> Any:
         result[0].append(2.0)
         return result[1][0] * result[1][-1]
 
