@@ -53,7 +53,7 @@ class _Pairs:
     def are_alike(self, one: Any, other: Any) -> bool:
         if type(one) is not type(other):
             return False
-        if isinstance(one, _VALUES):
+        if isinstance(one, _VALUES) and (isinstance(one, _NAMED) or not hasattr(one, "__dict__")):
             return bool(one == other) and repr(one) == repr(other)  # 0.0 is not like -0.0
         if id(one) in self.others or id(other) in self._ones:
             return self.others.get(id(one)) is other and self._ones.get(id(other)) is one
@@ -65,22 +65,30 @@ class _Pairs:
             return self._mappings(_attributes(one), _attributes(other))
         if one is other:
             return True
-        if isinstance(one, Mapping):
-            return type(one).__module__ in _STANDARD and self._mappings(one, other)
-        if isinstance(one, list | tuple):
-            return self._sequences(one, other)
-        if isinstance(one, set | frozenset):
-            return one == other and all(isinstance(each, _VALUES) for each in one)
+        if isinstance(one, Mapping | list | tuple | set | frozenset):
+            return self._containers(one, other)
         has_attributes_only = type(one).__basicsize__ == _Plain.__basicsize__
         if not has_attributes_only or not hasattr(one, "__dict__"):
             return False
         return self._mappings(_attributes(one), _attributes(other))
+
+    def _containers(self, one: Any, other: Any) -> bool:
+        if not self._mappings(getattr(one, "__dict__", {}), getattr(other, "__dict__", {})):
+            return False
+        if isinstance(one, Mapping):
+            return type(one).__module__ in _STANDARD and self._mappings(one, other)
+        # Equal sets may hold 1 and True, and go through what they hold in another order.
+        return self._sequences(list(one), list(other))
 
     def _tensors(self, one: Tensor, other: Tensor) -> bool:
         if type(one) not in (Tensor, nn.Parameter, nn.Buffer) or one.layout is not torch.strided:
             return one is other
         same_sizes = (one.size(), one.stride()) == (other.size(), other.stride())
         same = same_sizes and kind_of_tensor(one) == kind_of_tensor(other)
+        # Only a leaf's gradient can be asked for without a warning.
+        same = same and one.is_leaf == other.is_leaf
+        if same and one.is_leaf and not self.are_alike(one.grad, other.grad):
+            return False
         return same and self._mappings(vars(one), vars(other))
 
     def _mappings(self, one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
@@ -101,4 +109,6 @@ _VALUES = (
     *(torch.Size, torch.dtype, torch.device),
     *(type, FunctionType, BuiltinFunctionType, ModuleType),
 )
+_NAMED = (type, FunctionType, BuiltinFunctionType, ModuleType)
+"""Those of them that are what they are, whatever attributes they have."""
 _STANDARD = ("builtins", "collections")

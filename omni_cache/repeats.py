@@ -88,7 +88,7 @@ class _Tracing:
     ) -> Any:
         """What a call that is being traced returns: by a copy where one will do."""
         is_nested = self.is_within_block or tx.output.current_tracer.parent is not None
-        if is_nested or block.source is None:
+        if is_nested or block.source is None or _is_key(block.source):
             return trace()
         if not _has_no_effect(tx):
             return trace()
@@ -216,11 +216,22 @@ def _sizes(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(each.node.expr if isinstance(each, torch.SymInt) else each for each in sizes)
 
 
-def _tensors(given: Any) -> Iterator[_Tensor]:
-    if isinstance(given, _Tensor):
-        yield given
+def _parts(given: Any) -> Iterator[Any]:
+    yield given
     for each in given.items if isinstance(given, _Items) else ():
-        yield from _tensors(each)
+        yield from _parts(each)
+
+
+def _tensors(given: Any) -> Iterator[_Tensor]:
+    return (each for each in _parts(given) if isinstance(each, _Tensor))
+
+
+def _may_tell(part: Any, block: nn.Module, tx: Any) -> bool:
+    """Whether a block could find itself in what it is given, and so learn its place."""
+    if not isinstance(part, _Same):
+        return False
+    value = tx.output.resolve_source_value(part.source)
+    return isinstance(value, nn.Module) and any(each is block for each in value.modules())
 
 
 def _pairs(given: Any, other: Any) -> Iterator[tuple[Node, Node]]:
@@ -266,6 +277,8 @@ class _Before:
             nodes = self._nodes()
             within = {*nodes, *(each.node for each in _tensors(given))}
             _check_nodes(nodes, within, self._inputs)
+            if any(_may_tell(part, block.value, tx) for part in _parts(given)):
+                raise _UnlikeError
             calls = {name: count for name, count in tx.num_calls.items() if name.startswith(path)}
             if {**self._calls, **calls} != tx.num_calls or calls.keys() & self._calls:
                 # It calls what others call, and Dynamo numbers the calls of a module.
@@ -376,6 +389,8 @@ class _Copy:
             raise _UnlikeError  # two of its tensors are one in the other call
         if len(set(self._nodes.values())) < len(self._nodes):
             raise _UnlikeError  # or the other way round
+        if any(node in self._nodes for node in traced.weights):
+            raise _UnlikeError  # the traced block was given a weight of its own
         self._read_weights()
         for node in traced.nodes:
             self._nodes[node] = self._copied(node)
@@ -447,9 +462,32 @@ class _Copy:
         return around
 
     def _guard(self, guard: Any) -> None:
-        its = self._its_source(guard.originating_source).make_guard(guard.create_fn)
+        source = self._its_source(guard.originating_source)
+        self._note_number(source, guard)
+        its = source.make_guard(guard.create_fn)
         its.user_stack = guard.user_stack
         self._tx.output.guards.add(its, collect_debug_stack=False)
+
+    def _note_number(self, source: Any, guard: Any) -> None:
+        """Have Dynamo remember a number of the block, as it does of one that it has read.
+
+        One that is another at a later call may change from then on. Of those that Dynamo does not
+        know, each would cost a graph of its own.
+        """
+        from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic, get_code_state
+
+        if guard.inner_create_fn().__name__ not in ("CONSTANT_MATCH", "EQUALS_MATCH"):
+            return
+        value = self._tx.output.resolve_source_value(source)
+        if type(value) not in (int, float):
+            return
+        own = guard.originating_source.name
+        for state in get_code_state().values():  # of all code that has read the first block's
+            if own in state.automatic_dynamic:
+                noted = state.automatic_dynamic[source.name]
+                noted |= FrameStateSizeEntry.make_scalar(value)
+                if noted.scalar is auto_dynamic:
+                    raise _UnlikeError  # a trace would not take it for a constant
 
     def _returned(self, result: Any, seen: dict[Node, Any]) -> Any:
         from torch._dynamo.variables.base import ValueMutationNew
@@ -478,9 +516,13 @@ class _Copy:
 
 def _has_no_effect(tx: Any) -> bool:
     """Whether nothing that lives outside of what is traced has been changed."""
+    from torch._dynamo.variables.tensor import TensorVariable
+
     effects = tx.output.side_effects
     changed = getattr(effects, "mutated_sources", True)  # not every version tells
-    return not (changed or effects.tensor_hooks or effects.save_for_backward)
+    # An attribute of a tensor that is made meanwhile is no change of anything outside.
+    has_marks = any(type(each) is TensorVariable for each in effects.store_attr_mutations)
+    return not (changed or has_marks or effects.tensor_hooks or effects.save_for_backward)
 
 
 def _surroundings(tx: Any) -> tuple[Any, ...]:
@@ -536,11 +578,22 @@ def _check_nodes(nodes: Iterable[Node], within: Container[Node], before: Contain
         owner = getattr(node.target, "__self__", None)
         if node.op == "call_module" or not isinstance(owner, ModuleType | type | None):
             raise _UnlikeError
+        if _is_inplace_view(node):
+            raise _UnlikeError  # what is known of its input is no more what the call was given
         if "unbacked_bindings" in node.meta:
             raise _UnlikeError  # a size that depends on data is another one at each call
         for each in node.all_input_nodes:
             if each not in within and each not in before and not _is_tensor_from_outside(each):
                 raise _UnlikeError
+
+
+def _is_inplace_view(node: Node) -> bool:
+    """Whether a node gives its input another size or another memory, as `unsqueeze_` does."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") else None
+    return packet is not None and any(
+        torch.Tag.inplace_view in getattr(packet, each).tags for each in packet.overloads()
+    )
 
 
 def _is_tensor_from_outside(node: Node) -> bool:
@@ -551,6 +604,8 @@ def _is_tensor_from_outside(node: Node) -> bool:
 
 def _given_back(result: Any, within: Container[Node], args: Sequence[Any]) -> Any:
     """What a call returns, of nodes of its own or of what it was given."""
+    if not _has_own_lists(result):
+        raise _UnlikeError
     given = _given(result)
     parts = [given]
     for part in parts:
@@ -565,6 +620,25 @@ def _given_back(result: Any, within: Container[Node], args: Sequence[Any]) -> An
     if own & its or any(isinstance(part, _Items) and part.keys for part in parts):
         raise _UnlikeError
     return given
+
+
+def _has_own_lists(result: Any) -> bool:
+    """Whether each list in a result was made by the call, and is in one place of it."""
+    from torch._dynamo.variables.lazy import LazyVariableTracker
+    from torch._dynamo.variables.lists import ListVariable, TupleVariable
+
+    lists: set[int] = set()
+    values = [result]
+    for each in values:
+        if type.__instancecheck__(LazyVariableTracker, each):
+            each = each.realize()
+        if type(each) is ListVariable:
+            if each.source is not None or id(each) in lists:
+                return False
+            lists.add(id(each))
+        if type(each) in (ListVariable, TupleVariable):
+            values += each.items
+    return True
 
 
 def _weights_below(source: Any, tx: Any) -> list[Node]:
@@ -596,6 +670,8 @@ def _guards_below(source: Any, tx: Any) -> list[Any]:
         elif _is_below(guard.originating_source, source):
             if guard.originating_source in tensors or _is_by_class(guard.originating_source):
                 continue
+            if kind == "ID_MATCH":
+                raise _UnlikeError  # its code has asked which object it is
             if isinstance(guard.create_fn, functools.partial) and kind.startswith("TENSOR"):
                 raise _UnlikeError
             guards.append(guard)
@@ -606,6 +682,13 @@ def _is_source(value: Any) -> bool:
     from torch._guards import Source
 
     return isinstance(value, Source)
+
+
+def _is_key(source: Any) -> bool:
+    """Whether something is known as the key of a dictionary, which tells it from all others."""
+    from torch._dynamo.source import ConstDictKeySource
+
+    return any(isinstance(each, ConstDictKeySource) for each in _chain(source))
 
 
 def _is_below(source: Any, block: Any) -> bool:

@@ -157,3 +157,34 @@ def test_what_a_module_runs_in_place_of_its_call_is_none_of_its_code() -> None:
     vars(one)["_compiled_call_impl"] = object()
     assert twins(one, other) is not None
     assert twins(other, one) is not None
+
+
+class Words(str):
+    """A string with attributes."""
+
+
+class Numbers(list[float]):
+    """A list with attributes."""
+
+
+def test_attributes_of_strings_and_lists_count() -> None:
+    for kind, content in ((Words, "a"), (Numbers, [1.0])):
+        one, other = nn.Module(), nn.Module()
+        for at, each in enumerate((one, other)):
+            part: Any = kind(content)  # type: ignore[operator]
+            part.place = at
+            each.part = part
+        assert twins(one, other) is None
+
+
+def test_sets_are_compared_by_what_they_hold() -> None:
+    one, other = nn.Module(), nn.Module()
+    one.part, other.part = {1}, {True}  # type: ignore[assignment]
+    assert twins(one, other) is None
+
+
+def test_a_gradient_counts() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert twins(one, other) is not None
+    one.bias.grad = torch.zeros(2)
+    assert twins(one, other) is None

@@ -536,6 +536,130 @@ def test_blocks_in_blocks_are_copied_with_them() -> None:
     assert assert_same(Model(Nested), {"x": X}) == 2
 
 
+places: dict[Any, float] = {}
+"""What the blocks of a test are told by who they are."""
+
+
+FINDS: dict[str, Callable[..., Any]] = {
+    "its identity": lambda b, x, y: y * places[id(b)],
+    "itself as a key": lambda b, x, y: y * places[b],
+}
+
+
+@pytest.mark.parametrize("find", FINDS.values(), ids=FINDS.keys())
+def test_a_block_that_asks_who_it_is_is_traced(find: Callable[..., Any]) -> None:
+    model: Any = returning(find, lambda r: r)
+    places.clear()
+    for at, block in enumerate(model.blocks):
+        places[block if find is FINDS["itself as a key"] else id(block)] = at + 1.0
+    assert assert_same(model, {"x": X}) == 4
+
+
+def test_a_block_that_finds_itself_in_what_it_is_given_is_traced() -> None:
+    class Finding(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            y = super().forward(x)
+            return y * 2 if args[0].blocks[0] is self else y
+
+    def call(self: Any, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x, self)
+        return x
+
+    assert_same(Given(call, Finding), {"x": X})
+
+
+def test_the_first_block_s_weight_is_given_to_all() -> None:
+    def call(self: Any, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x, self.blocks[0].linear.bias)
+        return x
+
+    assert_same(Given(call, Taking), {"x": X})
+
+
+def test_what_is_noted_on_a_tensor_is_seen() -> None:
+    class Reading(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x) * x.factor  # type: ignore[attr-defined]
+
+    def call(self: Any, x: Tensor) -> Any:
+        for at, block in enumerate(self.blocks):
+            x = x + 0
+            x.factor = float(at)  # type: ignore[attr-defined]
+            x = block(x)
+        return x
+
+    assert assert_same(Given(call, Reading), {"x": X}) == 4
+
+
+def test_what_a_block_notes_on_a_tensor_is_seen() -> None:
+    def give(block: Any, x: Tensor, y: Tensor) -> Tensor:
+        y.factor = 2.0  # type: ignore[attr-defined]
+        return y
+
+    assert assert_same(returning(give, lambda r: r * r.factor), {"x": X}) == 4
+
+
+def test_a_list_that_is_another_s_or_in_two_places_is_traced() -> None:
+    def twice(block: Any, x: Tensor, y: Tensor) -> Any:
+        own = [y]
+        return own, own
+
+    def take(result: Any) -> Any:
+        result[0].append(2.0)
+        return result[1][0] * result[1][-1]
+
+    assert_same(returning(twice, take), {"x": X})
+
+    def call(self: Any, x: Tensor) -> Any:
+        for block in self.blocks:
+            x, kept = block(x)
+        kept.append(3.0)
+        return x
+
+    parts: Any = returning(lambda b, x, y: (y, b.kept), take).blocks
+    model: Any = Given(call, type(parts[0]))
+    for block in model.blocks:
+        block.kept = [2.0]
+    captured(model, {"x": X}, once=True)
+    assert [len(block.kept) for block in model.blocks] == [1, 1, 1, 2]
+
+
+def test_a_block_that_turns_what_it_is_given_is_traced() -> None:
+    def turn(block: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x.unsqueeze_(0) if x.dim() == 3 else x * y
+
+    def call(self: Any, x: Tensor) -> Any:
+        x = x + 0
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    parts: Any = returning(turn, call).blocks
+    assert_same(Given(call, type(parts[0])), {"x": X})
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_numbers_that_change_need_no_more_graphs(once: bool) -> None:
+    torch._dynamo.reset()
+    model: Any = Model()
+    made: list[GraphModule] = []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        made.append(gm)
+        return gm.forward
+
+    around = partial(traced_once, model if once else None)
+    call = compiled(model.forward, backend, True, None, around=around)
+    with torch.no_grad():
+        for scale in (0.5, 0.25, 0.75, 2.0):
+            for block in model.blocks:
+                block.scale = scale
+            torch.testing.assert_close(call(X), model(X))
+    assert len(made) == 2
+
+
 def test_a_trace_that_begins_anew_forgets_what_it_has_traced() -> None:
     model = Model()
     first = captured(model, {"x": X}, once=True)
