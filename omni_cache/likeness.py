@@ -5,7 +5,7 @@ Knows nothing of compilers or caches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -16,18 +16,26 @@ _IGNORED = "_compiled_call_impl"
 """What runs in place of a module's ``__call__``; none of the module's own code reads it."""
 
 
-def twins(one: nn.Module, other: nn.Module) -> dict[int, Any] | None:
+def twins(
+    one: nn.Module, other: nn.Module, read: Container[str] | None = None
+) -> dict[int, Any] | None:
     """The parts of another module, by the identity of the part of this one that each is like.
 
     Alike are values of one class that are equal, tensors of equal size, layout, dtype, device and
     flags, whatever they hold, and objects with alike attributes in one order. What is one object in
     the first module is one object in the second, and what both share is in neither's place twice.
 
+    Args:
+        one: a module.
+        other: another one.
+        read: the names of attributes and items that code has read; numbers and texts under other
+            names, such as a block's place among the others, need not be equal. None for all names.
+
     Returns:
         None where anything differs, or is of a kind that cannot be compared, such as a method that
         somebody has put on one of them.
     """
-    found = _Pairs()
+    found = _Pairs(read)
     return found.others if found.are_alike(one, other) else None
 
 
@@ -46,7 +54,8 @@ class _Plain:
 class _Pairs:
     """What has been compared so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Container[str] | None) -> None:
+        self._read = read
         self.others: dict[int, Any] = {}
         self._ones: dict[int, Any] = {}
 
@@ -92,9 +101,14 @@ class _Pairs:
         return same and self._mappings(vars(one), vars(other))
 
     def _mappings(self, one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
-        return self._sequences(list(one), list(other)) and self._sequences(
-            list(one.values()), list(other.values())
+        return self._sequences(list(one), list(other)) and all(
+            self.are_alike(each, its) or self._may_differ(name, each, its)
+            for name, each, its in zip(one, one.values(), other.values(), strict=True)
         )
+
+    def _may_differ(self, name: Any, one: Any, other: Any) -> bool:
+        is_unread = self._read is not None and isinstance(name, str) and name not in self._read
+        return is_unread and type(one) is type(other) and type(one) in (bool, int, float, str)
 
     def _sequences(self, one: Sequence[Any], other: Sequence[Any]) -> bool:
         return len(one) == len(other) and all(map(self.are_alike, one, other))

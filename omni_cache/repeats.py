@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from torch.fx.node import map_arg
 from omni_cache.likeness import kind_of_tensor, twins
 
 logger = logging.getLogger(__name__)
+
+_amp: Any = torch.amp
 
 
 @contextmanager
@@ -292,6 +295,7 @@ class _Before:
                 nodes=nodes,
                 result=_given_back(result, within, self._args),
                 guards=_guards_below(block.source, tx),
+                read=_names_below(block.source, tx),
                 ordered=[
                     each for each in tx.output.guard_on_key_order if _is_below(each, block.source)
                 ],
@@ -324,6 +328,7 @@ class _Traced:
         nodes: what the call computes.
         result: what it returns, made of nodes.
         guards: what must hold of the block, for what was traced to hold.
+        read: the names under which the call has read anything of the block; None for any.
         ordered: the dictionaries of the block whose order counts.
         calls: how often each module was called, by the names that Dynamo counts by.
         surroundings: the line that called it, and the modes that it was called in.
@@ -337,6 +342,7 @@ class _Traced:
     nodes: list[Node]
     result: Any
     guards: list[Any]
+    read: set[str] | None
     ordered: list[Any]
     calls: dict[str, int]
     surroundings: tuple[Any, ...]
@@ -350,7 +356,7 @@ class _Traced:
             return None
         if self.surroundings != _surroundings(tx):
             return None
-        others = twins(self.module, block.value)
+        others = twins(self.module, block.value, self.read)
         if others is None:
             return None
         graph = tx.output.graph
@@ -377,6 +383,7 @@ class _Copy:
         self._path = _path(block)
         self._nodes: dict[Node, Node] = {}
         self._sources = {traced.source: block.source}
+        self._scopes: dict[Node, Any] = {}
 
     def made(self, given: _Items) -> Any:
         """What the call returns, given what it is called with."""
@@ -392,8 +399,9 @@ class _Copy:
         if any(node in self._nodes for node in traced.weights):
             raise _UnlikeError  # the traced block was given a weight of its own
         self._read_weights()
-        for node in traced.nodes:
-            self._nodes[node] = self._copied(node)
+        with _left_at_the_end(self._scopes):
+            for node in traced.nodes:
+                self._nodes[node] = self._copied(node)
         for guard in traced.guards:
             self._guard(guard)
         tx.output.guard_on_key_order.update(map(self._its_source, traced.ordered))
@@ -437,10 +445,17 @@ class _Copy:
         name = re.sub(r"_\d+$", "", node.name)
         made: Node = self._tracer.create_node(node.op, node.target, args, kwargs, name)
         self._describe(made, node)
-        if node.op != "get_attr":
-            set_example_value(made, get_fake_value(made, self._tx, allow_non_graph_fake=True))
-        else:
+        if node.op == "get_attr":
             made.meta["example_value"] = node.meta["example_value"]
+        elif node.target == _amp._enter_autocast:
+            self._scopes[made] = _amp._enter_autocast(*node.args)
+        elif node.target == _amp._exit_autocast:
+            [begin] = made.all_input_nodes
+            _amp._exit_autocast(self._scopes.pop(begin))
+        else:
+            value = get_fake_value(made, self._tx, allow_non_graph_fake=True)
+            if node.target is not operator.setitem:
+                set_example_value(made, value)
         return made
 
     def _describe(self, made: Node, node: Node) -> None:
@@ -573,7 +588,8 @@ def _check_nodes(nodes: Iterable[Node], within: Container[Node], before: Contain
     for node in nodes:
         value = node.meta.get("example_value")
         values = value if isinstance(value, tuple | list) else [value]
-        if not all(isinstance(each, torch.Tensor | torch.SymInt | int) for each in values):
+        is_known = all(isinstance(each, torch.Tensor | torch.SymInt | int) for each in values)
+        if not (is_known or node.target is operator.setitem or _is_closed_scope(node, within)):
             raise _UnlikeError
         owner = getattr(node.target, "__self__", None)
         if node.op == "call_module" or not isinstance(owner, ModuleType | type | None):
@@ -585,6 +601,24 @@ def _check_nodes(nodes: Iterable[Node], within: Container[Node], before: Contain
         for each in node.all_input_nodes:
             if each not in within and each not in before and not _is_tensor_from_outside(each):
                 raise _UnlikeError
+
+
+def _is_closed_scope(node: Node, within: Container[Node]) -> bool:
+    """Whether a node begins or ends a scope of autocast that lies within a call."""
+    if node.target is _amp._enter_autocast:
+        ends = [each.target is _amp._exit_autocast and each in within for each in node.users]
+        return ends == [True]
+    return node.target is _amp._exit_autocast and node.args[0] in within
+
+
+@contextmanager
+def _left_at_the_end(scopes: dict[Node, Any]) -> Iterator[None]:
+    """Leave scopes of autocast that an error has kept open."""
+    try:
+        yield
+    finally:
+        for scope in reversed(list(scopes.values())):
+            _amp._exit_autocast(scope)
 
 
 def _is_inplace_view(node: Node) -> bool:
@@ -676,6 +710,26 @@ def _guards_below(source: Any, tx: Any) -> list[Any]:
                 raise _UnlikeError
             guards.append(guard)
     return guards
+
+
+def _names_below(source: Any, tx: Any) -> set[str] | None:
+    """The names of attributes and items of a block on which any guard stands: what was read.
+
+    None where a guard compares something as a whole that has names of its own.
+    """
+    names: set[str] = set()
+    for guard in tx.output.guards:
+        if not _is_below(guard.originating_source, source):
+            continue
+        if guard.inner_create_fn().__name__ in ("CONSTANT_MATCH", "EQUALS_MATCH"):
+            compared = tx.output.resolve_source_value(guard.originating_source)
+            if isinstance(compared, Mapping) or getattr(compared, "__dict__", None):
+                return None
+        for each in _chain(guard.originating_source):
+            for part in (getattr(each, part.name) for part in fields(each)):
+                key = tx.output.resolve_source_value(part) if _is_key(part) else part
+                names.update([key] if isinstance(key, str) else [])
+    return names
 
 
 def _is_source(value: Any) -> bool:

@@ -66,6 +66,20 @@ def test_blocks_with_other_weights_are_alike_part_by_part() -> None:
     assert found[id(one.processor)] is other.processor
 
 
+def test_numbers_and_texts_that_nobody_reads_may_differ() -> None:
+    one, other = Block(), Block()
+    one.place, other.place = 1, 2
+    one.processor.names["b"], other.processor.names["b"] = "x", "y"
+    assert twins(one, other) is None
+    assert twins(one, other, read={"scale"}) is not None
+    for name in ("place", "b"):
+        assert twins(one, other, read={name}) is None
+    other.place = 2.0
+    assert twins(one, other, read=set()) is None
+    other.place, other.pair = 2, (2, None, "x")
+    assert twins(one, other, read=set()) is None
+
+
 def test_a_module_is_like_itself() -> None:
     block = tied()
     found = twins(block, block)

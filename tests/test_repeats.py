@@ -237,6 +237,72 @@ def test_blocks_that_know_their_place_are_traced() -> None:
     assert assert_same(Model(Numbered), {"x": X}) == 4
 
 
+class Labelled(Block):
+    """Blocks with a number, a text and an item that no code reads, but one that does."""
+
+    count = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Labelled.count += 1
+        self.layer = Labelled.count
+        self.name = f"block {Labelled.count}"
+        self.notes = {"place": Labelled.count, "shift": 0.5}
+        self.options = {"first": 1.0, "place": 2.0}
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) + self.notes["shift"]
+
+
+def test_a_place_that_no_code_reads_is_no_difference() -> None:
+    Labelled.count = 0
+    model = Model(Labelled)
+    assert assert_same(model, {"x": X}) == 1
+    model.blocks[2].notes["shift"] = 3.0
+    assert assert_same(model, {"x": X}) == 2
+    model.blocks[2].notes["shift"] = 0.5
+    model.blocks[2].layer = None
+    assert assert_same(model, {"x": X}) == 2
+
+
+def summed(block: Any, x: Tensor) -> Tensor:
+    return x + sum(block.options.values())
+
+
+def looked_up(block: Any, x: Tensor) -> Tensor:
+    for name, value in block.options.items():
+        x = x * value if name == "place" else x
+    return x
+
+
+def by_name(block: Any, x: Tensor) -> Tensor:
+    return x * getattr(block, "layer") * vars(block)["layer"]  # noqa: B009
+
+
+def by_text(block: Any, x: Tensor) -> Tensor:
+    return x * len(block.name) if block.name.endswith("3") else x
+
+
+def unpacked(block: Any, x: Tensor) -> Tensor:
+    return with_options(x, **block.options)
+
+
+def with_options(x: Tensor, first: float, place: float) -> Tensor:
+    return x * first + place
+
+
+@pytest.mark.parametrize("read", [summed, looked_up, by_name, by_text, unpacked])
+def test_a_place_that_code_reads_is_one(read: Callable[[Any, Tensor], Tensor]) -> None:
+    class Reading(Labelled):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return read(self, super().forward(x))
+
+    Labelled.count = 0
+    model = Model(Reading)
+    model.blocks[2].options["place"] = 5.0
+    assert assert_same(model, {"x": X}) > 1
+
+
 def test_two_kinds_are_traced_once_each() -> None:
     class Other(Block):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -410,7 +476,10 @@ RETURNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     "a shape": (lambda b, x, y: y.reshape(x.shape), lambda r: r, 1),
     "a dictionary": (lambda b, x, y: {"y": y}, lambda r: r["y"], 4),
     "a weight": (lambda b, x, y: b.linear.bias + y, lambda r: r, 1),
-    "its own mode": (lambda b, x, y: in_bfloat16(b, y), lambda r: r.float(), 4),
+    "its own scope": (lambda b, x, y: in_bfloat16(b, y), lambda r: r.float(), 1),
+    "a scope that it leaves open": (lambda b, x, y: left_open(b, y), lambda r: closed(r), 4),
+    "an item that it writes": (lambda b, x, y: with_item(y, x), lambda r: r, 1),
+    "an item of what it is given": (lambda b, x, y: with_item(x, y) + y, lambda r: r, 1),
     "an item of data": (lambda b, x, y: y * x[0, 0, 0], lambda r: r, 1),
 }
 
@@ -418,6 +487,22 @@ RETURNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
 def in_bfloat16(block: Any, y: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return block.linear(y)
+
+
+def left_open(block: Any, y: Tensor) -> Tensor:
+    torch.set_grad_enabled(True)
+    return y
+
+
+def closed(y: Tensor) -> Tensor:
+    torch.set_grad_enabled(False)
+    return y
+
+
+def with_item(x: Tensor, y: Tensor) -> Tensor:
+    x[..., ::2] = y[..., ::2]
+    x[0, 0] = 1.0
+    return x
 
 
 @pytest.mark.parametrize(("give", "take", "traced"), RETURNS.values(), ids=RETURNS.keys())
