@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from omni_cache.likeness import twins
+from omni_cache.repeats.likeness import twins
 
 
 class Processor:
