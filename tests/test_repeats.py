@@ -265,6 +265,25 @@ def test_a_place_that_no_code_reads_is_no_difference() -> None:
     assert assert_same(model, {"x": X}) == 2
 
 
+def test_blocks_with_adapters_are_copied_and_watched() -> None:
+    """LoRA layers of peft know by name what they stand in place of."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, Model())
+    assert assert_same(model, {"x": X}) == 1
+    call = compiled(
+        model.forward, lambda gm, _: gm.forward, True, None, around=partial(traced_once, model)
+    )
+    with torch.no_grad():
+        before = call(X)
+        model.blocks[2].linear.scaling["default"] = 7.0
+        assert not torch.equal(call(X), before)
+        assert torch.equal(call(X), model(X))
+        model.blocks[3].linear.enable_adapters(False)
+        assert torch.equal(call(X), model(X))
+
+
 def summed(block: Any, x: Tensor) -> Tensor:
     return x + sum(block.options.values())
 
