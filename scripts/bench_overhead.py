@@ -44,7 +44,7 @@ CONFIG = {
 }
 IMAGE_TOKENS, TEXT_TOKENS = 256, 64
 BAR_RATIO = 1.05
-PARTS = ("prologue", "body", "epilogue", "reuse")
+PARTS = ("body", "prologue", "epilogue", "reuse")
 
 
 class TimedInductor:

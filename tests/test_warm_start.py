@@ -23,7 +23,7 @@ from toy_transformer import ALWAYS_REUSE, CHANNELS, TOKENS, ToyTransformer, gaus
 import omni_cache
 
 STEPS = 4
-PARTS = ("prologue", "body", "epilogue", "reuse")
+PARTS = ("body", "prologue", "epilogue", "reuse")
 
 MAGCACHE: dict[str, Any] = {
     "cache": "magcache",

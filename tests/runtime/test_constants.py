@@ -36,7 +36,7 @@ import omni_cache
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-PARTS = ("prologue", "body", "epilogue", "reuse", "constants")
+PARTS = ("body", "prologue", "epilogue", "reuse", "constants")
 """In the order in which they are compiled."""
 
 

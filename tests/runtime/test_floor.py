@@ -23,7 +23,7 @@ from omni_cache.runtime.history import History
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-PARTS = ("prologue", "body", "epilogue", "reuse")
+PARTS = ("body", "prologue", "epilogue", "reuse")
 """In the order in which they are compiled."""
 
 EVERY_THIRD = {**MAGCACHE, "threshold": 1e9, "max_skip_steps": 2, "retention_ratio": 0.0}
