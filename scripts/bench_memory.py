@@ -338,7 +338,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             continue
         peers = [(who, rows[case._replace(who=who)]) for who in PEERS.get(case.strategy, ())]
         named = "; ".join(
-            f"{who} {each['bytes']:,}"
+            (f"{who} {each['bytes']:,}" if each["bytes"] else f"{who} caches nothing")
             + ("" if each["schedule"] == mine["schedule"] else f" at {each['schedule']}")
             for who, each in peers
         )
@@ -349,7 +349,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         )
     ours = [each for case, each in rows.items() if case.who == OURS]
     worst = max(abs(each["bytes"] / each["predicted"] - 1) for each in ours)
-    theirs = [(case, each) for case, each in rows.items() if case.who != OURS]
+    theirs = [(case, each) for case, each in rows.items() if case.who != OURS and each["bytes"]]
     shares = [each["bytes"] / rows[case._replace(who=OURS)]["bytes"] for case, each in theirs]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return "\n".join(

@@ -249,7 +249,7 @@ def memory(report: Report) -> Iterator[Fact]:
     shares = [
         each["bytes"] / own[each["architecture"], each["strategy"]]["bytes"]
         for each in rows
-        if each["predicted"] is None
+        if each["predicted"] is None and each["bytes"]  # some cache nothing of an architecture
     ]
     yield "memory of a trajectory, off what `explain` foresees", f"{100 * off:.2f}% at most"
     yield "memory of peers over it", span(shares, 2)

@@ -80,6 +80,7 @@ def test_each_report_of_speed_and_memory_has_its_facts(tmp_path: Path) -> None:
             "rows": [
                 {**architecture, "bytes": 1005, "predicted": 1000},
                 {**architecture, "bytes": 2010, "predicted": None},
+                {**architecture, "bytes": 0, "predicted": None},
             ]
         },
         "history": {"measured": [{"history_dtypes": own | rounded}]},
