@@ -289,10 +289,11 @@ def find_vectors() -> Callable[[], None]:
     Returns:
         What waits until it is known.
     """
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 
     def find() -> None:
         with suppress(Exception):  # Inductor meets it again, and tells
+            from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
             valid_vec_isa_list()
 
     thread = Thread(target=find, daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -529,6 +530,12 @@ def test_what_a_block_returns_and_does(
     give: Callable[..., Any], take: Callable[..., Any], traced: int
 ) -> None:
     assert assert_same(returning(give, take), {"x": X}) == traced
+
+
+@pytest.mark.parametrize("draw", [lambda: random.uniform(1.0, 2.0), lambda: random.randint(1, 5)])
+def test_blocks_that_draw_python_s_random_numbers_are_traced(draw: Callable[[], float]) -> None:
+    model = returning(lambda b, x, y: y * draw(), lambda r: r)
+    assert captured(model, {"x": X}, once=True).looks == 4
 
 
 class Counting(Block):
