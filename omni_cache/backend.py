@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from omni_cache.capture.frame import TracedFrame
 from omni_cache.capture.pieces import block_by_block, check_piece, is_news, refused
 from omni_cache.capture.ranks import groups_of_body
-from omni_cache.dynamo import is_bucket, last_graph, traced_frame
+from omni_cache.dynamo import is_bucket, last_graph, only_returns, traced_frame
 from omni_cache.errors import NO_GRADIENTS, UncachedWarning, unwrapped
 from omni_cache.lowering.deciding import DecidingProgram, compile_deciding
 from omni_cache.lowering.dispatch import compile_program
@@ -140,7 +140,12 @@ def _compile_guarded(
     )
     timestep = None if frame.is_resumed else analysis.timestep
     skipped = analysis.region.body if analysis.whole else analysis.loop.nodes
-    static = [is_static_input(node) for node in gm.graph.find_nodes(op="placeholder")]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    changing = [
+        slot
+        for slot, node in enumerate(placeholders)
+        if not is_static_input(node) and node is not timestep
+    ]
     region = (*(each.path for each in analysis.loop.lists), repr(flags.strategy))
     placement = Placement(
         Guarded(
@@ -153,6 +158,7 @@ def _compile_guarded(
             per_sample=program.per_sample and not groups,
             inputs=flags.guard.inputs,
             skips=flags.guard.skips,
+            only_returns=only_returns(),
             hoists=program.has_constants,
             modulates=program.has_modulations,
             gate=program.gate,
@@ -162,17 +168,14 @@ def _compile_guarded(
         flags.signal,
         flags.strategy,
         identity=program.identity,
-        inputs=[
-            slot
-            for slot, (node, is_static) in enumerate(zip(_placeholders(gm), static, strict=True))
-            if not is_static and node is not timestep
-        ],
+        inputs=[slot for slot in changing if isinstance(example_inputs[slot], torch.Tensor)],
         timestep=None if timestep is None else program.slots[timestep.name],
         # Behind a graph break nothing tells it: models name other things timestep on their way.
         constant=None if frame.is_resumed else frame.timestep,
         by_call=frame.is_resumed,
         constants=program.constant_inputs,
         modulations=program.modulation_inputs,
+        numbers=[slot for slot in changing if not isinstance(example_inputs[slot], torch.Tensor)],
         uncounted=[region],
     )
     return Executor(program, placement)
@@ -197,10 +200,6 @@ def _compile_deciding(
         return compile_deciding(gm, analysis, example_inputs, flags, policy)
     except ValueError as error:
         raise unwrapped(ValueError(f"lowering='cond': {error}{_OR_DISPATCH}")) from None
-
-
-def _placeholders(gm: GraphModule) -> list[Node]:
-    return list(gm.graph.find_nodes(op="placeholder"))
 
 
 def analyse_for_guard(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction
+from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import list_backends, lookup_backend
 from torch._dynamo.exc import (
     FailOnRecompileLimitHit,
@@ -49,6 +50,7 @@ __all__ = [
     "Frame",
     "LimitError",
     "NoGraphError",
+    "Surroundings",
     "Unwrapped",
     "break_of",
     "callers",
@@ -66,6 +68,7 @@ __all__ = [
     "leave_uncompiled",
     "list_backends",
     "lookup_backend",
+    "only_returns",
     "place_of",
     "prepare_for_part",
     "run_inductor",
@@ -188,6 +191,30 @@ def place_of(error: BaseException) -> Sequence[FrameSummary]:
     return getattr(error, "real_stack", None) or ()
 
 
+# --- beside what is compiled ----------------------------------------------------------------------
+
+
+class Surroundings:
+    """What Dynamo takes into account of a process and a thread before it runs a graph.
+
+    Modes of gradients and autocast, default dtype, threads and the like are as they were when this
+    was made; no other mode is on, and nobody has asked Dynamo to step back.
+    """
+
+    def __init__(self) -> None:
+        self._state = GlobalStateGuard()
+
+    def are_back(self) -> bool:
+        """Whether a graph that ran then may run now."""
+        return (
+            self._state.check()
+            and torch._dynamo.eval_frame._stance.stance == "default"
+            and not torch._C._len_torch_function_stack()
+            and not torch._C._len_torch_dispatch_stack()
+            and torch._C._functorch.peek_interpreter_stack() is None
+        )
+
+
 # --- within a backend -----------------------------------------------------------------------------
 
 
@@ -240,6 +267,26 @@ def last_graph(frame: Frame) -> str | None:
         f"{_newest_graph(frame.code, frame.values)}, and this call differs. Keep that from "
         "changing from call to call, or raise torch._dynamo.config.recompile_limit"
     )
+
+
+def only_returns() -> bool:
+    """Whether the frame that is being traced does nothing but call its graph and return.
+
+    Dynamo does by itself, after each run of the graph, what the frame does to objects that were
+    there before, such as to count in an attribute. False where nobody traces.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+        before = (AttributeMutationExisting, ValueMutationExisting)
+        changed = filter(effects.is_modified, effects.id_to_variable.values())
+        return not effects.tensor_hooks and not any(
+            isinstance(each.mutation_type, before) for each in changed
+        )
+    except AttributeError:
+        return False
 
 
 def is_bucket(gm: GraphModule) -> bool:

@@ -278,6 +278,91 @@ def test_the_frame_is_that_of_the_function_and_behind_a_break_of_its_rest() -> N
     assert last is None
 
 
+class Noted:
+    calls = 0
+
+
+_seen = 0
+
+
+@pytest.mark.parametrize("kind", ["returns", "makes", "attribute", "list", "cell", "global"])
+def test_whether_a_frame_only_returns_is_known_within_the_backend(kind: str) -> None:
+    noted, names, cell, found = Noted(), ["a"], 0, []
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        found.append(dynamo.only_returns())
+        return gm.forward
+
+    def function(x: Tensor) -> Any:
+        nonlocal cell
+        global _seen
+        if kind == "makes":
+            made = Noted()
+            made.calls = 3
+            return {"x": x * 2, "made": [made.calls]}
+        if kind == "attribute":
+            noted.calls = 3
+        if kind == "list":
+            names[0] = "b"
+        if kind == "cell":
+            cell = 3
+        if kind == "global":
+            _seen = 3
+        return x * 2
+
+    dynamo.compiled(function, backend, fullgraph=True)(X)
+    assert found == [kind in ("returns", "makes")]
+    assert not dynamo.only_returns()  # nobody traces
+
+
+SURROUNDINGS: dict[str, Callable[[], Any]] = {
+    "gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "eager": lambda: torch.compiler.set_stance("force_eager"),
+    "device": lambda: torch.device("cpu"),
+    "fake": torch._subclasses.FakeTensorMode,
+    "dtype": lambda: _default_dtype(torch.float64),
+    "threads": lambda: _threads(torch.get_num_threads() + 1),
+}
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_other_surroundings_are_told_from_those_before(name: str) -> None:
+    before = dynamo.Surroundings()
+    assert before.are_back()
+    with SURROUNDINGS[name]():
+        assert not before.are_back()
+    assert before.are_back()
+
+
+def test_within_a_transform_of_functions_surroundings_are_others() -> None:
+    before, found = dynamo.Surroundings(), []
+
+    def function(x: Tensor) -> Tensor:
+        found.append(before.are_back())
+        return x
+
+    torch.vmap(function)(X)
+    assert found == [False]
+
+
 def test_an_error_of_a_backend_reaches_the_caller_as_it_is() -> None:
     class OwnError(dynamo.Unwrapped):
         pass

@@ -40,6 +40,7 @@ from omni_cache.runtime.calls import Call, bind, bound_call
 from omni_cache.runtime.contexts import Generation, branch
 from omni_cache.runtime.model_state import ModelState, expected_state, states_of_module
 from omni_cache.runtime.records import Summary, summarise
+from omni_cache.runtime.skipping import SkippedCalls
 from omni_cache.strategies import NO_CACHE, Owner, Strategy
 
 COMPILE_FLAGS = ("dynamic", "fullgraph")
@@ -258,6 +259,7 @@ class _CachedCall:
             else _runner(_call_forward, module, None, options, compile_flags)
         )
         self._has_warned = False
+        self.skipped = SkippedCalls()
         self.blocks: list[WatchedBlock] = []
         self.context: Callable[[Call], AbstractContextManager[None]] = lambda call: nullcontext()
 
@@ -308,7 +310,10 @@ class _CachedCall:
         arguments.update(kwargs)
         call = Call(module, self.state, arguments, self._loop(module))
         with self.context(call), bind(call):
-            result = run(first, *args, **kwargs)
+            result = self.skipped.skip(call)
+            if result is None:
+                result = run(first, *args, **kwargs)
+                self.skipped.learn(call, result)
         if call.refusals or call.in_pieces:
             self._say_what_is_uncached(call)
         return result

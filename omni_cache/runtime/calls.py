@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +33,20 @@ class Ran(NamedTuple):
     time: int = 0
 
 
+class Served(NamedTuple):
+    """A guarded graph that may skip calls, as a call has run it.
+
+    Attributes:
+        placement: says where calls of the graph lie.
+        args: its flat inputs.
+        result: its flat outputs.
+    """
+
+    placement: Any
+    args: Sequence[Any]
+    result: Sequence[Any]
+
+
 @dataclass
 class Call:
     """A call of an enabled module, which may run several graphs.
@@ -50,6 +64,7 @@ class Call:
         refusals: why those of the pieces that have run uncached are not cached.
         is_cached: whether a guarded graph has run.
         ran: the regions that have run, in order.
+        served: the guarded graphs that may skip calls, likewise.
     """
 
     module: nn.Module
@@ -63,6 +78,7 @@ class Call:
     refusals: list[RegionError] = field(default_factory=list)
     is_cached: bool = False
     ran: list[Ran] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
 
     @property
     def timestep(self) -> Any:

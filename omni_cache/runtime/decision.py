@@ -112,6 +112,7 @@ class Guarded:
         per_sample: whether its reused step takes weights for each sample.
         inputs: whether its reused step weighs what enters it.
         skips: whether results are kept, so that a call may skip the forward.
+        only_returns: whether what was traced does nothing but call the graph and return.
         hoists: whether constants are held.
         modulates: whether modulations are held, for many timesteps.
         gate: the gate in the graph, which decides by itself; None where the host decides.
@@ -125,6 +126,7 @@ class Guarded:
     per_sample: bool = False
     inputs: bool = False
     skips: bool = False
+    only_returns: bool = False
     hoists: bool = False
     modulates: bool = False
     gate: Gate | None = None
@@ -141,11 +143,13 @@ class Given(NamedTuple):
         timestep: a tensor, a number, or None where the graph has none.
         constants: the inputs that constants are made of.
         modulations: those that modulations are made of besides the timestep.
+        numbers: the inputs that are Python's numbers, such as a size or a count of calls.
     """
 
     timestep: Any
     constants: Sequence[Any] = ()
     modulations: Sequence[Any] = ()
+    numbers: Sequence[Any] = ()
 
 
 class _View(NamedTuple):
@@ -263,6 +267,8 @@ class Step:
         kept = list(takewhile(lambda each: each.results is not None, newest))
         gate, total = trajectory.gate, view.total
         if view.must or not kept or not gate.skips(place.at, total):
+            return None
+        if trajectory.numbers != self._given.numbers:  # what is made of them would be of others
             return None
         verdict = gate.decide(trajectory.state, place.at, total, self._excess(view))
         if not verdict.reuse:
@@ -603,6 +609,7 @@ class Step:
             kept = self._signal if looks_back else None
             results = result if self._guarded.skips else None
             trajectory.history.push(at, made, finite, kept, entered, results)
+            trajectory.numbers = self._given.numbers
         if action != "skipped":
             if compares is not None and (computed or compares.against == "last call"):
                 trajectory.signal = self._signal

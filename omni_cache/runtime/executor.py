@@ -17,6 +17,7 @@ from torch import Tensor
 
 from omni_cache.lowering.deciding import DecidingProgram
 from omni_cache.lowering.program import Program
+from omni_cache.runtime.calls import Served
 from omni_cache.runtime.decision import Step
 from omni_cache.runtime.placement import Placement
 from omni_cache.runtime.trajectory import Layout
@@ -36,6 +37,14 @@ class Executor:
 
     def __call__(self, *args: Any) -> Any:
         """Run one forward on the model's flat inputs; returns its flat outputs."""
+        result = self._run(args)
+        placement = self._placement
+        call = placement.call if placement.guarded.skips else None
+        if call is not None:
+            call.served.append(Served(placement, args, result))
+        return result
+
+    def _run(self, args: Sequence[Any]) -> Any:
         program = self._program
         step = self._placement.place(args)
         if isinstance(program, DecidingProgram):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -285,9 +286,11 @@ def _weighed(row: Row, entries: Sequence[Tensor]) -> Tensor:
     if not _is_weighed(newest):
         return newest
     precise = torch.promote_types(newest.dtype, torch.float32)
-    terms = (weight * each.to(precise) for weight, each in zip(row, entries, strict=True))
+    if newest.dtype != precise:
+        entries = [each.to(precise) for each in entries]
     # In place, since terms are nobody else's. Fused with the product, a sum would be rounded once.
-    return reduce(Tensor.add_, terms).to(newest.dtype)
+    total: Tensor = reduce(Tensor.add_, map(operator.mul, entries, row))
+    return total if newest.dtype == precise else total.to(newest.dtype)
 
 
 def _copied(value: Any) -> Any:

@@ -131,7 +131,7 @@ class Conditioning(NamedTuple):
     Attributes:
         seen: the inputs.
         predicted: the shapes of what the last call returned.
-        calls: how many calls there were.
+        calls: how many calls there were, counted as long as they teach something.
         moves: the places of the inputs that have changed every time.
     """
 
@@ -181,6 +181,8 @@ class Conditioning(NamedTuple):
         self, inputs: Inputs, changed: frozenset[int] | None, predicted: frozenset[torch.Size]
     ) -> Conditioning:
         """The conditioning that a call leaves."""
+        if self._stays(inputs, changed, predicted):
+            return self
         begins = changed is None or not self.calls
         calls = 1 if begins else self.calls + 1
         seen, moves = [], []
@@ -199,6 +201,20 @@ class Conditioning(NamedTuple):
                 content = inputs.content(place)
                 seen.append(Seen(weakref.ref(tensor), version(tensor), content, changes))
         return Conditioning(tuple(seen), predicted, calls, frozenset(moves))
+
+    def _stays(
+        self, inputs: Inputs, changed: frozenset[int] | None, predicted: frozenset[torch.Size]
+    ) -> bool:
+        """Whether a call teaches nothing: what moves has moved, the rest are the same objects."""
+        return (
+            self.calls > LEARNED
+            and changed == self.moves
+            and predicted == self.predicted
+            and all(
+                seen is _MOVES or (seen.is_kept and seen.reference() is tensor)
+                for tensor, seen in zip(inputs.tensors, self.seen, strict=True)
+            )
+        )
 
     @property
     def is_gone(self) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from omni_cache.runtime.calls import Ran, bound_call
+from omni_cache.runtime.calls import Call, Ran, bound_call
 from omni_cache.runtime.contexts import Region, named_branch, named_generation
 from omni_cache.runtime.counters import current_tally
 from omni_cache.runtime.decision import Given, Guarded, Step
@@ -30,13 +28,14 @@ class Placement:
         signal: the signal that a flag has named in its place.
         strategy: what its calls follow in bare use; None where the bound call's model has one.
         identity: slot of an input that only one model instance has, None where there is none.
-        inputs: slots of the inputs that are neither weights nor the timestep.
+        inputs: slots of the tensors that are neither weights nor the timestep.
         timestep: slot of the timestep, None where no input is one.
         constant: the timestep, where the graph was specialised on a number.
         by_call: whether the inputs tell nothing of the place, as behind a graph break, so that the
             arguments of the bound call have to.
         constants: slots of the inputs that constants are made of.
         modulations: slots of those that modulations are made of besides the timestep.
+        numbers: slots of the inputs that are numbers and no tensors.
         uncounted: what was compiled for the graph and has no call yet, whose model it counts for.
     """
 
@@ -52,14 +51,31 @@ class Placement:
     by_call: bool = False
     constants: Sequence[int] = ()
     modulations: Sequence[int] = ()
+    numbers: Sequence[int] = ()
     uncounted: list[Region] = field(default_factory=list)
     # State for graphs whose weights are baked in, which therefore serve one instance alone.
     own_state: ModelState = field(default_factory=ModelState)
 
-    def place(self, args: Sequence[Any]) -> Step:
-        """Place a call, given the graph's inputs, as far as that is possible without a read."""
+    @property
+    def call(self) -> Call | None:
+        """The call of an enabled module that the graph runs for now, None for no such call."""
         # A graph that was compiled in bare use has nothing to do with a call around it.
-        call = bound_call.get() if self.strategy is None else None
+        return bound_call.get() if self.strategy is None else None
+
+    @property
+    def asked_for(self) -> Sequence[int]:
+        """The slots that tell the place of a call which the graph serves alone."""
+        timestep = [] if self.timestep is None else [self.timestep]
+        return [*{*self.inputs, *timestep, *self.constants, *self.modulations, *self.numbers}]
+
+    def place(self, args: Sequence[Any] | Mapping[int, Any]) -> Step:
+        """Place a call as far as that is possible without a read.
+
+        Args:
+            args: the graph's inputs, by their slots; of a call that the graph serves alone those
+                that are `asked_for` will do.
+        """
+        call = self.call
         if call is not None:
             state, call.is_cached = call.state, True
         elif self.identity is None:
@@ -80,6 +96,7 @@ class Placement:
             timestep,
             [args[slot] for slot in self.constants],
             [args[slot] for slot in self.modulations],
+            [args[slot] for slot in self.numbers],
         )
         if call is not None:
             weight = self.identity if self.by_call else None
@@ -89,7 +106,7 @@ class Placement:
                 return Step(state, policy, self.guarded, ran, called, call, given)
         # Behind a graph break the inputs are made by the piece before.
         slots = () if self.by_call else self.inputs
-        tensors = [each for slot in slots if isinstance(each := args[slot], Tensor)]
+        tensors = [args[slot] for slot in slots]
         if self.by_call and call is not None:
             timestep, tensors = call.timestep, call.inputs
             given = given._replace(timestep=timestep)

@@ -120,6 +120,7 @@ class Trajectory:
         constants: what was hoisted and is held, None where nothing is; ``modulations`` likewise.
         layout: of the last call that was not skipped.
         arrived: the layout of the last call's inputs, where calls may be skipped.
+        numbers: those that the last computed call was given, such as sizes and counts.
         last: the time of the last call.
         steps: one record for each call.
         memory_bytes: the most that it held at a time.
@@ -138,6 +139,7 @@ class Trajectory:
         self.modulations: Table | None = None
         self.layout: Layout | None = None
         self.arrived: Layout | None = None
+        self.numbers: Sequence[Any] = ()
         self.last: Time | None = None
         self.steps: list[StepRecord] = []
         self._told: list[Told] = []
