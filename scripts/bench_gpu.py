@@ -583,6 +583,15 @@ def timed(runner: Runner, steps: int = STEPS) -> Round:
 
 
 @torch.no_grad()
+def own_time(runner: Runner, steps: int = STEPS) -> float:
+    """The milliseconds of a step of the loop whose model takes none: the loop's own work."""
+    runner.generate(lambda step, call: runner.loop.noise, steps)
+    runner.clock.wait()
+    moments = zip(runner.moments, runner.moments[1:], strict=False)
+    return statistics.median(runner.clock.milliseconds(*each) for each in moments)
+
+
+@torch.no_grad()
 def measure(name: str, setting: Setting) -> dict[str, Any]:
     """Run one kind in this process.
 

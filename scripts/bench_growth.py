@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 from bench_gpu import BAR, COMPUTED, EVERY, FULL, Setting, Size
-from bench_turns import Report, Turns, Want, begun, middle, paired, signature, write
+from bench_turns import Report, Turns, Want, begun, middle, paired, signature, unavoidable, write
 from rich.progress import track
 
 HEAD_WIDTH, TEXT_TOKENS = 64, 64
@@ -109,8 +109,7 @@ def row(point: Point, taken: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """What was found at a point: medians of the rounds, and of their ratios."""
     reused = CACHED_STEPS - PLAIN_STEPS
     ideal = [
-        each["rolled"]["generation_ms"]
-        / (PLAIN_STEPS * each["plain"]["computed_ms"] + reused * each["rolled"]["reused_parts_ms"])
+        each["rolled"]["generation_ms"] / unavoidable(each["rolled"], each["plain"], 1.0, reused)
         for each in taken
     ]
     beyond = [each["rolled"]["reused_ms"] - each["rolled"]["reused_parts_ms"] for each in taken]
@@ -137,9 +136,10 @@ def as_markdown(report: Report) -> str:
             "",
             f"FLUX's architecture, width {report['width']}, float32, {TEXT_TOKENS} tokens of a "
             f"prompt, inner compiler {report['inner']}. A cached loop has {CACHED_STEPS} steps of "
-            f"which every {EVERY}th is computed (MagCache); `ideal` is as many steps of plain "
-            "`torch.compile` as it computes + the compiled parts that run in the others. Plain "
-            "and cached run in turn, each in a process of its own.",
+            f"which every {EVERY}th is computed (MagCache); `ideal` is a plain loop of as many "
+            "steps as it computes + the compiled parts that run in the others + the loop's own "
+            "work there. Plain (`torch.compile`) and cached run in turn, each in a process of its "
+            "own.",
             "",
             "| image tokens | blocks | batch | plain step, ms | computed step, ms | over plain "
             "| reused step, ms | of it beyond its parts, us | loop over ideal | held, MiB |",

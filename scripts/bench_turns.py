@@ -138,7 +138,10 @@ class Turns(AbstractContextManager["Turns"]):
         return received
 
     def round(self) -> dict[str, dict[str, Any]]:
-        """One generation of each, in turn: what `bench_gpu.medians` finds, and `held_mib`."""
+        """One generation of each, in turn: what `bench_gpu.medians` finds, and more.
+
+        ``own_ms`` is the loop's own time in a step, and ``held_mib`` what ours holds.
+        """
         found = {}
         for name in [*self._waiting]:
             received = self._ask(name)
@@ -166,6 +169,7 @@ def take_turns(pipe: Connection, want: Want, folder: str) -> None:
             pipe.send(True)
             while pipe.recv():
                 found = bench_gpu.medians([bench_gpu.timed(runner, want.steps)])
+                found["own_ms"] = bench_gpu.own_time(runner, want.steps)
                 if bench_gpu.KINDS[want.kind].is_ours:
                     found["held_mib"] = omni_cache.summary(runner.model).memory_bytes / 2**20
                 pipe.send(found)
@@ -184,6 +188,26 @@ Rounds = Sequence[Mapping[str, Mapping[str, Any]]]
 def paired(rounds: Rounds, what: str, name: str, other: str) -> list[float]:
     """What one kind took over what another one took in the same round."""
     return [each[name][what] / each[other][what] for each in rounds if {name, other} <= {*each}]
+
+
+def unavoidable(
+    cached: Mapping[str, Any], plain: Mapping[str, Any], share: float, reused: int
+) -> float:
+    """The milliseconds of a cached generation in which the cache itself would take no time.
+
+    Sums stand against sums: steps of another computation on the same machine scatter as ours do,
+    and a median leaves out the slow ones.
+
+    Args:
+        cached: of a round.
+        plain: of the same round.
+        share: computed steps of the cached generation over steps of the plain one.
+        reused: the steps of the cached one in which only some compiled parts run, and the loop's
+            own work is done.
+    """
+    rest: float = cached["reused_parts_ms"] + cached["own_ms"]
+    whole: float = plain["generation_ms"]
+    return share * whole + reused * rest
 
 
 def middle(rounds: Rounds, name: str, what: str) -> float | None:
