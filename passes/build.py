@@ -181,7 +181,7 @@ class Builder:
             return node
         shape = node.meta["example_value"].shape
         empty = self.call(torch.ops.aten.new_empty_strided.default, node, shape, wanted)
-        return self.call(torch.Tensor.copy_, empty, node)
+        return self.call(torch.ops.aten.copy_.default, empty, node)
 
     def finish(self, outputs: Mapping[str, Node]) -> Part:
         """Close the graph with named outputs."""

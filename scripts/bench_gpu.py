@@ -271,8 +271,17 @@ def regional(model: FluxTransformer2DModel, setting: Setting) -> Ready:
     return Ready()
 
 
-def ours(blocks: str = "rolled", mode: str | None = None, **flags: Any) -> Start:
-    """Of omni-cache, with timed parts."""
+def ours(
+    blocks: str = "rolled", mode: str | None = None, is_listed: bool = False, **flags: Any
+) -> Start:
+    """Of omni-cache, with timed parts.
+
+    Args:
+        blocks: as for ``enable``.
+        mode: as for ``enable``.
+        is_listed: whether a generation is told all of its timesteps.
+        flags: for ``enable``.
+    """
 
     def start(model: FluxTransformer2DModel, setting: Setting) -> Ready:
         parts = TimedParts(setting.inner or "eager", Clock(setting.device))
@@ -282,13 +291,15 @@ def ours(blocks: str = "rolled", mode: str | None = None, **flags: Any) -> Start
         chosen = "unrolled" if setting.inner is None else blocks  # as it is without a compiler
         omni_cache.enable(model, inner=parts, blocks=chosen, mode=mode, strict=True, **given)
 
+        timesteps = Loop(setting).sigmas[:STEPS] if is_listed else None
+
         def computed() -> list[bool]:
             (trajectory,) = omni_cache.summary(model).trajectories
             return [step.computed for step in trajectory.steps]
 
         return Ready(
             before=parts.begin,
-            generation=lambda: omni_cache.generation(STEPS),
+            generation=lambda: omni_cache.generation(STEPS, timesteps=timesteps),
             branch=lambda: omni_cache.branch("cond"),
             computed=computed,
             parts=parts,
@@ -311,6 +322,13 @@ FIRST_BLOCK: dict[str, Any] = {
     "steps_computation_policy": "static",
     "num_inference_steps": STEPS,
 }
+MEASURED: dict[str, Any] = {
+    **FIRST_BLOCK,
+    "steps_computation_policy": "dynamic",
+    "residual_diff_threshold": 1e9,
+    "max_warmup_steps": 0,
+}
+"""The same schedule, but that steps which may be reused measure whether they are."""
 
 
 def plan(model: FluxTransformer2DModel, setting: Setting, other: str) -> omni_cache.Plan:
@@ -470,6 +488,18 @@ KINDS = {
         'ours, MagCache, `blocks="unrolled"`',
         ours(blocks="unrolled", cache="magcache", **MAGCACHE),
         "MagCache",
+        is_ours=True,
+    ),
+    "modulations": Kind(
+        'ours, MagCache, `hoist="modulations"`',
+        ours(hoist="modulations", is_listed=True, cache="magcache", **MAGCACHE),
+        "MagCache",
+        is_ours=True,
+    ),
+    "cond": Kind(
+        'ours, DBCache with 1 block, `lowering="cond"`',
+        ours(blocks="unrolled", lowering="cond", **MEASURED),
+        "first block",
         is_ours=True,
     ),
 }

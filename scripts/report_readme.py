@@ -313,6 +313,8 @@ KINDS = {
     "regional": "`compile_repeated_blocks`, uncached",
     "skips": "omni-cache, a plan that skips",
     "unrolled": 'omni-cache, MagCache, `blocks="unrolled"`',
+    "modulations": 'omni-cache, MagCache, `hoist="modulations"`',
+    "cond": 'omni-cache, DBCache with one block, `lowering="cond"`',
 }
 """Kinds of bench_gpu and bench_peers in words."""
 

@@ -46,7 +46,7 @@ def setting(bench: Any) -> Any:
 
 KINDS = (
     "plain", "rolled", "reduce-overhead", "hoisted", "hooks-magcache", "first-block", "cache-dit",
-    "plan", "hooks-first-block", "regional", "skips", "unrolled",
+    "plan", "hooks-first-block", "regional", "skips", "unrolled", "modulations", "cond",
 )  # fmt: skip
 
 

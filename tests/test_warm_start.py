@@ -10,17 +10,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cross_section import cross_section
+from diffusers_models import CASES as CASES_OF_DIFFUSERS
+from diffusers_models import ModelCase
 from torch._dynamo.utils import counters
+from torch._functorch._aot_autograd.autograd_cache import (
+    BypassAOTAutogradCache,
+    check_node_safe,
+)
 from toy_transformer import ALWAYS_REUSE, CHANNELS, TOKENS, ToyTransformer, gaussian
 
 import omni_cache
+from omni_cache import dynamo
+from omni_cache.backend import omni_cache_backend
 
 STEPS = 4
 PARTS = ("body", "prologue", "epilogue", "reuse")
@@ -126,3 +134,38 @@ def expected(hit: int = 0, miss: int = 0) -> dict[str, int]:
         for cache in ("fxgraph_cache", "autograd_cache")
         for outcome, number in outcomes.items()
     }
+
+
+@pytest.mark.parametrize("case", cross_section(CASES_OF_DIFFUSERS, ("flux", "wan", "cogvideox")))
+@torch.no_grad()
+def test_parts_have_nothing_beside_the_models_own_that_a_cache_refuses(case: ModelCase) -> None:
+    """AOTAutograd's cache takes functions by the name of their module, and few others."""
+    of_parts: set[str] = set()
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        of_parts.update(refused(gm))
+        return gm.forward
+
+    flags = {**STRATEGIES["magcache-newton-2"], "inner": inner, "blocks": "rolled"}
+    of_model: set[str] = set()
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        of_model.update(refused(gm))
+        return omni_cache_backend(gm, example_inputs, options=flags)
+
+    dynamo.compiled(case.build(), backend)(**case.inputs(0))
+    assert of_parts <= of_model
+
+
+def refused(gm: torch.fx.GraphModule) -> set[str]:
+    """What AOTAutograd's cache would not take of a graph and those within."""
+    graphs = (each.graph for each in gm.modules() if isinstance(each, torch.fx.GraphModule))
+    return {str(node.target) for graph in graphs for node in graph.nodes if not is_taken(node)}
+
+
+def is_taken(node: torch.fx.Node) -> bool:
+    try:
+        check_node_safe(node)
+    except (BypassAOTAutogradCache, AttributeError):
+        return False
+    return True
