@@ -58,6 +58,7 @@ def test_each_report_of_speed_and_memory_has_its_facts(tmp_path: Path) -> None:
                 {"strategy": "MagCache", "beyond_us": 41.0},
                 {"strategy": "MagCache", "beyond_us": 59.0},
                 {"strategy": "StepCache", "beyond_us": 20.0},
+                {"strategy": "skips by a plan", "beyond_us": 30.0},
             ]
         },
         "blocks": {
@@ -92,8 +93,9 @@ def test_each_report_of_speed_and_memory_has_its_facts(tmp_path: Path) -> None:
     assert found == {
         "| the same with 256 to 8,192 tokens, 3 blocks and a batch of 1": "1.002 to 1.011",
         "| reused step there, beyond its compiled parts": "50 us",
-        "| host time of a reused step, beyond its parts": "41 to 59 us",
-        "| host time of a skipped step": "20 us",
+        "| host time of a reused step, beyond a plain call": "41 to 59 us",
+        "| host time of a step that StepCache measures and repeats, beyond a plain call": "20 us",
+        "| host time of a step that a plan skips, beyond a plain call": "30 us",
         "| cold compilation, 4+12 blocks": (
             "30 s (`torch.compile` 57 s, `compile_repeated_blocks` 28 s)"
         ),

@@ -363,7 +363,6 @@ class Run:
     def __init__(self, generation: Generation) -> None:
         # Weak, so that dropping a generation frees its tensors at once, without a cycle collection.
         self._generation = weakref.ref(generation)
-        self._lock = threading.Lock()
         self.courses: dict[str, Course] = {}
         self.trajectories: dict[tuple[str, Region], Trajectory] = {}
         self.moments: dict[float, None] = {}
@@ -375,9 +374,10 @@ class Run:
         return self._generation()
 
     def course(self, name: str) -> Course:
-        """The course of a branch, made on its first call."""
+        """The course of a branch; a new one until a call of it has ended well."""
         course = self.courses.get(name)
-        if course is None:
-            with self._lock:
-                course = self.courses.setdefault(name, Course(name, len(self.courses)))
-        return course
+        return Course(name, len(self.courses)) if course is None else course
+
+    def begin(self, course: Course) -> None:
+        """Have a branch's next call find its course."""
+        self.courses.setdefault(course.name, course)

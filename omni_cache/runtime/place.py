@@ -125,6 +125,7 @@ class Place:
         if self.is_committed:
             return
         self.is_committed = True
+        self.run.begin(self.course)
         if self.opens is not None:
             self.opens()
             self.opens = None

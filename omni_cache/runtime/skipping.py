@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -129,7 +130,8 @@ def _known_by(served: Served, tensors: Sequence[Tensor], result: Any) -> _Known 
         isinstance(leaf, int) if isinstance(each, Tensor) else isinstance(each, _CONSTANT)
         for leaf, each in zip(leaves, made, strict=True)
     )
-    if not is_all:
+    # Of a class of its own there may be more than the leaves.
+    if not is_all or _names_on(result) != _names_on(tree_unflatten(made, spec)):
         return None
     return _Known(placement, surroundings, arguments, others, numbers, leaves, spec)
 
@@ -149,18 +151,25 @@ def _kind_of(arguments: Any, tensors: list[Tensor]) -> Hashable | None:
     return kind if is_each_once else None
 
 
+def _names_on(value: Any) -> set[str]:
+    return {*getattr(value, "__dict__", ())}
+
+
 class _UnknownTypeError(Exception):
-    """Of a type whose values may differ where they are equal."""
+    """Of a type of whose values equality tells too little."""
 
 
 def _described(value: Any, tensors: list[Tensor]) -> Hashable:
     kind = type(value)
     if kind is Tensor or kind is nn.Parameter:
+        # Dynamo may have looked at what somebody has set on a tensor.
+        if value.layout is not torch.strided or value.is_nested or vars(value):
+            raise _UnknownTypeError
         tensors.append(value)
         return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
     if kind in _PLAIN:
         return kind, value
-    if kind is dict:
+    if kind is dict and all(type(name) is str for name in value):
         return kind, *[(name, _described(each, tensors)) for name, each in value.items()]
     if kind is list or kind is tuple:
         return kind, *[_described(each, tensors) for each in value]

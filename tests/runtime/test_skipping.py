@@ -30,6 +30,7 @@ from toy_transformer import (
 
 import omni_cache
 from omni_cache.capture.function import CapturedFunction
+from omni_cache.pipelines.enable import states_of
 from omni_cache.runtime import skipping
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -484,6 +485,98 @@ def test_an_argument_that_is_returned_makes_the_model_be_asked(asked: list[str])
 
     made = loop(keeping)  # type: ignore[arg-type]
     assert all(each[1] is x for each, x in zip(made, given, strict=True))
+    assert asked == ["asked"] * len(PLAN)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_call_that_is_not_skipped_after_all_has_left_nothing(named: bool) -> None:
+    """Nobody names the generation: what a call leaves tells the loops and branches apart."""
+    model = enabled(ToyTransformer(), "cccssrcs")
+    prompts = [gaussian(name, 1, 5, CHANNELS) for name in range(10)]
+
+    def generate() -> list[Tensor]:
+        made = []
+        for step in range(8):
+            for number, prompt in enumerate(prompts):
+                x = gaussian(step, 1, TOKENS, CHANNELS)
+                with omni_cache.branch(str(number)) if named else nullcontext():
+                    made.append(model(x, torch.tensor([900.0 - 50 * step]), prompt))
+        return made
+
+    (state,) = (state for _, state in states_of(model))
+    held = []
+    for _ in range(4):
+        generate()
+        assert taken(model) == ["cccssrcs"] * len(prompts)
+        names = [each.branch for each in omni_cache.summary(model).trajectories]
+        expected = map(str, range(10)) if named else (f"branch {place}" for place in range(10))
+        assert names == [*expected]
+        runs = [run for each in state.inferred for run in each.runs.values()]
+        assert [len(run.courses) for run in runs] == [len(prompts)] * len(runs)
+        held.append(sum(len(each.history.kept) for r in runs for each in r.trajectories.values()))
+    assert len({*held[1:]}) == 1
+
+
+class Weighing(ToyTransformer):
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Any) -> Any:
+        noise = super().forward(hidden_states, timestep, prompt)
+        return noise * prompt.weight if hasattr(prompt, "weight") else noise
+
+
+def test_what_somebody_has_set_on_a_tensor_tells_calls_apart(asked: list[str]) -> None:
+    model = enabled(Weighing())
+    with omni_cache.generation(len(PLAN) + 1), omni_cache.branch("cond"):
+        for step in range(len(PLAN)):
+            prompt: Any = gaussian("prompt", 1, 5, CHANNELS)
+            prompt.weight = 2.0 if step < 4 else 3.0
+            model(gaussian(step, 1, TOKENS, CHANNELS), torch.tensor([900.0 - step]), prompt)
+    assert asked == ["asked"] * len(PLAN)
+    assert taken(model) == ["cccscs"]
+
+
+class Ignoring(ToyTransformer):
+    def forward(self, *args: Any, extra: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.eye(3).to_sparse(),
+        {torch.ones(2): 1},
+    ],
+    ids=["nested", "sparse", "keys"],
+)
+def test_an_argument_that_is_like_no_other_makes_the_model_be_asked(
+    extra: Any, asked: list[str]
+) -> None:
+    loop(enabled(Ignoring()), extra={"extra": extra})
+    assert asked == ["asked"] * len(PLAN)
+
+
+def test_what_a_result_has_beside_its_leaves_is_there_at_every_call(asked: list[str]) -> None:
+    class Noting(ToyTransformer):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output: Any = Transformer2DModelOutput(sample=super().forward(*args, **kwargs))
+            output.note = "n"
+            return output
+
+    made = loop(enabled(Noting()))
+    assert [each.note for each in made] == ["n"] * len(PLAN)
+    assert asked == ["asked"] * len(PLAN)
+
+
+def test_a_number_that_changes_keeps_no_step_from_being_skipped(asked: list[str]) -> None:
+    """Nothing that is returned is a number, so that earlier results stand in for all of it."""
+    model = enabled(Optional(), dynamic=True)
+    options = {"factor": 2}
+
+    def changed(step: int) -> None:
+        options["factor"] = 2 + step
+
+    loop(model, options=options, before=changed)
+    assert taken(model) == [PLAN]
     assert asked == ["asked"] * len(PLAN)
 
 
