@@ -354,7 +354,7 @@ class Run:
     """One model's part in one generation.
 
     Attributes:
-        courses: the branches, by name.
+        courses: the branches that have had a call which ended well, by name.
         trajectories: what regions keep for branches.
         moments: the timesteps that have come, where the host knows them and somebody asks.
         before: those of the run before.
@@ -363,6 +363,8 @@ class Run:
     def __init__(self, generation: Generation) -> None:
         # Weak, so that dropping a generation frees its tensors at once, without a cycle collection.
         self._generation = weakref.ref(generation)
+        self._lock = threading.Lock()
+        self._asked_for: dict[str, Course] = {}
         self.courses: dict[str, Course] = {}
         self.trajectories: dict[tuple[str, Region], Trajectory] = {}
         self.moments: dict[float, None] = {}
@@ -374,10 +376,13 @@ class Run:
         return self._generation()
 
     def course(self, name: str) -> Course:
-        """The course of a branch; a new one until a call of it has ended well."""
-        course = self.courses.get(name)
-        return Course(name, len(self.courses)) if course is None else course
+        """The course of a branch, made when it is asked for first."""
+        course = self._asked_for.get(name)
+        if course is None:
+            with self._lock:
+                course = self._asked_for.setdefault(name, Course(name, len(self._asked_for)))
+        return course
 
     def begin(self, course: Course) -> None:
-        """Have a branch's next call find its course."""
-        self.courses.setdefault(course.name, course)
+        """Count a branch among those of the run."""
+        self.courses[course.name] = course
