@@ -166,7 +166,8 @@ def _described(value: Any, tensors: list[Tensor]) -> Hashable:
         if value.layout is not torch.strided or value.is_nested or vars(value):
             raise _UnknownTypeError
         tensors.append(value)
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        size = value.shape, value.stride()
+        return kind, *size, value.dtype, value.device, value.requires_grad
     if kind in _PLAIN:
         return kind, value
     if kind is dict and all(type(name) is str for name in value):

@@ -383,10 +383,11 @@ def test_another_mode_makes_the_model_be_asked(name: str, asked: list[str]) -> N
         (lambda x: {"hidden_states": x.expand(2, -1, -1).contiguous()}, 4),
         (lambda x: {"hidden_states": x.mT.contiguous().mT}, 4),
         (lambda x: {"hidden_states": x.double().float().requires_grad_()}, 4),
+        (lambda x: {"hidden_states": nn.Parameter(x, requires_grad=False)}, 4),
         (lambda x: {"return_dict": True}, 4),
         (lambda x: {"mask": torch.ones(TOKENS, TOKENS, dtype=torch.bool)}, 4),
     ],
-    ids=["batch", "strides", "gradients", "form", "another"],
+    ids=["batch", "strides", "gradients", "parameter", "form", "another"],
 )
 def test_other_arguments_make_the_model_be_asked(
     change: Callable[[Tensor], dict[str, Any]], step: int, asked: list[str]
