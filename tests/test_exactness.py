@@ -41,6 +41,9 @@ ALWAYS: dict[str, dict[str, Any]] = {
 }
 """Flags with which each strategy reuses whatever there is to reuse."""
 
+SKIPS = {"cache": "stepcache", "inner": "eager", "sim_thresholds": (-1.0,), "skip_countdowns": (9,)}
+"""Flags with which the whole model is skipped, from its third call on."""
+
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
@@ -68,13 +71,14 @@ of a video and of an image; refined text beside the image, and in one sequence w
 
 @dataclass(frozen=True)
 class Runs:
-    """Loops over one model: plain, and with each strategy never and always reusing."""
+    """Loops over one model: plain, with each strategy never and always reusing, and skipping."""
 
     case: ModelCase
     model: nn.Module
     plain: list[Tensor]
     never: dict[str, tuple[list[Tensor], tuple[StepRecord, ...]]]
     always: dict[str, tuple[list[Tensor], tuple[StepRecord, ...]]]
+    skipping: tuple[list[Tensor], tuple[StepRecord, ...]]
 
 
 @pytest.fixture(scope="module", params=cross_section(REPRESENTATIVES, CROSS_SECTION))
@@ -87,7 +91,8 @@ def runs(request: pytest.FixtureRequest) -> Runs:
         for how, strategies in flags.items()
         for strategy, options in strategies.items()
     }
-    trace = OneTrace({**backends, "plain": lookup_backend("eager")})
+    others = {"skipping": cached(strict=True, **SKIPS), "plain": lookup_backend("eager")}
+    trace = OneTrace({**backends, **others})
     compiled = torch.compile(model, backend=trace, fullgraph=True)
 
     def loop(name: str) -> tuple[list[Tensor], tuple[StepRecord, ...]]:
@@ -102,7 +107,7 @@ def runs(request: pytest.FixtureRequest) -> Runs:
     never, always = (
         {strategy: loop(f"{how} {strategy}") for strategy in flags[how]} for how in flags
     )
-    return Runs(case, model, plain, never, always)
+    return Runs(case, model, plain, never, always, loop("skipping"))
 
 
 @pytest.mark.parametrize("strategy", NEVER)
@@ -111,6 +116,13 @@ def test_never_reusing_is_the_plain_graph_bit_for_bit(runs: Runs, strategy: str)
     assert [step.computed for step in steps] == [True] * len(STEPS)
     assert all(step.distance is not None for step in steps[1:])  # each was decided on
     assert all(map(torch.equal, outputs, runs.plain))
+
+
+def test_a_model_compiled_by_itself_is_skipped_whole(runs: Runs) -> None:
+    """Most have a decorator around their forward, whose code Dynamo traces first."""
+    outputs, steps = runs.skipping
+    assert [step.computed for step in steps] == [True, True, False, False]
+    assert all(map(torch.equal, outputs, [*runs.plain[:2], runs.plain[1], runs.plain[1]]))
 
 
 @pytest.mark.parametrize("strategy", ALWAYS)

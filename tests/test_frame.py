@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -80,6 +81,77 @@ def test_a_wrapped_model_is_the_one_whose_call_runs_the_blocks() -> None:
         (told,) = called(wrapper)
         assert "no coefficients are published for ToyTransformer;" in told
         assert omni_cache.summary(wrapper).reused_steps > 0
+
+
+def by_method(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def by_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class ByMethod(ToyTransformer):
+    forward = by_method(ToyTransformer.forward)
+
+
+class ByArguments(ToyTransformer):
+    forward = by_arguments(ToyTransformer.forward)
+
+
+class ByBoth(ToyTransformer):
+    forward = by_method(by_arguments(by_method(ToyTransformer.forward)))
+
+
+def on_an_instance() -> nn.Module:
+    """As accelerate puts its hooks around a module's forward."""
+
+    def hooked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return ToyTransformer.forward(module, *args, **kwargs)  # type: ignore[arg-type]
+
+    model = ToyTransformer()
+    patched = functools.partial(hooked, model)
+    model.forward = functools.update_wrapper(patched, model.forward)  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize("make", [ByMethod, ByArguments, ByBoth, on_an_instance])
+def test_a_decorated_forward_is_the_models_own(make: Callable[[], nn.Module]) -> None:
+    """Most transformers of diffusers have a decorator, whose code is named ``wrapper``."""
+    model = make().requires_grad_(False)
+    flags = {"cache": "easycache", "threshold": 1e9, "retention_steps": 1, "inner": "eager"}
+    cached = torch.compile(model, backend="omni_cache", options=flags)
+    with omni_cache.generation(4), omni_cache.branch("cond"):
+        assert called(cached) == []
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.timestep for step in trajectory.steps] == [900.0, 899.0, 898.0, 897.0]
+    assert omni_cache.summary(model).reused_steps == 1
+
+
+class Constant(ToyTransformer):
+    """Takes its timestep as a number."""
+
+    @by_arguments
+    def forward(self, hidden_states: Tensor, timestep: float, prompt: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, torch.full((1,), timestep), prompt)
+
+
+def test_a_number_behind_a_decorator_is_known_by_its_name() -> None:
+    model = Constant().requires_grad_(False)
+    cached = compiled(model, **ALWAYS_REUSE)
+    x, prompt = gaussian("x", 1, TOKENS, CHANNELS), gaussian("p", 1, 3, CHANNELS)
+    with torch.no_grad():
+        cached(x, 900.0, prompt)
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.timestep for step in trajectory.steps] == [900.0]
 
 
 def test_of_several_wrappers_none_is_taken_for_the_model() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
-from types import CodeType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -101,13 +102,19 @@ class TracedFrame:
     def parameters(self, owner: type[nn.Module] | None) -> tuple[str, ...]:
         """Names of the positional parameters of the call, for inputs that come as ``*args``.
 
+        A decorator may take the module itself as the first of them.
+
         Args:
             owner: whose call runs the blocks; a module that takes ``*args`` hands them on to it.
         """
         if self.model is None:
             return ()
         own = positional_parameters(self.model.forward)
-        return own if own or owner is None else positional_parameters(owner.forward)[1:]
+        if not own and owner is not None:
+            own = positional_parameters(owner.forward)[1:]
+        listed = self.variables.get("args")
+        takes_model = isinstance(listed, tuple) and any(each is self.model for each in listed[:1])
+        return ("self", *own) if takes_model else own
 
 
 def outermost_module() -> nn.Module | None:
@@ -119,10 +126,43 @@ def outermost_module() -> nn.Module | None:
 
 
 def _method_of(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
-    """The module whose method some code is; None where it is none's, or a graph's."""
-    first = values.get(code.co_varnames[0]) if code.co_argcount else None
-    is_module = isinstance(first, nn.Module) and not isinstance(first, GraphModule)
-    return first if is_module and hasattr(type(first), code.co_name) else None
+    """The module whose method some code is, or decorates; None where it is none's, or a graph's."""
+    first = next(iter(_positional(code, values)), None)
+    if not isinstance(first, nn.Module) or isinstance(first, GraphModule):
+        return None
+    is_own = hasattr(type(first), code.co_name) or _lines(code) in _decorators(first)
+    return first if is_own else None
+
+
+def _positional(code: CodeType, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a function was called with by position, as far as its names still stand for it."""
+    if code.co_argcount:
+        return tuple(values.get(each) for each in code.co_varnames[: code.co_argcount])
+    if code.co_flags & inspect.CO_VARARGS:
+        return tuple(values.get(code.co_varnames[code.co_kwonlyargcount], ()))
+    return ()
+
+
+def _decorators(module: nn.Module) -> set[tuple[str, str, int]]:
+    """Where the decorators of a module's methods are written, as `_lines` tells it.
+
+    A decorator's code has a name of its own, as in ``def wrapper(self, *args)``.
+    """
+    places = set()
+    for owner in (module, *type(module).__mro__):
+        for each in vars(owner).values():
+            method = each
+            while isinstance(method, FunctionType | MethodType | functools.partial):
+                function = method.func if isinstance(method, functools.partial) else method
+                if isinstance(function, FunctionType | MethodType):
+                    places.add(_lines(function.__code__))
+                method = getattr(method, "__wrapped__", None)
+    return places
+
+
+def _lines(code: CodeType) -> tuple[str, str, int]:
+    """Where code is written, which what Dynamo makes of it says too."""
+    return code.co_name, code.co_filename, code.co_firstlineno
 
 
 def _is_block(module: nn.Module, model: nn.Module) -> bool:
@@ -166,7 +206,9 @@ def _arguments(frame: Frame, model: nn.Module | None) -> dict[str, Any]:
     rest = iter(code.co_varnames[code.co_argcount + code.co_kwonlyargcount :])
     if code.co_flags & inspect.CO_VARARGS:
         parameters = () if model is None else positional_parameters(model.forward)
-        given.update(zip(parameters, given.pop(next(rest), ()), strict=False))
+        # A decorator may take the module itself among them.
+        listed = [each for each in given.pop(next(rest), ()) if each is not model]
+        given.update(zip(parameters, listed, strict=False))
     if code.co_flags & inspect.CO_VARKEYWORDS:
         given.update(given.pop(next(rest), {}))
     return given
