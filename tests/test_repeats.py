@@ -143,6 +143,7 @@ def described(graph: Any) -> list[Any]:
             facts(node.meta.get("example_value")),
             origin(node),
             [str(function) for _, function in node.meta.get("source_fn_stack", ())],
+            node.meta.get("custom"),
         )
         for node in [*sorted(inputs, key=lambda node: str(node.target)), *inner]
     ]
@@ -501,12 +502,18 @@ RETURNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     "an item that it writes": (lambda b, x, y: with_item(y, x), lambda r: r, 1),
     "an item of what it is given": (lambda b, x, y: with_item(x, y) + y, lambda r: r, 1),
     "an item of data": (lambda b, x, y: y * x[0, 0, 0], lambda r: r, 1),
+    "an annotation": (lambda b, x, y: annotated(y), lambda r: r, 4),
 }
 
 
 def in_bfloat16(block: Any, y: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return block.linear(y)
+
+
+def annotated(y: Tensor) -> Tensor:
+    with torch.fx.traceback.annotate({"stage": 1}):
+        return y * 2
 
 
 def left_open(block: Any, y: Tensor) -> Tensor:

@@ -146,6 +146,8 @@ def check_nodes(nodes: Iterable[Node], within: Container[Node], before: Containe
             raise UnlikeError
         if _is_inplace_view(node):
             raise UnlikeError  # what is known of its input is no more what the call was given
+        if node.meta.get("custom"):
+            raise UnlikeError  # `torch.fx.traceback.annotate` may say of each block where it is
         if "unbacked_bindings" in node.meta:
             raise UnlikeError  # a size that depends on data is another one at each call
         for each in node.all_input_nodes:

@@ -130,7 +130,7 @@ def _known_by(served: Served, tensors: Sequence[Tensor], result: Any) -> _Known 
         isinstance(leaf, int) if isinstance(each, Tensor) else isinstance(each, _CONSTANT)
         for leaf, each in zip(leaves, made, strict=True)
     )
-    # Of a class of its own there may be more than the leaves.
+    # Of classes of their own there may be more than the leaves.
     if not is_all or _names_on(result) != _names_on(tree_unflatten(made, spec)):
         return None
     return _Known(placement, surroundings, arguments, others, numbers, leaves, spec)
@@ -151,8 +151,16 @@ def _kind_of(arguments: Any, tensors: list[Tensor]) -> Hashable | None:
     return kind if is_each_once else None
 
 
-def _names_on(value: Any) -> set[str]:
-    return {*getattr(value, "__dict__", ())}
+def _names_on(value: Any) -> list[set[str]]:
+    """What is set on each object that a value is made of."""
+    found: list[set[str]] = []
+
+    def note(each: Any) -> bool:
+        found.append({*getattr(each, "__dict__", ())})
+        return False
+
+    tree_flatten(value, is_leaf=note)
+    return found
 
 
 class _UnknownTypeError(Exception):

@@ -556,15 +556,19 @@ def test_an_argument_that_is_like_no_other_makes_the_model_be_asked(
     assert asked == ["asked"] * len(PLAN)
 
 
-def test_what_a_result_has_beside_its_leaves_is_there_at_every_call(asked: list[str]) -> None:
+@pytest.mark.parametrize("is_outermost", [True, False])
+def test_what_a_result_has_beside_its_leaves_is_there_at_every_call(
+    is_outermost: bool, asked: list[str]
+) -> None:
     class Noting(ToyTransformer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output: Any = Transformer2DModelOutput(sample=super().forward(*args, **kwargs))
             output.note = "n"
-            return output
+            return output if is_outermost else {"outputs": [output]}
 
     made = loop(enabled(Noting()))
-    assert [each.note for each in made] == ["n"] * len(PLAN)
+    outputs = made if is_outermost else [each["outputs"][0] for each in made]
+    assert [each.note for each in outputs] == ["n"] * len(PLAN)
     assert asked == ["asked"] * len(PLAN)
 
 
