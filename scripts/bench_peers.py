@@ -164,9 +164,9 @@ def as_markdown(report: Report) -> str:
             f"width {config['num_attention_heads'] * config['attention_head_dim']}, random weights "
             f"in {size['dtype']}, {size['image_tokens']} + {size['text_tokens']} tokens, {STEPS} "
             f"steps of which every {EVERY}th is computed, inner compiler {report['inner']}. Each "
-            "kind has a process of its own, and they run one generation each, in turn. What is "
-            "eager does not use Dynamo, but for ours, whose compiled parts then are the "
-            'operations as they are (`inner="eager"`).',
+            "kind has a process of its own, whose C library keeps freed memory, and they run one "
+            "generation each, in turn. What is eager does not use Dynamo, but for ours, whose "
+            'compiled parts then are the operations as they are (`inner="eager"`).',
             "",
             "| | computed step, ms | reused step, ms | generation, ms |",
             "|---|---:|---:|---:|",

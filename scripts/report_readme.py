@@ -168,27 +168,22 @@ Fact = tuple[str, str]
 """What was measured, and what was found."""
 
 
-def overhead(report: Report) -> Iterator[Fact]:
-    """Of a generation."""
-    ratios = report["ratios"]
-    yield (
-        "cached generation over the work that it cannot avoid, at "
-        f"{report['plain_step_ms']:.0f} ms a step",
-        f"{report['ratio_to_floor']:.3f} (rounds: {span(ratios, 2)})",
-    )
+LARGE_MS = 100
+"""From here on a step is large: a reused one takes about a hundredth of it."""
 
 
 def growth(report: Report) -> Iterator[Fact]:
-    """Over tokens, depth and batch."""
+    """Over tokens, depth, batch and width."""
     rows = report["measured"]
-    blocks = [each["double"] + each["single"] for each in rows]
+    for is_large in (False, True):
+        part = [each for each in rows if (each["plain_ms"] >= LARGE_MS) == is_large]
+        if part:
+            steps = span([each["plain_ms"] for each in part], 0)
+            yield (
+                f"cached loop over the work that it cannot avoid, at steps of {steps} ms",
+                span([each["over_ideal"] for each in part], 3),
+            )
     beyond = [1e3 * each["reused_beyond_parts_ms"] for each in rows]
-    tokens = [each["image_tokens"] for each in rows]
-    yield (
-        f"the same with {min(tokens):,} to {max(tokens):,} tokens, {span(blocks, 0)} blocks and "
-        f"a batch of {span([each['batch'] for each in rows], 0)}",
-        span([each["over_ideal"] for each in rows], 3),
-    )
     yield "reused step there, beyond its compiled parts", f"{span(beyond, 0)} us"
 
 
@@ -280,7 +275,6 @@ def _middle(values: list[float]) -> float:
 
 
 FACTS: dict[str, Callable[[Report], Iterator[Fact]]] = {
-    "overhead": overhead,
     "growth": growth,
     "host": host,
     "blocks": blocks,

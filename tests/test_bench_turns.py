@@ -117,7 +117,7 @@ def test_growth_measures_the_points_that_are_missing(
         failed: dict[str, str] = {}  # noqa: RUF012
 
         def __init__(self, wanted: dict[str, Any]) -> None:
-            asked.append(wanted["rolled"].setting.size)
+            asked.append(wanted["rolled, 1"].setting.size)
             if len(asked) == 2:
                 raise KeyboardInterrupt
 
@@ -137,11 +137,12 @@ def test_growth_measures_the_points_that_are_missing(
                 "generation_ms": 212.0,
                 "held_mib": 3.0,
             }
-            return {"plain": plain, "rolled": cached}
+            pair = {"plain, 0": plain, "rolled, 0": cached}
+            return {**pair, "plain, 1": plain, "rolled, 1": {**cached, "computed_ms": 103.0}}
 
     monkeypatch.setattr(scripts.bench_growth, "Turns", Canned)
-    points = ["256,1+2,1", "1024,2+4,2"]
-    arguments = {"rounds": 3, "points": points, "width": 128, "inner": "eager"}
+    points = ["256,1+2,1,128", "1024,2+4,2,64"]
+    arguments = {"rounds": 3, "processes": 2, "points": points, "inner": "eager"}
     with pytest.raises(KeyboardInterrupt):
         scripts.bench_growth.main(tmp_path, **arguments)
     assert "**Interrupted:**" in (tmp_path / "growth.md").read_text()
@@ -151,17 +152,17 @@ def test_growth_measures_the_points_that_are_missing(
     assert report["is_done"]
     for row in report["measured"]:
         assert row["over_ideal"] == pytest.approx(212 / (202 + 6 * 1.1))
-        assert row["computed_over_plain"] == pytest.approx(1.01)
+        assert row["computed_over_plain"] == pytest.approx(1.02)
         assert row["reused_beyond_parts_ms"] == pytest.approx(0.5)
     text = (tmp_path / "growth.md").read_text()
-    assert "| 1,024 | 2+4 | 2 | 100.00 | 101.00 | 1.010 | 1.500 | 500 | 1.016 | 3.00 |" in text
+    assert "| 1,024 | 2+4 | 2 | 64 | 100.00 | 102.00 | 1.020 | 1.500 | 500 | 1.016 | 3.00 |" in text
     assert "Interrupted" not in text
 
 
 def test_a_point_that_cannot_be_read_is_an_error(scripts: Any) -> None:
-    assert scripts.bench_growth.Point.parse("1024,1+2,4") == (1024, 1, 2, 4)
-    for text in ("1024", "1024,3,1", "x,1+2,1", "0,1+2,1"):
-        with pytest.raises(typer.BadParameter, match=r"1024,1\+2,1|1 or more"):
+    assert scripts.bench_growth.Point.parse("1024,1+2,4,64") == (1024, 1, 2, 4, 64)
+    for text in ("1024", "1024,3,1,64", "x,1+2,1,64", "0,1+2,1,64", "1024,1+2,1,96"):
+        with pytest.raises(typer.BadParameter, match=r"1024,1\+2,1,128|1 or more|multiples"):
             scripts.bench_growth.Point.parse(text)
 
 
