@@ -107,6 +107,26 @@ class ByArguments(ToyTransformer):
     forward = by_arguments(ToyTransformer.forward)
 
 
+class ByName(ToyTransformer):
+    """Whose decorator names the first argument."""
+
+    @functools.wraps(ToyTransformer.forward)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def naming(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, hidden_states, *args, **kwargs)
+
+    return wrapper
+
+
+class ByNaming(ToyTransformer):
+    forward = naming(ToyTransformer.forward)
+
+
 class ByBoth(ToyTransformer):
     forward = by_method(by_arguments(by_method(ToyTransformer.forward)))
 
@@ -123,7 +143,22 @@ def on_an_instance() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [ByMethod, ByArguments, ByBoth, on_an_instance])
+def by_a_function() -> nn.Module:
+    """What an instance has for its forward is not called with the module."""
+    model = ToyTransformer()
+    own = model.forward
+
+    def patched(*args: Any, **kwargs: Any) -> Tensor:
+        return own(*args, **kwargs)
+
+    model.forward = patched  # type: ignore[method-assign]
+    return model
+
+
+DECORATED = (ByMethod, ByArguments, ByName, ByNaming, ByBoth, on_an_instance)
+
+
+@pytest.mark.parametrize("make", DECORATED)
 def test_a_decorated_forward_is_the_models_own(make: Callable[[], nn.Module]) -> None:
     """Most transformers of diffusers have a decorator, whose code is named ``wrapper``."""
     model = make().requires_grad_(False)
@@ -136,15 +171,41 @@ def test_a_decorated_forward_is_the_models_own(make: Callable[[], nn.Module]) ->
     assert omni_cache.summary(model).reused_steps == 1
 
 
-class Constant(ToyTransformer):
-    """Takes its timestep as a number."""
+def test_a_function_for_a_forward_is_the_models_own() -> None:
+    model = by_a_function().requires_grad_(False)
+    flags = {"cache": "stepcache", "sim_thresholds": (-1.0,), "skip_countdowns": (9,)}
+    flags["inner"] = "eager"
+    cached = torch.compile(model, backend="omni_cache", options=flags)
+    with omni_cache.generation(4), omni_cache.branch("cond"):
+        assert called(cached) == []
+    (trajectory,) = omni_cache.summary(model).trajectories
+    assert [step.computed for step in trajectory.steps] == [True, True, False, False]
 
+
+def test_a_function_with_the_decorator_of_a_method_is_no_method() -> None:
     @by_arguments
-    def forward(self, hidden_states: Tensor, timestep: float, prompt: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(hidden_states, torch.full((1,), timestep), prompt)
+    def denoise(model: nn.Module, timestep: Tensor, latents: Tensor, prompt: Tensor) -> Tensor:
+        return model(latents, timestep, prompt)
+
+    model = ByArguments().requires_grad_(False)
+    cached = torch.compile(denoise, backend="omni_cache", options={**ALWAYS_REUSE})
+    with omni_cache.generation(4), omni_cache.branch("cond"):
+        called(lambda latents, timestep, prompt: cached(model, timestep, latents, prompt))
+    (trajectory,) = omni_cache.summary(model).trajectories
+    # The latents are not taken for it, which would be the second of the method's.
+    assert [step.timestep for step in trajectory.steps] == [None] * 4
 
 
-def test_a_number_behind_a_decorator_is_known_by_its_name() -> None:
+def by_number(self: Any, hidden_states: Tensor, timestep: float, prompt: Tensor) -> Tensor:
+    """A forward that takes its timestep as a number."""
+    return ToyTransformer.forward(self, hidden_states, torch.full((1,), timestep), prompt)
+
+
+@pytest.mark.parametrize("decorator", [by_method, by_arguments, naming])
+def test_a_number_behind_a_decorator_is_known_by_its_name(decorator: Callable[..., Any]) -> None:
+    class Constant(ToyTransformer):
+        forward = decorator(by_number)
+
     model = Constant().requires_grad_(False)
     cached = compiled(model, **ALWAYS_REUSE)
     x, prompt = gaussian("x", 1, TOKENS, CHANNELS), gaussian("p", 1, 3, CHANNELS)

@@ -31,6 +31,8 @@ class TracedFrame:
         is_piece: whether the graph is only a piece of it, between graph breaks.
         is_resumed: whether it is a piece behind a graph break.
         is_block: whether it is a block of the model that is called, traced by itself.
+        named: how many of the model's positional parameters the traced function names before its
+            ``*args``; -1 where the model itself is the first of these, as a decorator may have it.
     """
 
     name: str = "a model"
@@ -40,6 +42,7 @@ class TracedFrame:
     is_piece: bool = False
     is_resumed: bool = False
     is_block: bool = False
+    named: int = 0
 
     @classmethod
     def current(cls, gm: GraphModule) -> TracedFrame:
@@ -58,8 +61,14 @@ class TracedFrame:
         if call is not None:
             model = call.module
         else:
-            # Within a model whose own code Dynamo has given up.
             around = outermost_module()
+            if (
+                model is None
+                and around is not None
+                and _decorates(frame.code, frame.values, around)
+            ):
+                model = around  # whose instance has a function for its forward
+            # Within a model whose own code Dynamo has given up.
             is_piece = is_piece or around not in (None, model)
         return cls(
             name=f"{frame.code.co_name}()" if model is None else type(model).__name__,
@@ -69,6 +78,7 @@ class TracedFrame:
             is_piece=is_piece or is_resumed,
             is_resumed=is_resumed,
             is_block=around is not None and model is not None and _is_block(model, around),
+            named=_named(frame, model),
         )
 
     @property
@@ -102,19 +112,15 @@ class TracedFrame:
     def parameters(self, owner: type[nn.Module] | None) -> tuple[str, ...]:
         """Names of the positional parameters of the call, for inputs that come as ``*args``.
 
-        A decorator may take the module itself as the first of them.
-
         Args:
             owner: whose call runs the blocks; a module that takes ``*args`` hands them on to it.
         """
         if self.model is None:
             return ()
         own = positional_parameters(self.model.forward)
-        if not own and owner is not None:
+        if len(own) <= self.named and owner is not None:
             own = positional_parameters(owner.forward)[1:]
-        listed = self.variables.get("args")
-        takes_model = isinstance(listed, tuple) and any(each is self.model for each in listed[:1])
-        return ("self", *own) if takes_model else own
+        return own[self.named :] if self.named >= 0 else ("self", *own)
 
 
 def outermost_module() -> nn.Module | None:
@@ -130,7 +136,7 @@ def _method_of(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
     first = next(iter(_positional(code, values)), None)
     if not isinstance(first, nn.Module) or isinstance(first, GraphModule):
         return None
-    is_own = hasattr(type(first), code.co_name) or _lines(code) in _decorators(first)
+    is_own = hasattr(type(first), code.co_name) or _decorates(code, values, first)
     return first if is_own else None
 
 
@@ -138,26 +144,44 @@ def _positional(code: CodeType, values: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a function was called with by position, as far as its names still stand for it."""
     if code.co_argcount:
         return tuple(values.get(each) for each in code.co_varnames[: code.co_argcount])
-    if code.co_flags & inspect.CO_VARARGS:
-        return tuple(values.get(code.co_varnames[code.co_kwonlyargcount], ()))
-    return ()
+    return _listed(code, values)
 
 
-def _decorators(module: nn.Module) -> set[tuple[str, str, int]]:
-    """Where the decorators of a module's methods are written, as `_lines` tells it.
+def _listed(code: CodeType, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a function was called with as ``*args``, under whatever name."""
+    if not code.co_flags & inspect.CO_VARARGS:
+        return ()
+    listed: tuple[Any, ...] = values.get(
+        code.co_varnames[code.co_argcount + code.co_kwonlyargcount], ()
+    )
+    return listed
 
-    A decorator's code has a name of its own, as in ``def wrapper(self, *args)``.
+
+def _decorates(code: CodeType, values: Mapping[str, Any], module: nn.Module) -> bool:
+    """Whether some code is that of a decorator of one of a module's methods.
+
+    It has a name of its own, as in ``def wrapper(self, *args)``, and may decorate other functions
+    as well: what it has closed over tells them apart.
     """
-    places = set()
-    for owner in (module, *type(module).__mro__):
-        for each in vars(owner).values():
-            method = each
-            while isinstance(method, FunctionType | MethodType | functools.partial):
-                function = method.func if isinstance(method, functools.partial) else method
-                if isinstance(function, FunctionType | MethodType):
-                    places.add(_lines(function.__code__))
-                method = getattr(method, "__wrapped__", None)
-    return places
+    return any(
+        _lines(function.__code__) == _lines(code)
+        and all(
+            values.get(name, cell) is cell
+            for name, cell in inspect.getclosurevars(function).nonlocals.items()
+        )
+        for owner in (module, *type(module).__mro__)
+        for method in vars(owner).values()
+        for function in _wrapped(method)
+    )
+
+
+def _wrapped(method: Any) -> Iterator[FunctionType | MethodType]:
+    """A method, and the functions around which it is."""
+    while isinstance(method, FunctionType | MethodType | functools.partial):
+        function = method.func if isinstance(method, functools.partial) else method
+        if isinstance(function, FunctionType | MethodType):
+            yield function
+        method = getattr(method, "__wrapped__", None)
 
 
 def _lines(code: CodeType) -> tuple[str, str, int]:
@@ -200,15 +224,26 @@ def _module_of(frame: Frame) -> nn.Module | None:
     return _method_of(code, values)
 
 
+def _named(frame: Frame, model: nn.Module | None) -> int:
+    """How many of a model's parameters a function names before its ``*args``, see `TracedFrame`."""
+    code, values = frame.code, frame.values
+    if model is None or frame.is_resumed or not code.co_flags & inspect.CO_VARARGS:
+        return 0
+    if not code.co_argcount:
+        return -1 if any(each is model for each in _listed(code, values)[:1]) else 0
+    takes_model = values.get(code.co_varnames[0]) is model
+    return code.co_argcount - takes_model
+
+
 def _arguments(frame: Frame, model: nn.Module | None) -> dict[str, Any]:
     """A call's arguments by name, those that come as ``*args`` and ``**kwargs`` included."""
     code, given = frame.code, dict(frame.values)
     rest = iter(code.co_varnames[code.co_argcount + code.co_kwonlyargcount :])
     if code.co_flags & inspect.CO_VARARGS:
-        parameters = () if model is None else positional_parameters(model.forward)
-        # A decorator may take the module itself among them.
-        listed = [each for each in given.pop(next(rest), ()) if each is not model]
-        given.update(zip(parameters, listed, strict=False))
+        named = _named(frame, model)
+        parameters = () if model is None else positional_parameters(model.forward)[max(named, 0) :]
+        listed = given.pop(next(rest), ())
+        given.update(zip(parameters, listed[named < 0 :], strict=False))
     if code.co_flags & inspect.CO_VARKEYWORDS:
         given.update(given.pop(next(rest), {}))
     return given

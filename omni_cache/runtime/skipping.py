@@ -127,7 +127,9 @@ def _known_by(served: Served, tensors: Sequence[Tensor], result: Any) -> _Known 
     found = {id(each): place for place, each in enumerate(served.result)}
     leaves = [found.get(id(each)) if isinstance(each, Tensor) else each for each in made]
     is_all = all(
-        isinstance(leaf, int) if isinstance(each, Tensor) else isinstance(each, _CONSTANT)
+        isinstance(leaf, int) and not vars(each)
+        if isinstance(each, Tensor)
+        else isinstance(each, _CONSTANT)
         for leaf, each in zip(leaves, made, strict=True)
     )
     # Of classes of their own there may be more than the leaves.

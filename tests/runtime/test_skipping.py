@@ -556,19 +556,29 @@ def test_an_argument_that_is_like_no_other_makes_the_model_be_asked(
     assert asked == ["asked"] * len(PLAN)
 
 
-@pytest.mark.parametrize("is_outermost", [True, False])
+NOTED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "an output": (lambda output: output, lambda made: made),
+    "within another": (lambda output: {"outputs": [output]}, lambda made: made["outputs"][0]),
+    "a tensor": (lambda output: output.sample, lambda made: made),
+}
+"""What is noted on, what the model returns of it, and where it is there."""
+
+
+@pytest.mark.parametrize("what", NOTED)
 def test_what_a_result_has_beside_its_leaves_is_there_at_every_call(
-    is_outermost: bool, asked: list[str]
+    what: str, asked: list[str]
 ) -> None:
+    give, find = NOTED[what]
+
     class Noting(ToyTransformer):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output: Any = Transformer2DModelOutput(sample=super().forward(*args, **kwargs))
-            output.note = "n"
-            return output if is_outermost else {"outputs": [output]}
+            given = give(output)
+            find(given).note = "n"
+            return given
 
     made = loop(enabled(Noting()))
-    outputs = made if is_outermost else [each["outputs"][0] for each in made]
-    assert [each.note for each in outputs] == ["n"] * len(PLAN)
+    assert [find(each).note for each in made] == ["n"] * len(PLAN)
     assert asked == ["asked"] * len(PLAN)
 
 
