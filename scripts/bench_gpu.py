@@ -806,6 +806,9 @@ def main(
     for place, name in enumerate(names):
         left = end - time.monotonic()
         if left <= 0:
+            late = {"failed": f"no time was left of {seconds:.0f} s", "timed_out": True}
+            report["kinds"] |= dict.fromkeys(names[place:], late)
+            write(report, output)
             break
         current, began = waiting, time.monotonic()
         # The next one imports meanwhile.

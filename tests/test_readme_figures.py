@@ -122,6 +122,10 @@ def test_peers_are_shown_by_kind_with_both_ratios(tmp_path: Path) -> None:
             ("hooks-magcache, eager", "generation", 0.5),
         )
     ]
-    (tmp_path / "peers.json").write_text(json.dumps({"ratios": ratios}))
-    rows = [line for line in report_readme.peers(tmp_path) if line.startswith("| omni")]
+    measured = [{"skips": {"reused_ms": 0.1 + took, "own_ms": 0.1}} for took in (0.05, 0.07, 0.09)]
+    report = {"ratios": ratios, "measured": measured}
+    (tmp_path / "peers.json").write_text(json.dumps(report))
+    lines = report_readme.peers(tmp_path)
+    assert lines[-1].startswith("There a step that a plan skips takes 70 us:")
+    rows = [line for line in lines if line.startswith("| omni")]
     assert rows == ["| omni-cache, MagCache | diffusers' MagCache, eager | 0.250 | 0.500 |"]
