@@ -131,6 +131,10 @@ class ByBoth(ToyTransformer):
     forward = by_method(by_arguments(by_method(ToyTransformer.forward)))
 
 
+class ByOneThatIsNotTraced(ToyTransformer):
+    forward = torch.compiler.disable(by_method(ToyTransformer.forward), recursive=False)
+
+
 def on_an_instance() -> nn.Module:
     """As accelerate puts its hooks around a module's forward."""
 
@@ -155,7 +159,15 @@ def by_a_function() -> nn.Module:
     return model
 
 
-DECORATED = (ByMethod, ByArguments, ByName, ByNaming, ByBoth, on_an_instance)
+DECORATED = (
+    ByMethod,
+    ByArguments,
+    ByName,
+    ByNaming,
+    ByBoth,
+    ByOneThatIsNotTraced,
+    on_an_instance,
+)
 
 
 @pytest.mark.parametrize("make", DECORATED)

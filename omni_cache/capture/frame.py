@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -163,25 +163,17 @@ def _decorates(code: CodeType, values: Mapping[str, Any], module: nn.Module) -> 
     It has a name of its own, as in ``def wrapper(self, *args)``, and may decorate other functions
     as well: what it has closed over tells them apart.
     """
+    methods = chain.from_iterable(vars(each).values() for each in (module, *type(module).__mro__))
+    functions = (each.func if isinstance(each, functools.partial) else each for each in methods)
     return any(
         _lines(function.__code__) == _lines(code)
         and all(
             values.get(name, cell) is cell
             for name, cell in inspect.getclosurevars(function).nonlocals.items()
         )
-        for owner in (module, *type(module).__mro__)
-        for method in vars(owner).values()
-        for function in _wrapped(method)
+        for function in functions
+        if isinstance(function, FunctionType | MethodType)
     )
-
-
-def _wrapped(method: Any) -> Iterator[FunctionType | MethodType]:
-    """A method, and the functions around which it is."""
-    while isinstance(method, FunctionType | MethodType | functools.partial):
-        function = method.func if isinstance(method, functools.partial) else method
-        if isinstance(function, FunctionType | MethodType):
-            yield function
-        method = getattr(method, "__wrapped__", None)
 
 
 def _lines(code: CodeType) -> tuple[str, str, int]:
