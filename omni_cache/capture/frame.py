@@ -133,18 +133,14 @@ def outermost_module() -> nn.Module | None:
 
 def _method_of(code: CodeType, values: Mapping[str, Any]) -> nn.Module | None:
     """The module whose method some code is, or decorates; None where it is none's, or a graph's."""
-    first = next(iter(_positional(code, values)), None)
+    if code.co_argcount:
+        first = values.get(code.co_varnames[0])
+    else:
+        first = next(iter(_listed(code, values)), None)
     if not isinstance(first, nn.Module) or isinstance(first, GraphModule):
         return None
     is_own = hasattr(type(first), code.co_name) or _decorates(code, values, first)
     return first if is_own else None
-
-
-def _positional(code: CodeType, values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a function was called with by position, as far as its names still stand for it."""
-    if code.co_argcount:
-        return tuple(values.get(each) for each in code.co_varnames[: code.co_argcount])
-    return _listed(code, values)
 
 
 def _listed(code: CodeType, values: Mapping[str, Any]) -> tuple[Any, ...]:
